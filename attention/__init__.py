@@ -1,0 +1,20 @@
+"""Strategies choose pages, ops compute over them."""
+
+from .attend import Attend, bind
+from .registry import StrategyError, known, make, parse
+from .strategy import Dense, Split, Strategy
+from .telemetry import Reads, Telemetry
+
+__all__ = [
+    "Attend",
+    "Dense",
+    "Reads",
+    "Split",
+    "Strategy",
+    "StrategyError",
+    "Telemetry",
+    "bind",
+    "known",
+    "make",
+    "parse",
+]

@@ -1,0 +1,48 @@
+"""The one function that a model knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from keysift.kvcache import PagedCache, Phase, Step
+
+from .ops.paged_attention import paged_attention
+from .strategy import Strategy
+from .telemetry import Telemetry
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D] -> out [T, Hq, D]: appends k and v to the cache, then attends."""
+
+
+def bind(strategy: Strategy, cache: PagedCache, step: Step, telemetry: Telemetry | None = None) -> Attend:
+    """`Attend` for one step: the strategy chooses, the cache brings, the op computes.
+
+    Layers with a sliding window read that window exactly; no strategy is asked about them.
+    """
+    spec = cache.spec
+    choose = strategy.prefill if step.phase is Phase.PREFILL else strategy.decode
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.append(layer, k, v, step)
+        context = cache.context(layer, step)
+        window = spec.window(layer)
+        selection = context.zones(sink=0, window=window) if window else choose(q, context)
+        if telemetry is not None and not window:
+            telemetry.record(layer, selection)
+        frames = context.fetch(selection)
+        out, _ = paged_attention(
+            q,
+            frames.k,
+            frames.v,
+            frames.table,
+            selection.pages,
+            step.starts,
+            queries_per_row=step.queries_per_row,
+            scale=spec.softmax_scale,
+            window=window,
+        )
+        return out
+
+    return attend

@@ -1,0 +1,112 @@
+"""Strategies by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from .strategy import Split, Strategy
+
+BUILT_IN = {
+    "dense": "keysift.attention.strategy:Dense",
+    "streaming": "keysift.attention.strategies.streaming:Streaming",
+}
+GROUP = "keysift.strategies"
+
+
+class StrategyError(ValueError):
+    """No such strategy, or no such option, or a value out of its bounds."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+def known() -> dict[str, type[Strategy]]:
+    """Every strategy by name: the built-in ones, and plug-ins under the entry points ``keysift.strategies``."""
+    plugins = {entry.name: entry.load() for entry in entry_points(group=GROUP)}
+    return {name: _load(target) for name, target in BUILT_IN.items()} | plugins
+
+
+def make(name: str, **fields: object) -> Strategy:
+    """The strategy `name` with these options; ``"A+B"`` takes A for the prompt and B for the tokens.
+
+    Options of a pair, or options that come from text, may be spelt ``A.field``: ``make("a+b", **{"b.window": "512"})``.
+
+    Raises:
+        StrategyError: names the unknown strategy or option and lists the known ones.
+    """
+    prompt, plus, token = name.partition("+")
+    _check_prefixes(name, fields)
+    if not plus:
+        return _make_one(name, fields)
+    return Split(prompt=_make_one(prompt, fields), token=_make_one(token, fields))
+
+
+def parse(name: str, arguments: Iterable[str] = ()) -> Strategy:
+    """As `make`, with options as a command line spells them: ``["streaming.window=512"]``."""
+    fields = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals:
+            raise StrategyError("strategy_args", f"NAME.FIELD=VALUE expected, got {argument!r}")
+        fields[key.strip()] = value.strip()
+    return make(name, **fields)
+
+
+def _check_prefixes(name: str, fields: dict[str, object]) -> None:
+    parts = name.split("+")
+    for key in fields:
+        prefix, dot, _ = key.rpartition(".")
+        if dot and prefix not in parts:
+            raise StrategyError(key, f"belongs to {prefix!r}, but the strategy is {name!r}")
+
+
+def _make_one(name: str, fields: dict[str, object]) -> Strategy:
+    strategy = _find(name)
+    own = {key.rpartition(".")[2]: value for key, value in fields.items() if key.rpartition(".")[0] in ("", name)}
+    options: dict[str, Any] = {
+        field: hint for field, hint in get_type_hints(strategy).items() if field in _fields(strategy)
+    }
+    values: dict[str, Any] = {key: _coerce(name, key, value, options) for key, value in own.items()}
+    try:
+        return strategy(**values)
+    except ValueError as error:
+        raise StrategyError(f"strategy {name}", str(error)) from None
+
+
+def _fields(strategy: type[Strategy]) -> set[str]:
+    return {field.name for field in dataclasses.fields(strategy)}
+
+
+def _find(name: str) -> type[Strategy]:
+    strategies = known()
+    if name not in strategies:
+        near = difflib.get_close_matches(name, strategies, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise StrategyError(
+            "strategy", f"unknown {name!r}{hint} (known: {', '.join(sorted(strategies))}, or PROMPT+TOKEN)"
+        )
+    return strategies[name]
+
+
+def _coerce(name: str, key: str, value: object, options: dict[str, Any]) -> object:
+    if key not in options:
+        raise StrategyError(f"{name}.{key}", f"no such option (known: {', '.join(sorted(options))})")
+    try:
+        return TypeAdapter(options[key]).validate_python(value)
+    except ValidationError as error:
+        raise StrategyError(f"{name}.{key}", f"{error.errors()[0]['msg']}, got {value!r}") from None
+
+
+def _load(target: str) -> type[Strategy]:
+    module, _, attribute = target.partition(":")
+    strategy: type[Strategy] = getattr(importlib.import_module(module), attribute)
+    return strategy

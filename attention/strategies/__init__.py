@@ -1,0 +1,1 @@
+"""One small file per method. `streaming` is the smallest: read it first."""

@@ -1,0 +1,40 @@
+"""Paged KV cache: where keys and values live, page by page, and what a strategy may ask about them.
+
+Axis letters, used in every shape of this project:
+
+======  ====================================  ======  =====================================
+``T``   tokens in the step                    ``S``   page size, tokens
+``B``   sequences                             ``P``   pages chosen
+``R``   rows: queries that share a selection  ``F``   pages of the longest sequence in the step
+``M``   queries per row                       ``N``   frames
+``Hq``  query heads                           ``L``   layers
+``Hkv`` key/value heads                       ``D``   head dim
+``H``   selection heads (``Hq`` or ``Hkv``)   ``G``   ``Hq // Hkv``
+======  ====================================  ======  =====================================
+"""
+
+from .allocator import FrameAllocator, OutOfFrames
+from .cache import PagedCache
+from .context import Context
+from .prefix import PageKeys, PrefixCache
+from .selection import Selection
+from .spec import CacheSpec
+from .step import Phase, Span, Step
+from .tiers import DeviceTier, Frames, Tier
+
+__all__ = [
+    "CacheSpec",
+    "Context",
+    "DeviceTier",
+    "FrameAllocator",
+    "Frames",
+    "OutOfFrames",
+    "PageKeys",
+    "PagedCache",
+    "Phase",
+    "PrefixCache",
+    "Selection",
+    "Span",
+    "Step",
+    "Tier",
+]

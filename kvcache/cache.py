@@ -1,0 +1,134 @@
+"""The paged cache: page tables of the sequences over one tier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .allocator import FrameAllocator
+from .context import Context
+from .prefix import PrefixCache
+from .spec import CacheSpec
+from .step import Phase, Span, Step
+from .tiers import DeviceTier, Tier
+
+
+class PagedCache:
+    """Keys and values of many sequences in pages of one tier. Nothing is allocated after construction.
+
+    Sequences are small integers below `max_sequences`, chosen by `open`. Page bookkeeping is host integers; the
+    page tables are mirrored on the device, where steps read them.
+    """
+
+    def __init__(
+        self, spec: CacheSpec, num_frames: int, *, max_sequences: int, max_len: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.spec = spec
+        self.device = torch.device(device)
+        self.allocator = FrameAllocator(num_frames)
+        self.prefix = PrefixCache(self.allocator)
+        self.tier: Tier = DeviceTier(spec, num_frames, self.device)
+        shape = (max_sequences, spec.pages_for(max_len))
+        self._tables = torch.zeros(shape, dtype=torch.int32, device=self.device)
+        self._frames: dict[int, list[int]] = {}
+        self._closed = list(range(max_sequences - 1, -1, -1))
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that could be reserved now, kept prefixes included."""
+        return self.allocator.available
+
+    def open(self) -> int:
+        """A new sequence without pages."""
+        sequence = self._closed.pop()
+        self._frames[sequence] = []
+        return sequence
+
+    def share(self, sequence: int, frames: Sequence[int]) -> None:
+        """Start an empty sequence with full pages that another one wrote."""
+        for frame in frames:
+            self.allocator.hold(frame)
+        self._append(sequence, list(frames))
+
+    def reserve(self, sequence: int, tokens: int) -> None:
+        """Give the sequence pages for its first `tokens` tokens.
+
+        Raises:
+            OutOfFrames: there are too few; nothing was reserved.
+        """
+        missing = self.spec.pages_for(tokens) - len(self._frames[sequence])
+        if missing > 0:
+            self._append(sequence, self.allocator.take(missing))
+
+    def _append(self, sequence: int, frames: list[int]) -> None:
+        held = self._frames[sequence]
+        end = len(held) + len(frames)
+        self._tables[sequence, len(held) : end] = torch.tensor(frames, dtype=torch.int32)
+        held.extend(frames)
+
+    def release(self, sequence: int) -> None:
+        """Close the sequence and give its pages back.
+
+        The last page goes first, so that a kept prefix loses its tail before its head.
+        """
+        for frame in reversed(self._frames.pop(sequence)):
+            self.allocator.release(frame)
+        self._closed.append(sequence)
+
+    def keep(self, sequence: int, keys: Sequence[bytes], first_page: int = 0) -> None:
+        """Offer full pages from `first_page` on for reuse under these prefix keys."""
+        held = self._frames[sequence]
+        for key, frame in zip(keys, held[first_page:], strict=False):
+            self.prefix.insert(key, frame)
+
+    def prefill(self, span: Span, queries_per_row: int) -> Step:
+        """The step that runs a chunk of one sequence's prompt."""
+        starts = range(span.start, span.stop, queries_per_row)
+        lasts = [min(start + queries_per_row, span.stop) - 1 for start in starts]
+        return self._step(Phase.PREFILL, (span,), list(starts), lasts, queries_per_row)
+
+    def decode(self, spans: Sequence[Span]) -> Step:
+        """The step that runs one token of each sequence."""
+        starts = [span.start for span in spans]
+        return self._step(Phase.DECODE, tuple(spans), starts, starts, 1)
+
+    def _step(self, phase: Phase, spans: tuple[Span, ...], starts: list[int], lasts: list[int], width: int) -> Step:
+        page_size = self.spec.page_size
+        max_pages = max(self.spec.pages_for(span.stop) for span in spans)
+        sequences = torch.tensor([span.sequence for span in spans], device=self.device)
+        table = self._tables[:, :max_pages].index_select(0, sequences)[:, None]  # [B, 1, F]
+        last = torch.tensor(lasts, dtype=torch.int32, device=self.device)
+        return Step(
+            phase=phase,
+            spans=spans,
+            positions=torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(self.device),
+            slots=torch.tensor([slot for span in spans for slot in self._slots(span)], device=self.device),
+            table=table.expand(len(starts), self.spec.num_kv_heads, max_pages),
+            starts=torch.tensor(starts, dtype=torch.int32, device=self.device),
+            lasts=last,
+            last_pages=last // page_size,
+            filled=torch.tensor(
+                [f for span in spans for f in self._filled(span)], dtype=torch.int64, device=self.device
+            ),
+            page_size=page_size,
+            queries_per_row=width,
+            max_pages=max_pages,
+        )
+
+    def _slots(self, span: Span) -> list[int]:
+        held, size = self._frames[span.sequence], self.spec.page_size
+        return [held[position // size] * size + position % size for position in range(span.start, span.stop)]
+
+    def _filled(self, span: Span) -> list[int]:
+        size = self.spec.page_size
+        return self._frames[span.sequence][span.start // size : span.stop // size]
+
+    def append(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
+        """Write the step's keys and values [T, Hkv, D] of one layer."""
+        self.tier.write(layer, k, v, step)
+
+    def context(self, layer: int, step: Step) -> Context:
+        """One layer as the strategies see it."""
+        return Context(layer, self.spec, step, self.tier)

@@ -1,0 +1,49 @@
+"""What a strategy may look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .selection import Selection
+from .spec import CacheSpec
+from .step import Step
+from .tiers import Frames, Tier
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One layer of the cache as this step sees it, the step's own keys and values included."""
+
+    layer: int
+    spec: CacheSpec
+    step: Step
+    tier: Tier
+
+    @property
+    def num_pages(self) -> Tensor:
+        """[R] int32, pages that each row may see."""
+        return self.step.last_pages + 1
+
+    def all(self) -> Selection:
+        """Every page that each row may see."""
+        return Selection.all(self.step, self.spec.num_kv_heads)
+
+    def zones(self, *, sink: int, window: int) -> Selection:
+        """The first `sink` tokens and every query's last `window`, in whole pages."""
+        return Selection.zones(self.step, self.spec.num_kv_heads, sink=sink, window=window)
+
+    def summaries(self) -> Tensor:
+        """[R, F, Hkv, 4, D]: mean, least and greatest key (after rotary embedding) and mean value of each page.
+
+        Only pages that are full carry one; a row's last page, and what lies behind it, may hold anything.
+        """
+        heads = range(self.spec.num_kv_heads)
+        table = self.step.table.long()  # [R, Hkv, F]
+        summaries = self.tier.summaries(self.layer)
+        return summaries[table, table.new_tensor(heads)[:, None]].transpose(1, 2)
+
+    def fetch(self, selection: Selection) -> Frames:
+        """The selected pages where an op can read them."""
+        return self.tier.resident(self.layer, selection, self.step)

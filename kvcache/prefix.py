@@ -1,0 +1,63 @@
+"""Which frame already holds a page of tokens: a hash chain over full pages."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from hashlib import blake2b
+
+from .allocator import FrameAllocator
+
+
+class PageKeys:
+    """Keys of the full pages of one growing list of tokens; each names its page and all that precedes it.
+
+    The root names all else that the content depends on: model, strategy, salt.
+    """
+
+    def __init__(self, root: str, page_size: int) -> None:
+        self._page_size = page_size
+        self._last = blake2b(root.encode(), digest_size=16).digest()
+        self._keys: list[bytes] = []
+
+    def upto(self, tokens: Sequence[int]) -> list[bytes]:
+        """Keys of all full pages of `tokens`, which must agree with the lists of earlier calls."""
+        size = self._page_size
+        for start in range(len(self._keys) * size, len(tokens) - size + 1, size):
+            page = array("q", tokens[start : start + size]).tobytes()
+            self._last = blake2b(self._last + page, digest_size=16).digest()
+            self._keys.append(self._last)
+        return self._keys[: len(tokens) // size]
+
+
+class PrefixCache:
+    """Full pages that later prompts may share. Its frames stay until the allocator needs them."""
+
+    def __init__(self, allocator: FrameAllocator) -> None:
+        self._allocator = allocator
+        self._frames: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
+        allocator.on_evict = self._forget
+
+    def __len__(self) -> int:
+        return len(self._frames)
+
+    def match(self, keys: Sequence[bytes]) -> list[int]:
+        """Frames of the longest known prefix of `keys`; the caller holds those that it uses."""
+        frames: list[int] = []
+        for key in keys:
+            if (frame := self._frames.get(key)) is None:
+                break
+            frames.append(frame)
+        return frames
+
+    def insert(self, key: bytes, frame: int) -> None:
+        """Offer a full, held frame for reuse; a key that is known already keeps its frame."""
+        if key in self._frames:
+            return
+        self._frames[key] = frame
+        self._keys[frame] = key
+        self._allocator.keep(frame)
+
+    def _forget(self, frame: int) -> None:
+        del self._frames[self._keys.pop(frame)]

@@ -1,0 +1,89 @@
+"""The pages chosen for each row and head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .step import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Ascending, unique page numbers per row and head; the row's own pages are always among them."""
+
+    pages: Tensor
+    """[R, H, P] int32, page numbers of the row's sequence, -1 pads the end; the head axis may have stride 0."""
+    complete: bool = False
+    """Every page that a row may see is chosen: known to the host, so that nobody has to count."""
+
+    @classmethod
+    def all(cls, step: Step, heads: int) -> Selection:
+        """Every page up to each row's own."""
+        every = torch.arange(step.max_pages, dtype=torch.int32, device=step.starts.device)
+        pages = every.masked_fill(every > step.last_pages[:, None], -1)  # [R, F]
+        return cls(pages[:, None].expand(-1, heads, -1), complete=True)
+
+    @classmethod
+    def zones(cls, step: Step, heads: int, *, sink: int, window: int) -> Selection:
+        """The first `sink` tokens and, for every query of the row, the last `window`, rounded out to whole pages."""
+        page_size = step.page_size
+        sinks = min(-(-sink // page_size), step.max_pages)
+        width = min((window + step.queries_per_row - 2) // page_size + 2, step.max_pages)
+        first = ((step.starts - window + 1).clamp(min=0) // page_size).clamp(min=sinks)  # [R]
+        offsets = torch.arange(sinks + width, dtype=torch.int32, device=first.device)
+        pages = torch.where(offsets < sinks, offsets, first[:, None] + (offsets - sinks))  # [R, P]
+        pages = pages.masked_fill(pages > step.last_pages[:, None], -1)
+        return cls(pages[:, None].expand(-1, heads, -1))
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> Selection:
+        """The true pages of mask [R, H, F]."""
+        every = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+        last = torch.iinfo(torch.int32).max
+        pages = every.masked_fill(~mask, last).sort(dim=-1).values
+        return cls(pages.masked_fill(pages == last, -1))
+
+    @classmethod
+    def top(cls, scores: Tensor, count: int) -> Selection:
+        """The `count` best pages of scores [R, H, F]; -inf is never chosen, ties go to the lower page."""
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+        return cls.from_mask(mask & ~scores.isneginf())
+
+    def mask(self, max_pages: int) -> Tensor:
+        """[R, H, F] bool."""
+        rows, heads, _ = self.pages.shape
+        mask = torch.zeros(rows, heads, max_pages + 1, dtype=torch.bool, device=self.pages.device)
+        return mask.scatter_(-1, self.pages.long() % (max_pages + 1), True)[..., :max_pages]
+
+    def union(self, other: Selection, max_pages: int) -> Selection:
+        """Pages that are in either."""
+        return Selection.from_mask(self.mask(max_pages) | other.mask(max_pages))
+
+    def counts(self) -> Tensor:
+        """[R, H] int64, pages chosen."""
+        return (self.pages >= 0).sum(-1)
+
+    def density(self, step: Step) -> Tensor:
+        """[R, H] fp32: chosen share of the (query, key) pairs that causality allows each row."""
+        chosen, causal = pairs(step, self.counts())
+        return (chosen / causal[:, None]).float()
+
+
+def pairs(step: Step, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """(query, key) pairs of the rows, float64: chosen [..., R, H] for page counts [..., R, H], and possible [R].
+
+    A row's own pages are always chosen, so all its triangle is, and every other chosen page counts in full.
+    """
+    starts = step.starts.double()
+    queries = (step.lasts - step.starts + 1).double()
+    causal = queries * starts + queries * (queries + 1) / 2
+    first_own = (step.starts // step.page_size).double()
+    own_before = starts - first_own * step.page_size  # tokens of the row's first own page that precede the row
+    own_pages = step.last_pages.double() - first_own + 1
+    triangle = queries * own_before + queries * (queries + 1) / 2
+    chosen = (counts.double() - own_pages[:, None]) * step.page_size * queries[:, None] + triangle[:, None]
+    return chosen, causal

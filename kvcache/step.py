@@ -1,0 +1,59 @@
+"""One forward pass, as the cache and the strategies see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+
+class Phase(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens ``start ... start + length - 1`` of one sequence."""
+
+    sequence: int
+    start: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A block-aligned chunk of one prompt, or one token of every running sequence.
+
+    Row r holds queries ``r * queries_per_row`` and on of the packed tokens; only the last row may be short.
+    """
+
+    phase: Phase
+    spans: tuple[Span, ...]
+    positions: Tensor
+    """[T] int64, position of each token in its sequence."""
+    slots: Tensor
+    """[T] int64, where each token's key and value go."""
+    table: Tensor
+    """[R, Hkv, F] int32, page -> frame of each row's sequence; head and row axes may have stride 0."""
+    starts: Tensor
+    """[R] int32, position of each row's first query."""
+    lasts: Tensor
+    """[R] int32, position of each row's last query."""
+    last_pages: Tensor
+    """[R] int32, page of each row's last query."""
+    filled: Tensor
+    """[*] int64, frames that become full in this step."""
+    page_size: int
+    queries_per_row: int
+    max_pages: int
+    """F, as a host integer."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.starts.shape[0]

@@ -1,0 +1,67 @@
+"""Where pages physically are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .ops.store import store
+from .ops.summarize import summarize
+from .selection import Selection
+from .spec import SUMMARIES, CacheSpec
+from .step import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Keys and values that an op can read, and where each page of each row is in them."""
+
+    k: Tensor
+    """[N, Hkv, S, D]"""
+    v: Tensor
+    """[N, Hkv, S, D]"""
+    table: Tensor
+    """[R, Hkv, F] int32, page -> frame."""
+
+
+class Tier(Protocol):
+    """Holds the pages of all layers and brings those that a selection names where an op can read them."""
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
+        """Put the step's keys and values [T, Hkv, D] into their slots and summarise the pages that become full."""
+
+    def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
+        """The selected pages, readable now."""
+
+    def summaries(self, layer: int) -> Tensor:
+        """[N, Hkv, 4, D]: mean, least and greatest key and mean value of each full frame."""
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes that reading has moved between memories since the start."""
+
+
+class DeviceTier:
+    """Every page stays on the compute device; nothing moves."""
+
+    bytes_moved = 0
+
+    def __init__(self, spec: CacheSpec, num_frames: int, device: torch.device) -> None:
+        shape = (spec.num_layers, num_frames, spec.num_kv_heads)
+        self.k = torch.empty(*shape, spec.page_size, spec.head_dim, dtype=spec.dtype, device=device)
+        self.v = torch.empty_like(self.k)
+        self._summaries = torch.empty(*shape, SUMMARIES, spec.head_dim, dtype=spec.dtype, device=device)
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
+        store(self.k[layer], self.v[layer], k, v, step.slots)
+        if step.filled.shape[0]:
+            summarize(self._summaries[layer], self.k[layer], self.v[layer], step.filled)
+
+    def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
+        return Frames(self.k[layer], self.v[layer], step.table)
+
+    def summaries(self, layer: int) -> Tensor:
+        return self._summaries[layer]
