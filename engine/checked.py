@@ -1,0 +1,22 @@
+"""Base of everything that people configure: frozen, complete, and clear about what is wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import InvalidRequest
+
+
+class Checked(BaseModel):
+    """Settings that are validated once. Raises `InvalidRequest` naming the field, the limit and the value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise InvalidRequest(".".join(map(str, first["loc"])), f"{first['msg']}, got {first['input']!r}") from None

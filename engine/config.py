@@ -1,0 +1,54 @@
+"""The engine's configuration: one frozen model, validated once."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import ByteSize, Field
+
+from .checked import Checked
+from .errors import InvalidRequest
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Backend = Literal["auto", "reference", "native", "triton"]
+
+
+class EngineConfig(Checked):
+    """What a server, an `LLM` or a benchmark needs to know to run a model.
+
+    Raises `InvalidRequest` naming the field for a value out of bounds or a name it does not know.
+    """
+
+    model: str | None = Field(
+        None, description="folder of safetensors, GGUF file or hub name; none: the embedded smollm2-135m"
+    )
+    served_model_name: str | None = Field(None, description="name that requests use; none: the model's own")
+    strategy: str = Field("dense", description="attention strategy, or PROMPT+TOKEN for one each")
+    strategy_args: tuple[str, ...] = Field((), description="NAME.FIELD=VALUE, repeatable")
+    max_model_len: int | None = Field(
+        None, ge=1, description="longest prompt + completion in tokens; none: the model's own"
+    )
+    page_size: int = Field(16, ge=1, le=256, description="tokens of a page")
+    kv_memory: ByteSize | None = Field(
+        None,
+        description="bytes for KV pages, such as 4GiB; none: at most 40 % of what is free",
+    )
+    dtype: Dtype = "auto"
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    backend: Backend = Field(
+        "auto",
+        description="twin of the ops; auto: triton on CUDA, native on CPU where it was built, else the torch reference",
+    )
+    max_num_seqs: int = Field(32, ge=1, description="requests that run at once")
+    max_queue: int = Field(256, ge=0, description="requests that may wait")
+    prefill_chunk: int = Field(1024, ge=1, description="prompt tokens of one step, a multiple of queries_per_row")
+    queries_per_row: int = Field(64, ge=1, description="prompt tokens that share a selection, a multiple of page_size")
+    prefix_cache: bool = True
+    trust_remote_code: bool = False
+    seed: int = Field(0, ge=0, description="of requests that sample without a seed of their own")
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
+        for name, unit in (("queries_per_row", self.page_size), ("prefill_chunk", self.queries_per_row)):
+            if getattr(self, name) % unit:
+                raise InvalidRequest(name, f"a multiple of {unit}, got {getattr(self, name)}")

@@ -1,0 +1,163 @@
+"""The engine: requests in, outputs out, one forward pass at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from keysift.attention import Strategy, StrategyError, parse
+from keysift.kvcache import PageKeys
+
+from . import metrics
+from .config import EngineConfig
+from .errors import DuplicateRequest, InvalidRequest, ResourceExhausted
+from .job import Job
+from .memory import make_cache
+from .model import load
+from .request import EngineStatus, Finish, FinishReason, Output, Request
+from .runner import Runner, StepResult
+from .sampler import SamplerState, check, derive_seed
+from .scheduler import Batch, Scheduler
+from .sequence import Sequence
+from .tokenizer import Detokenizer
+from .transcript import Transcript
+
+
+class Engine:
+    """Runs many requests over one model and one paged cache.
+
+    Not thread-safe: one thread owns it. `add` and `abort` between steps; `step` until `has_work` is false.
+    """
+
+    def __init__(self, config: EngineConfig, report: Callable[[str], None] = lambda message: None) -> None:
+        """Load the model and lay out the cache; `report` hears what takes time.
+
+        Raises:
+            InvalidRequest, ModelNotFound, Unsupported: the configuration cannot run.
+        """
+        self.config = config
+        self._default = _strategy(config.strategy, config.strategy_args)
+        self.model = load(config, report)
+        self.tokenizer = self.model.tokenizer
+        self.cache = make_cache(config, self.model)
+        self.scheduler = Scheduler(
+            self.cache,
+            max_running=config.max_num_seqs,
+            chunk=config.prefill_chunk,
+            queries_per_row=config.queries_per_row,
+        )
+        self._runner = Runner(self.model, self.cache, backend=config.backend, queries_per_row=config.queries_per_row)
+        self._jobs: dict[str, Job] = {}
+        self._outbox: list[Output] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._jobs or self._outbox)
+
+    @property
+    def status(self) -> EngineStatus:
+        spec, cache = self.cache.spec, self.cache
+        running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
+        return EngineStatus(running, waiting, cache.free_pages, cache.allocator.total, spec.page_size, spec.page_bytes)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequest: a field is out of bounds.
+            DuplicateRequest: a live request has this id.
+            ResourceExhausted: the queue is full, or the request can never fit into the cache.
+        """
+        if request.request_id in self._jobs:
+            raise DuplicateRequest(f"request_id: {request.request_id!r} is that of a live request")
+        sequence = self._sequence(request)
+        self._check_room(sequence)
+        self._jobs[request.request_id] = self._job(sequence)
+        self.scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request now and give its pages back; its `Finish` comes with the next step's outputs."""
+        if (job := self._jobs.get(request_id)) is None:
+            return False
+        self._outbox.append(self._finish(job, FinishReason.CANCELLED))
+        return True
+
+    def step(self) -> list[Output]:
+        """Run one forward pass, if anybody has work, and return what it brought."""
+        outputs, self._outbox = self._outbox, []
+        if (batch := self.scheduler.next_batch()) is not None:
+            result = self._runner.run(batch, [self._job_of(sequence).sampler for sequence in batch.sampled])
+            outputs += self._commit(batch, result)
+        metrics.observe_status(self.status)
+        return outputs
+
+    def _sequence(self, request: Request) -> Sequence:
+        """The request, checked, as the scheduler sees it."""
+        limit, length = self.model.max_model_len, len(request.prompt)
+        if not 0 < length < limit:
+            raise InvalidRequest("prompt", f"1 to {limit - 1} tokens (max_model_len is {limit}), got {length}")
+        if (worst := max(request.prompt)) >= self.model.vocab_size or min(request.prompt) < 0:
+            raise InvalidRequest("prompt", f"token ids from 0 to {self.model.vocab_size - 1}, got {worst}")
+        check(request.params, self.model.vocab_size, self.model.eos_token_ids)
+        strategy = self._default
+        if request.strategy is not None or request.strategy_args:
+            strategy = _strategy(request.strategy or self.config.strategy, request.strategy_args)
+        keys = None
+        if self.config.prefix_cache and not request.bypass_prefix_cache:
+            root = f"{self.model.fingerprint}|{strategy!r}|{request.cache_salt}"
+            keys = PageKeys(root, self.config.page_size)
+        return Sequence(request, strategy, min(request.params.max_new_tokens, limit - length), keys)
+
+    def _check_room(self, sequence: Sequence) -> None:
+        tokens = sequence.prompt_len + sequence.max_new_tokens
+        spec, total = self.cache.spec, self.cache.allocator.total
+        if (needed := spec.pages_for(tokens)) > total:
+            raise ResourceExhausted(
+                f"kv_memory: {tokens} tokens (prompt + max_new_tokens) need {needed} pages = "
+                f"{needed * spec.page_bytes} bytes, the cache has {total} pages = {total * spec.page_bytes} bytes"
+            )
+        if len(self._jobs) >= (room := self.config.max_num_seqs + self.config.max_queue):
+            raise ResourceExhausted(
+                f"max_queue: {len(self._jobs)} requests are running or waiting, at most {room}", retry_after_s=1.0
+            )
+
+    def _job(self, sequence: Sequence) -> Job:
+        request, eos = sequence.request, self.model.eos_token_ids
+        sampler = SamplerState(
+            params=request.params,
+            prompt=request.prompt,
+            generated=[],
+            eos_token_ids=eos,
+            seed=derive_seed(self.config.seed, request.request_id),
+        )
+        detokenizer = Detokenizer(self.tokenizer, request.params.skip_special_tokens, request.prompt)
+        return Job(sequence, sampler, Transcript(detokenizer, request.params, eos))
+
+    def _job_of(self, sequence: Sequence) -> Job:
+        return self._jobs[sequence.request.request_id]
+
+    def _commit(self, batch: Batch, result: StepResult) -> list[Output]:
+        """Book what the step computed, then let every request that got a token speak."""
+        for sequence, reads in zip(batch.sequences, result.reads, strict=True):
+            sequence.reads[batch.phase] += reads
+            sequence.bytes_moved += result.bytes_moved // len(batch.sequences)
+        sampled = batch.sampled
+        self.scheduler.commit(batch, [token for token, _ in result.sampled])
+        outputs: list[Output] = []
+        for sequence, span in zip(batch.sequences, batch.spans, strict=True):
+            outputs += self._job_of(sequence).progress(span.start)
+        for sequence, choice in zip(sampled, result.sampled, strict=True):
+            output, reason = self._job_of(sequence).say(choice)
+            outputs += [output] if reason is None else [output, self._finish(self._job_of(sequence), reason)]
+        return outputs
+
+    def _finish(self, job: Job, reason: FinishReason) -> Finish:
+        del self._jobs[job.request_id]
+        self.scheduler.finish(job.sequence)
+        return job.finish(reason)
+
+
+def _strategy(name: str, arguments: tuple[str, ...]) -> Strategy:
+    try:
+        return parse(name, arguments)
+    except StrategyError as error:
+        raise InvalidRequest(error.field, error.problem) from None

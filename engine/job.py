@@ -1,0 +1,55 @@
+"""A live request: where it stands, how it samples, what it has said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import metrics
+from .request import Finish, FinishReason, Output, TokenOutput
+from .sampler import Sampled, SamplerState
+from .sequence import Sequence
+from .transcript import Transcript
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """Ties one request's parts together and words its outputs."""
+
+    sequence: Sequence
+    sampler: SamplerState
+    transcript: Transcript
+
+    @property
+    def request_id(self) -> str:
+        return self.sequence.request.request_id
+
+    def say(self, choice: Sampled) -> tuple[TokenOutput, FinishReason | None]:
+        """Take in one new token: its output, and why the request ends with it, if it does."""
+        token, logprobs = choice
+        self.sampler.generated.append(token)
+        text = self.transcript.push(token)
+        reason = FinishReason.STOP if self.transcript.matched is not None else None
+        if reason is None and self.sequence.num_generated >= self.sequence.max_new_tokens:
+            text, reason = text + self.transcript.flush(), FinishReason.LENGTH
+        return TokenOutput(self.request_id, text, (token,), (logprobs,) if logprobs else ()), reason
+
+    def finish(self, reason: FinishReason) -> Finish:
+        sequence = self.sequence
+        finish = Finish(
+            self.request_id,
+            reason,
+            sequence.usage(),
+            sequence.timings(),
+            sequence.sparsity(),
+            matched_stop=self.transcript.matched,
+        )
+        metrics.observe_finish(finish, sequence.preemptions)
+        return finish
+
+    def progress(self, start: int) -> list[Output]:
+        """Outputs of a prompt chunk that began at token `start`: first what the prompt is, then how far it got."""
+        sequence = self.sequence
+        if start >= sequence.prompt_len or sequence.preemptions:
+            return []
+        opening: list[Output] = [sequence.prompt_info()] if start == sequence.cached else []
+        return [*opening, sequence.progress()]

@@ -1,0 +1,124 @@
+"""The offline face: prompts in, completions out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from .config import EngineConfig
+from .engine import Engine
+from .request import Finish, Logprob, Output, PrefillProgress, Request, SamplingParams, TokenOutput
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(slots=True)
+class Completion:
+    """What one prompt brought."""
+
+    prompt: Prompt
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[tuple[Logprob, ...]] = field(default_factory=list)
+    finish: Finish | None = None
+    """Why it ended, token counts, timings and sparsity; set on every completion that `generate` yields."""
+
+
+class LLM:
+    """A model with its attention swapped, for scripts: ``LLM(strategy="streaming").generate(["Once upon"])``."""
+
+    def __init__(self, model: str | None = None, **config: Any) -> None:
+        """Load `model` (None: the embedded one); the other arguments are `EngineConfig`'s fields."""
+        self.engine = Engine(EngineConfig(model=model, **config))
+        self._count = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        strategy: str | None = None,
+        progress: bool = True,
+    ) -> Iterator[Completion]:
+        """Complete prompts (texts or token ids), many at once, and yield the completions in the prompts' order.
+
+        Raises:
+            InvalidRequest: a prompt or a parameter is out of bounds; nothing was started.
+        """
+        many = _as_list(prompts)
+        requests = [self._request(prompt, params or SamplingParams(), strategy) for prompt in many]
+        pending = {request.request_id: Completion(prompt) for request, prompt in zip(requests, many, strict=True)}
+        bar = _progress(disable=not progress)
+        with bar:
+            yield from self._run(requests, pending, _Meter(bar, requests))
+
+    def _run(self, requests: list[Request], pending: dict[str, Completion], meter: _Meter) -> Iterator[Completion]:
+        order, queue = list(pending), list(reversed(requests))
+        room = self.engine.config.max_num_seqs
+        try:
+            while order:
+                while queue and self.engine.status.running + self.engine.status.waiting < room:
+                    self.engine.add(queue.pop())
+                for output in self.engine.step():
+                    meter.advance(output)
+                    _fill(pending[output.request_id], output)
+                while order and pending[order[0]].finish is not None:
+                    yield pending.pop(order.pop(0))
+        finally:
+            for request_id in order:
+                self.engine.abort(request_id)
+            self.engine.step()
+
+    def _request(self, prompt: Prompt, params: SamplingParams, strategy: str | None) -> Request:
+        self._count += 1
+        tokens = self.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return Request(f"llm-{self._count}", tuple(tokens), params, strategy=strategy)
+
+
+class _Meter:
+    """Prompt and generated tokens so far, on a progress bar."""
+
+    def __init__(self, bar: Progress, requests: list[Request]) -> None:
+        self._bar = bar
+        self._seen: dict[str, int] = {}
+        self._prefill: TaskID = bar.add_task("prefill", total=sum(len(request.prompt) for request in requests))
+        self._decode: TaskID = bar.add_task("decode", total=sum(request.params.max_new_tokens for request in requests))
+        self._budget = {request.request_id: request.params.max_new_tokens for request in requests}
+
+    def advance(self, output: Output) -> None:
+        if isinstance(output, PrefillProgress):
+            self._bar.advance(self._prefill, output.processed - self._seen.get(output.request_id, 0))
+            self._seen[output.request_id] = output.processed
+        elif isinstance(output, TokenOutput):
+            self._bar.advance(self._decode, len(output.token_ids))
+        elif isinstance(output, Finish):
+            self._bar.advance(self._decode, self._budget[output.request_id] - output.usage.completion_tokens)
+
+
+def _fill(completion: Completion, output: Output) -> None:
+    if isinstance(output, TokenOutput):
+        completion.text += output.text
+        completion.token_ids += output.token_ids
+        completion.logprobs += output.logprobs
+    elif isinstance(output, Finish):
+        completion.finish = output
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _progress(disable: bool) -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("tokens"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, disable=disable, transient=True)

@@ -1,0 +1,49 @@
+"""How much memory the KV pages get."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from keysift.kvcache import CacheSpec, PagedCache
+
+from .config import EngineConfig
+from .errors import InvalidRequest
+from .model import LoadedModel
+
+SHARE = 0.4
+"""Of the memory that is free once the model is loaded, the most that pages take unless ``kv_memory`` says otherwise."""
+
+
+def cache_spec(config: EngineConfig, model: LoadedModel) -> CacheSpec:
+    return CacheSpec(
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        page_size=config.page_size,
+        dtype=model.dtype,
+        scale=model.scale,
+        windows=model.windows,
+    )
+
+
+def make_cache(config: EngineConfig, model: LoadedModel) -> PagedCache:
+    """A cache of at most ``kv_memory`` bytes, and no larger than all running requests could fill.
+
+    Raises:
+        InvalidRequest: the bytes do not hold one page.
+    """
+    spec = cache_spec(config, model)
+    wanted = spec.pages_for(model.max_model_len) * config.max_num_seqs
+    budget = int(SHARE * free_memory(model.device)) if config.kv_memory is None else int(config.kv_memory)
+    frames = min(budget // spec.page_bytes, wanted)
+    if frames < 1:
+        raise InvalidRequest("kv_memory", f"at least one page = {spec.page_bytes} bytes, got {budget}")
+    return PagedCache(spec, frames, max_sequences=config.max_num_seqs, max_len=model.max_model_len, device=model.device)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that the device could give now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

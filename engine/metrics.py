@@ -1,0 +1,71 @@
+"""Prometheus metrics of this process, under vLLM's names with our prefix."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from keysift.kvcache import Phase
+
+from .request import EngineStatus, Finish
+
+_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
+_SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_BY_STRATEGY = ("strategy",)
+
+
+def _seconds(name: str, what: str) -> Histogram:
+    return Histogram(f"keysift_{name}_seconds", what, _BY_STRATEGY, buckets=_SECONDS)
+
+
+def _counter(name: str, what: str) -> Counter:
+    return Counter(f"keysift_{name}", what, _BY_STRATEGY)
+
+
+TIME_TO_FIRST_TOKEN = _seconds("time_to_first_token", "Arrival to first token")
+INTER_TOKEN_LATENCY = _seconds("inter_token_latency", "Between two tokens of a request, its mean")
+E2E_REQUEST_LATENCY = _seconds("e2e_request_latency", "Arrival to last token")
+REQUEST_QUEUE_TIME = _seconds("request_queue_time", "Arrival to first step")
+RUNNING = Gauge("keysift_num_requests_running", "Requests that hold pages")
+WAITING = Gauge("keysift_num_requests_waiting", "Requests in the queue")
+KV_CACHE_USAGE = Gauge("keysift_kv_cache_usage_perc", "Share of the KV pages in use, 1 = all")
+PREEMPTIONS = _counter("num_preemptions_total", "Requests that gave their pages back to be computed again")
+PREFIX_QUERIES = _counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache")
+PREFIX_HITS = _counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache")
+PROMPT_TOKENS = _counter("prompt_tokens_total", "Prompt tokens processed")
+GENERATION_TOKENS = _counter("generation_tokens_total", "Tokens generated")
+DENSITY = {
+    phase: Histogram(f"keysift_{phase.value}_density", "Share of the causal pairs read", _BY_STRATEGY, buckets=_SHARES)
+    for phase in Phase
+}
+COVERAGE = Histogram("keysift_attention_coverage", "Attention mass kept", _BY_STRATEGY, buckets=_SHARES)
+KV_BYTES_MOVED = _counter("kv_bytes_moved_total", "KV bytes moved between memories")
+DENSE_FALLBACK = _counter("dense_fallback_total", "Requests that ran dense below a strategy's crossover")
+
+
+def observe_status(status: EngineStatus) -> None:
+    """Show where the engine stands."""
+    RUNNING.set(status.running)
+    WAITING.set(status.waiting)
+    KV_CACHE_USAGE.set(1 - status.pages_free / status.pages_total)
+
+
+def observe_finish(finish: Finish, preemptions: int) -> None:
+    """Count a request that ended."""
+    label, timings, usage, sparsity = finish.sparsity.strategy, finish.timings, finish.usage, finish.sparsity
+    PROMPT_TOKENS.labels(label).inc(usage.prompt_tokens)
+    GENERATION_TOKENS.labels(label).inc(usage.completion_tokens)
+    PREEMPTIONS.labels(label).inc(preemptions)
+    PREFIX_QUERIES.labels(label).inc(usage.prompt_tokens)
+    PREFIX_HITS.labels(label).inc(usage.cached_tokens)
+    REQUEST_QUEUE_TIME.labels(label).observe(timings.queue_ms / 1e3)
+    KV_BYTES_MOVED.labels(label).inc(sparsity.kv_bytes_moved)
+    DENSE_FALLBACK.labels(label).inc(sparsity.dense_fallback)
+    if usage.completion_tokens:
+        TIME_TO_FIRST_TOKEN.labels(label).observe(timings.ttft_ms / 1e3)
+        E2E_REQUEST_LATENCY.labels(label).observe((timings.ttft_ms + timings.decode_ms) / 1e3)
+        DENSITY[Phase.PREFILL].labels(label).observe(sparsity.prefill_density)
+    if usage.completion_tokens > 1:
+        INTER_TOKEN_LATENCY.labels(label).observe(timings.tpot_ms / 1e3)
+        DENSITY[Phase.DECODE].labels(label).observe(sparsity.decode_density)
+    if sparsity.coverage is not None:
+        COVERAGE.labels(label).observe(sparsity.coverage)

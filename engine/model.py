@@ -1,0 +1,227 @@
+"""Loading any decoder of transformers, with its attention swapped for ours."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from keysift.attention import Attend
+
+from . import seam
+from .config import EngineConfig
+from .errors import InvalidRequest, ModelNotFound, Unsupported
+from .linear import native_kernel, swap_linears
+from .seam import AttentionCall
+from .source import Source, locate
+from .tokenizer import Tokenizer
+
+Report = Callable[[str], None]
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model on its device and the facts that the cache, the strategies and the server need about it."""
+
+    name: str
+    module: nn.Module
+    tokenizer: Tokenizer
+    max_model_len: int
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    dtype: torch.dtype
+    device: torch.device
+    eos_token_ids: frozenset[int]
+    scale: float
+    """What query-key products are multiplied with before the softmax."""
+    windows: tuple[int, ...]
+    """Per layer: a query reads itself and the window - 1 tokens before it; 0: everything before it."""
+    fingerprint: str
+    """Equal for equal weights in the same precision; part of every prefix-cache key."""
+
+    def forward(self, input_ids: Tensor, positions: Tensor, last: Tensor, attend: Attend) -> Tensor:
+        """One step: input_ids [T] at positions [T], next-token logits [B, V] fp32 after the tokens at indices last [B].
+
+        `attend` is called once for every layer and knows which token belongs to which sequence.
+        """
+        with torch.inference_mode():
+            output = self.module(
+                input_ids=input_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                past_key_values=None,
+                logits_to_keep=last,
+                attend=attend,
+            )
+        return output.logits[0].float()  # type: ignore[no-any-return]  # [B, V]
+
+
+def load(config: EngineConfig, report: Report) -> LoadedModel:
+    """The model that `config` names, ready to run; `report` hears what takes time.
+
+    Raises `ModelNotFound`, `Unsupported` naming what cannot be honoured, or `InvalidRequest` naming the field.
+    """
+    device = choose_device(config.device)
+    source = locate(config.model, report)
+    report(f"loading {source.name}")
+    module = _load_module(source, config, device)
+    text = module.config.get_text_config(decoder=True)
+    calls = _check_calls(seam.probe(module, device), text)
+    max_model_len = _max_model_len(config.max_model_len, text)
+    _check_rotary(module, max_model_len)
+    _use_native_linears(module, device)
+    return LoadedModel(
+        name=config.served_model_name or source.name,
+        module=module,
+        tokenizer=_load_tokenizer(source, config.trust_remote_code),
+        max_model_len=max_model_len,
+        num_layers=len(calls),
+        num_query_heads=calls[0].num_query_heads,
+        num_kv_heads=calls[0].num_kv_heads,
+        head_dim=calls[0].head_dim,
+        vocab_size=text.vocab_size,
+        dtype=module.dtype,
+        device=device,
+        eos_token_ids=_eos_token_ids(module),
+        scale=calls[0].scale,
+        windows=tuple(call.window for call in calls),
+        fingerprint=_fingerprint(module),
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """The device called `name`; ``auto`` is CUDA where there is one. Raises `InvalidRequest` for a missing one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InvalidRequest("device", f"auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidRequest("device", f"one of the {torch.cuda.device_count()} CUDA devices here, got {name!r}")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; ``auto`` is bfloat16 where the hardware multiplies it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    if device.type == "cuda":
+        return torch.bfloat16
+    features = torch.cpu.get_capabilities()
+    return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
+
+
+def _load_module(source: Source, config: EngineConfig, device: torch.device) -> Any:
+    """The module of `source`, in evaluation mode. Weights are safetensors or GGUF, never pickles."""
+    seam.register()
+    try:
+        module: Any = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            gguf_file=source.gguf_file,
+            dtype=choose_dtype(config.dtype, device),
+            device_map=None if device.type == "cpu" else {"": device},
+            attn_implementation=seam.NAME,
+            use_safetensors=None if source.gguf_file else True,
+            trust_remote_code=config.trust_remote_code,
+        )
+    except OSError as error:
+        raise ModelNotFound(f"{source.name}: {error}") from error
+    except (ValueError, KeyError) as error:
+        raise Unsupported(f"{source.name}: {str(error).splitlines()[0]}") from error
+    if module.config._attn_implementation != seam.NAME:
+        raise Unsupported(f"{type(module).__name__}: its attention cannot be swapped")
+    return module.eval().requires_grad_(False)
+
+
+def _load_tokenizer(source: Source, trust_remote_code: bool) -> Tokenizer:
+    try:
+        found = AutoTokenizer.from_pretrained(
+            source.path, gguf_file=source.gguf_file, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelNotFound(f"{source.name}: no tokenizer ({error})") from error
+    return Tokenizer(found)
+
+
+def _check_calls(calls: list[AttentionCall], text: Any) -> list[AttentionCall]:
+    """The calls, if they are one per layer and alike in all that one paged cache must share."""
+    if [call.layer for call in calls] != list(range(text.num_hidden_layers)):
+        raise Unsupported(f"{text.model_type}: {len(calls)} attention calls for {text.num_hidden_layers} layers")
+    for name in ("num_query_heads", "num_kv_heads", "head_dim", "scale"):
+        if len(values := sorted({getattr(call, name) for call in calls})) > 1:
+            raise Unsupported(f"{text.model_type}: layers differ in {name}: {', '.join(map(str, values))}")
+    kinds = getattr(text, "layer_types", None) or [None] * len(calls)
+    if unknown := {kind for kind in kinds if kind is not None} - LAYER_TYPES:
+        raise Unsupported(f"{text.model_type}: layer type {', '.join(sorted(unknown))}")
+    if any(
+        kind is not None and (kind == "sliding_attention") != bool(call.window)
+        for call, kind in zip(calls, kinds, strict=True)
+    ):
+        raise Unsupported(f"{text.model_type}: its sliding layers do not tell attention their window")
+    return calls
+
+
+def _max_model_len(asked: int | None, text: Any) -> int:
+    limit: int | None = getattr(text, "max_position_embeddings", None)
+    chosen = limit if asked is None else asked
+    if chosen is None:
+        raise InvalidRequest("max_model_len", "the model states no limit, so a number is needed, got none")
+    if limit is not None and chosen > limit:
+        raise InvalidRequest("max_model_len", f"at most {limit}, the model's max_position_embeddings, got {asked}")
+    return chosen
+
+
+def _check_rotary(module: nn.Module, max_model_len: int) -> None:
+    """Refuse rotary embeddings whose frequencies would change within `max_model_len` tokens.
+
+    Such a change follows the longest position of the step, not of the sequence, so a token's key would depend on how
+    its prompt was cut and on who shares the step. Below the change frequencies are constant and the model is served.
+    """
+    for rotary in module.modules():
+        kinds = getattr(rotary, "rope_type", None)
+        for layer_type, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            limit = _constant_until(rotary, layer_type, kind)
+            if limit is not None and max_model_len > limit:
+                raise Unsupported(
+                    f"rope_type {kind}: changes its frequencies beyond {limit} tokens; max_model_len must be at most "
+                    f"{limit}, got {max_model_len}"
+                )
+
+
+def _constant_until(rotary: Any, layer_type: str | None, kind: str | None) -> int | None:
+    """How many tokens the frequencies stay constant for; None: for ever."""
+    if kind == "longrope":
+        parameters = rotary.config.rope_parameters
+        chosen = parameters if layer_type is None else parameters[layer_type]
+        return int(chosen["original_max_position_embeddings"])
+    return int(rotary.max_seq_len_cached) if kind and "dynamic" in kind else None
+
+
+def _use_native_linears(module: nn.Module, device: torch.device) -> None:
+    if device.type == "cpu" and (kernel := native_kernel()) is not None:
+        swap_linears(module, kernel)
+
+
+def _eos_token_ids(module: Any) -> frozenset[int]:
+    ids = module.generation_config.eos_token_id
+    return frozenset([ids] if isinstance(ids, int) else ids or ())
+
+
+def _fingerprint(module: Any) -> str:
+    """A digest of the configuration and of up to 64 numbers spread over every parameter; big files stay unread."""
+    digest = hashlib.sha256(module.config.to_json_string().encode())
+    for name, parameter in module.named_parameters():
+        flat = parameter.detach().flatten()
+        spread = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{spread.tolist()}".encode())
+    return digest.hexdigest()[:16]

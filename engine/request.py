@@ -1,0 +1,178 @@
+"""A request as the engine sees it, and everything that it can send back."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from .checked import Checked
+from .errors import InvalidRequest
+
+TokenId = Annotated[int, Field(ge=0)]
+
+
+class SamplingParams(Checked):
+    """How to choose tokens and when to stop. The defaults are greedy and deterministic.
+
+    Field names follow ``vllm.Inference``; out-of-range values raise `InvalidRequest`.
+    """
+
+    temperature: float = Field(0.0, ge=0, le=100)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    min_p: float = Field(0.0, ge=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    logit_bias: dict[TokenId, float] = Field(default_factory=dict)
+    allowed_token_ids: tuple[TokenId, ...] = ()
+
+    max_new_tokens: int = Field(256, ge=1)
+    min_new_tokens: int = Field(0, ge=0)
+    stop_token_ids: tuple[TokenId, ...] = ()
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    include_stop_strings: bool = False
+    ignore_eos: bool = False
+
+    logprobs: int | None = Field(None, ge=0, le=20)
+    """How many candidates' log probabilities come with each token; 0: the chosen token's only."""
+    skip_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _minimum_below_maximum(self) -> SamplingParams:
+        if self.min_new_tokens > self.max_new_tokens:
+            raise InvalidRequest(
+                "min_new_tokens",
+                f"at most max_new_tokens ({self.max_new_tokens}), got {self.min_new_tokens}",
+            )
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to complete."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    strategy: str | None = None
+    """Overrides the engine's strategy for this request, as `attention.make` spells it."""
+    strategy_args: tuple[str, ...] = ()
+    """``name.field=value`` pairs for `strategy`."""
+    cache_salt: str = ""
+    bypass_prefix_cache: bool = False
+    priority: int = 0
+    """Smaller runs earlier; equal priorities run in order of arrival."""
+    arrival: float = field(default_factory=time.monotonic)
+
+
+class FinishReason(Enum):
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Milliseconds. TTFT = arrival to first token; TPOT = decode time / (completion tokens - 1)."""
+
+    queue_ms: float
+    prefill_ms: float
+    ttft_ms: float
+    decode_ms: float
+    tpot_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsity:
+    """What the strategy read. Densities have the causal denominator and cover full-attention layers."""
+
+    strategy: str
+    prefill_density: float
+    decode_density: float
+    coverage: float | None
+    """Retained attention mass; None where no probe measured it."""
+    dense_fallback: bool
+    kv_bytes_read: int
+    kv_bytes_moved: int
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    token_id: int
+    logprob: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptInfo:
+    """First output of a request, when it starts to run."""
+
+    request_id: str
+    prompt_tokens: int
+    cached_tokens: int
+    strategy: str
+    queue_ms: float
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillProgress:
+    request_id: str
+    total: int
+    cached: int
+    processed: int
+    """Prompt tokens that are in the cache now, the cached ones included."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenOutput:
+    """New tokens and the text that became final with them (empty while a character is incomplete)."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[tuple[Logprob, ...], ...] = ()
+    """Per token: the chosen one first, then the candidates in descending order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Last output of a request."""
+
+    request_id: str
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+    sparsity: Sparsity
+    matched_stop: str | int | None = None
+    """The stop string or the token id that ended the text."""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """Where the engine stands between two steps."""
+
+    running: int
+    waiting: int
+    pages_free: int
+    pages_total: int
+    page_size: int
+    page_bytes: int
+
+
+Output = PromptInfo | PrefillProgress | TokenOutput | Finish

@@ -1,0 +1,65 @@
+"""One forward pass: from a batch of host integers to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+
+from keysift.attention import Reads, Telemetry, bind
+from keysift.kvcache import PagedCache, Phase, Step
+from keysift.kvcache.ops import use_backend
+
+from .config import Backend
+from .model import LoadedModel
+from .sampler import Sampled, SamplerState, sample
+from .scheduler import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step brought: one token for each sampled sequence, and what each sequence of the batch read."""
+
+    sampled: list[Sampled]
+    reads: list[Reads]
+    bytes_moved: int
+
+
+class Runner:
+    """Binds strategy, cache and step into `attend` and hands it to the model."""
+
+    def __init__(self, model: LoadedModel, cache: PagedCache, *, backend: Backend, queries_per_row: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._backend = backend
+        self._queries_per_row = queries_per_row
+
+    def run(self, batch: Batch, states: SequenceOf[SamplerState]) -> StepResult:
+        """Run the batch and sample with one state for each of `batch.sampled`."""
+        step = self._step(batch)
+        telemetry = Telemetry(self._cache.spec, step)
+        moved = self._cache.tier.bytes_moved
+        attend = bind(batch.strategy, self._cache, step, telemetry)
+        with torch.inference_mode(), use_backend(self._backend):
+            logits = self._model.forward(self._input_ids(batch), step.positions, self._last(batch), attend)
+            sampled = sample(logits, states)
+        return StepResult(sampled, telemetry.reads(), self._cache.tier.bytes_moved - moved)
+
+    def _step(self, batch: Batch) -> Step:
+        if batch.phase is Phase.PREFILL:
+            return self._cache.prefill(batch.spans[0], self._queries_per_row)
+        return self._cache.decode(batch.spans)
+
+    def _input_ids(self, batch: Batch) -> torch.Tensor:
+        """[T] int64"""
+        pairs = zip(batch.sequences, batch.spans, strict=True)
+        tokens = [token for sequence, span in pairs for token in sequence.tokens[span.start : span.stop]]
+        return torch.tensor(tokens, device=self._cache.device)
+
+    def _last(self, batch: Batch) -> torch.Tensor:
+        """[B'] int64, index of each sampled sequence's last token among the packed ones."""
+        if batch.phase is Phase.DECODE:
+            return torch.arange(len(batch.spans), device=self._cache.device)
+        last = [batch.spans[0].length - 1] if batch.sampled else []
+        return torch.tensor(last, dtype=torch.int64, device=self._cache.device)

@@ -1,0 +1,174 @@
+"""Who runs next. Host integers only."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from keysift.attention import Dense, Strategy
+from keysift.kvcache import OutOfFrames, PagedCache, Phase, Span
+
+from .sequence import Sequence
+
+DENSE = Dense()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's work: a chunk of one prompt, or one token of every sequence that decodes under one strategy."""
+
+    phase: Phase
+    strategy: Strategy
+    sequences: tuple[Sequence, ...]
+    spans: tuple[Span, ...]
+
+    @property
+    def sampled(self) -> tuple[Sequence, ...]:
+        """Sequences whose last known token is in this batch, so that it yields a new one."""
+        pairs = zip(self.sequences, self.spans, strict=True)
+        return tuple(sequence for sequence, span in pairs if span.stop == len(sequence.tokens))
+
+
+class Scheduler:
+    """Continuous batching over a paged cache.
+
+    Prompt chunks and decode steps take turns, so neither starves the other; among unfinished prompts the oldest and the
+    shortest take turns. When pages run out while decoding, the sequence that would run last gives its pages back and is
+    computed again later.
+    """
+
+    def __init__(self, cache: PagedCache, *, max_running: int, chunk: int, queries_per_row: int) -> None:
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._cache = cache
+        self._max_running = max_running
+        self._chunk = chunk
+        self._align = queries_per_row
+        self._last_phase = Phase.DECODE
+        self._oldest_turn = True
+        self._last_strategy: Strategy = DENSE
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+        self.waiting.sort(key=lambda waiting: waiting.order)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Forget the sequence, wherever it is, and give its pages back."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._release(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def next_batch(self) -> Batch | None:
+        """The next step's work, its pages reserved; None when nobody can run."""
+        self._admit()
+        prefill = [sequence for sequence in self.running if sequence.phase is Phase.PREFILL]
+        decode = [sequence for sequence in self.running if sequence.phase is Phase.DECODE]
+        if prefill and (not decode or self._last_phase is Phase.DECODE):
+            return self._prefill_batch(prefill)
+        return self._decode_batch(decode) if decode else None
+
+    def commit(self, batch: Batch, tokens: SequenceOf[int]) -> None:
+        """Take in a finished step: what it computed, and a new token for each of `batch.sampled`."""
+        now = time.monotonic()
+        sampled = batch.sampled
+        for sequence, span in zip(batch.sequences, batch.spans, strict=True):
+            sequence.computed = span.stop
+            self._keep(sequence)
+        for sequence, token in zip(sampled, tokens, strict=True):
+            sequence.append(token, now)
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._max_running and self._admit_one(self.waiting[0]):
+            self.running.append(self.waiting.pop(0))
+
+    def _admit_one(self, sequence: Sequence) -> bool:
+        """Open the sequence with the prefix that is cached and pages for all its known tokens and one more."""
+        spec, known = self._cache.spec, len(sequence.tokens)
+        shared = self._cache.prefix.match(sequence.page_keys()[: self._reusable(known)])
+        aligned = len(shared) * spec.page_size // self._align * self._align // spec.page_size
+        handle = self._cache.open()
+        self._cache.share(handle, shared[:aligned])
+        try:
+            self._cache.reserve(handle, known + 1)
+        except OutOfFrames:
+            self._cache.release(handle)
+            return False
+        sequence.handle, sequence.computed, sequence.kept = handle, aligned * spec.page_size, aligned
+        sequence.start(time.monotonic())
+        return True
+
+    def _reusable(self, known: int) -> int:
+        """Pages of a prefix that may be reused: the last token must run to yield its successor."""
+        return (known - 1) // self._cache.spec.page_size
+
+    def _prefill_batch(self, prefill: list[Sequence]) -> Batch:
+        key = (lambda s: s.order) if self._oldest_turn else (lambda s: (s.remaining, s.order))
+        self._oldest_turn = not self._oldest_turn
+        sequence = min(prefill, key=key)
+        length = min(self._chunk, sequence.remaining)
+        strategy = self._effective(sequence, Phase.PREFILL)
+        return self._batch(Phase.PREFILL, strategy, [sequence], length)
+
+    def _decode_batch(self, decode: list[Sequence]) -> Batch | None:
+        ready = [sequence for sequence in sorted(decode, key=lambda s: s.order) if self._reserve_next(sequence)]
+        groups: dict[Strategy, list[Sequence]] = {}
+        for sequence in ready:
+            groups.setdefault(self._effective(sequence, Phase.DECODE), []).append(sequence)
+        if not groups:
+            return None
+        strategy = self._next_strategy(list(groups))
+        return self._batch(Phase.DECODE, strategy, groups[strategy], 1)
+
+    def _next_strategy(self, strategies: list[Strategy]) -> Strategy:
+        """Strategies that decode at the same time take turns, in order of first use."""
+        turn = strategies.index(self._last_strategy) + 1 if self._last_strategy in strategies else 0
+        return strategies[turn % len(strategies)]
+
+    def _batch(self, phase: Phase, strategy: Strategy, sequences: list[Sequence], length: int) -> Batch:
+        self._last_phase, self._last_strategy = phase, strategy
+        spans = tuple(Span(_handle(sequence), sequence.computed, length) for sequence in sequences)
+        return Batch(phase, strategy, tuple(sequences), spans)
+
+    def _effective(self, sequence: Sequence, phase: Phase) -> Strategy:
+        if sequence.strategy.falls_back(phase, len(sequence.tokens)):
+            sequence.fell_back = True
+            return DENSE
+        return sequence.strategy
+
+    def _reserve_next(self, sequence: Sequence) -> bool:
+        """A page for the sequence's next token, taken from whoever would run last if need be."""
+        while sequence.handle is not None:
+            try:
+                self._cache.reserve(sequence.handle, len(sequence.tokens))
+                return True
+            except OutOfFrames:
+                self._preempt(max(self.running, key=lambda running: running.order))
+        return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._release(sequence)
+        sequence.computed = 0
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self.add(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        self._cache.release(_handle(sequence))
+        sequence.handle = None
+
+    def _keep(self, sequence: Sequence) -> None:
+        """Offer the pages that have become full to the prefix cache."""
+        full = sequence.computed // self._cache.spec.page_size
+        if full > sequence.kept:
+            self._cache.keep(_handle(sequence), sequence.page_keys()[sequence.kept : full], sequence.kept)
+            sequence.kept = full
+
+
+def _handle(sequence: Sequence) -> int:
+    assert sequence.handle is not None, "a sequence that runs holds pages"
+    return sequence.handle

@@ -1,0 +1,132 @@
+"""A request while it runs. Host values only."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from keysift.attention import Reads, Strategy
+from keysift.kvcache import PageKeys, Phase
+
+from .request import PrefillProgress, PromptInfo, Request, Sparsity, Timings, Usage
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens of one request, how many of them are in the cache, and when what happened."""
+
+    request: Request
+    strategy: Strategy
+    max_new_tokens: int
+    """The request's own limit or what the model's length leaves, whichever is less."""
+    keys: PageKeys | None = None
+    """Names of its pages in the prefix cache; None: it neither uses nor feeds that cache."""
+    tokens: list[int] = field(default_factory=list)
+    handle: int | None = None
+    """Its number in the cache while it holds pages."""
+    computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    cached: int = 0
+    """Prompt tokens that were there when it was first admitted."""
+    kept: int = 0
+    """Full pages offered to the prefix cache."""
+    started: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    reads: dict[Phase, Reads] = field(default_factory=lambda: dict.fromkeys(Phase, Reads()))
+    bytes_moved: int = 0
+    fell_back: bool = False
+    preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def generated(self) -> list[int]:
+        return self.tokens[self.prompt_len :]
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that are not in the cache yet: 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def phase(self) -> Phase:
+        """Decoding means that one token, a generated one, is missing from the cache."""
+        return Phase.DECODE if self.remaining == 1 and self.num_generated else Phase.PREFILL
+
+    @property
+    def order(self) -> tuple[int, float]:
+        """Who runs first: smaller is earlier."""
+        return self.request.priority, self.request.arrival
+
+    @property
+    def exact(self) -> bool:
+        """Every token that was generated so far has read all of its context."""
+        return self.reads[Phase.DECODE].chosen == self.reads[Phase.DECODE].possible
+
+    def page_keys(self) -> list[bytes]:
+        """Keys of the known full pages that others may share.
+
+        Pages of generated tokens are among them only while decoding is exact: a prompt with the same tokens would
+        otherwise get other content than its own prefill yields.
+        """
+        if self.keys is None:
+            return []
+        return self.keys.upto(self.tokens if self.exact else self.request.prompt)
+
+    def start(self, now: float) -> None:
+        if self.started is None:
+            self.started = now
+            self.cached = self.computed
+
+    def append(self, token: int, now: float) -> None:
+        self.tokens.append(token)
+        self.first_token = self.first_token or now
+        self.last_token = now
+
+    def prompt_info(self) -> PromptInfo:
+        return PromptInfo(
+            self.request.request_id, self.prompt_len, self.cached, self.strategy.name, self.timings().queue_ms
+        )
+
+    def progress(self) -> PrefillProgress:
+        processed = min(self.computed, self.prompt_len)
+        return PrefillProgress(self.request.request_id, self.prompt_len, self.cached, processed)
+
+    def usage(self) -> Usage:
+        return Usage(self.prompt_len, self.num_generated, self.cached)
+
+    def timings(self) -> Timings:
+        now = time.monotonic()
+        started = self.started or now
+        first = self.first_token or now
+        decode = 1e3 * ((self.last_token or first) - first)
+        return Timings(
+            queue_ms=1e3 * (started - self.request.arrival),
+            prefill_ms=1e3 * (first - started),
+            ttft_ms=1e3 * (first - self.request.arrival),
+            decode_ms=decode,
+            tpot_ms=decode / (self.num_generated - 1) if self.num_generated > 1 else 0.0,
+        )
+
+    def sparsity(self) -> Sparsity:
+        prefill, decode = self.reads[Phase.PREFILL], self.reads[Phase.DECODE]
+        complete = prefill.chosen == prefill.possible and decode.chosen == decode.possible
+        return Sparsity(
+            strategy=self.strategy.name,
+            prefill_density=prefill.density,
+            decode_density=decode.density,
+            coverage=1.0 if complete else None,
+            dense_fallback=self.fell_back,
+            kv_bytes_read=prefill.bytes + decode.bytes,
+            kv_bytes_moved=self.bytes_moved,
+        )

@@ -1,0 +1,181 @@
+"""Laws that every registered strategy keeps. A new strategy adds one row to `ROWS`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from keysift.attention import Strategy, Telemetry, bind, known, make
+from keysift.kvcache import CacheSpec, PagedCache, Phase, Selection, Span, Step
+
+PAGE, ROW, HEADS, KV_HEADS, DIM = 4, 8, 4, 2, 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """A strategy with a budget that bites, and the options that make it read everything."""
+
+    name: str
+    sparse: dict[str, object]
+    full: dict[str, object]
+
+
+ROWS = [
+    Row("dense", {}, {}),
+    Row("streaming", {"sink": 4, "window": 12}, {"sink": 0, "window": 10**6}),
+    Row("dense+streaming", {"streaming.sink": 4, "streaming.window": 12}, {"streaming.window": 10**6}),
+]
+IDS = [row.name for row in ROWS]
+
+
+def test_every_strategy_has_its_row() -> None:
+    assert set(known()) <= {row.name for row in ROWS}
+
+
+def cache_of(layers: int = 1, **spec: object) -> PagedCache:
+    shape = CacheSpec(num_layers=layers, num_kv_heads=KV_HEADS, head_dim=DIM, page_size=PAGE, **spec)  # type: ignore[arg-type]
+    cache = PagedCache(shape, 64, max_sequences=4, max_len=200)
+    for tensor in (cache.tier.k, cache.tier.v):  # type: ignore[attr-defined]
+        tensor.fill_(float("nan"))
+    return cache
+
+
+def qkv(tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(tokens, HEADS, DIM, generator=generator)
+    k, v = torch.randn(2, tokens, KV_HEADS, DIM, generator=generator)
+    return q, k, v
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, window: int = 0) -> Tensor:
+    """Causal softmax attention in float64, from its formula."""
+    k, v = (x.double().repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+    ages = torch.arange(len(q))[:, None] - torch.arange(len(q))
+    hidden = (ages < 0) | (ages >= window if window else False)
+    weights = (torch.einsum("qhd,khd->hqk", q.double(), k) * DIM**-0.5).masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v)
+
+
+def run(strategy: Strategy, cache: PagedCache, lengths: list[int], decode: int, data: tuple[Tensor, ...]) -> Tensor:
+    """Attention of one layer over a prompt in chunks, then token by token: [T, Hq, D]."""
+    sequence = cache.open()
+    cache.reserve(sequence, sum(lengths) + decode)
+    start, outs = 0, []
+    for length in lengths + [1] * decode:
+        span = Span(sequence, start, length)
+        step = cache.decode([span]) if len(outs) >= len(lengths) else cache.prefill(span, ROW)
+        here = slice(start, start + length)
+        outs.append(bind(strategy, cache, step)(0, *(tensor[here] for tensor in data)))
+        start += length
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+@pytest.mark.parametrize("lengths", [[1], [7], [8], [9], [32, 8, 21], [64, 33]], ids=str)
+def test_a_budget_of_everything_is_dense(row: Row, lengths: list[int]) -> None:
+    data = qkv(sum(lengths) + 5)
+    out = run(make(row.name, **row.full), cache_of(), lengths, 5, data)
+    torch.testing.assert_close(out.double(), oracle(*data), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_a_budget_of_everything_has_the_bits_of_dense(row: Row) -> None:
+    data = qkv(70)
+    assert torch.equal(
+        run(make(row.name, **row.full), cache_of(), [32, 33], 5, data),
+        run(make("dense"), cache_of(), [32, 33], 5, data),
+    )
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+@settings(deadline=None, max_examples=20)
+@given(start=st.integers(0, 15), length=st.integers(1, 40), phase=st.sampled_from(Phase))
+def test_selections_are_ascending_causal_and_hold_their_own_pages(
+    row: Row, start: int, length: int, phase: Phase
+) -> None:
+    cache = cache_of()
+    sequence = cache.open()
+    cache.reserve(sequence, 200)
+    start *= ROW
+    step = cache.prefill(Span(sequence, start, length), ROW)
+    if phase is Phase.DECODE:
+        step = cache.decode([Span(sequence, start + length, 1)])
+    selection = choose(make(row.name, **row.sparse), cache, step)
+    for index, last in enumerate(step.last_pages.tolist()):
+        for pages in selection.pages[index].tolist():
+            chosen = [page for page in pages if page >= 0]
+            assert pages == chosen + [-1] * (len(pages) - len(chosen))
+            assert chosen == sorted(set(chosen))
+            assert set(range(int(step.starts[index]) // PAGE, last + 1)) <= set(chosen)
+            assert chosen[-1] <= last
+
+
+def choose(strategy: Strategy, cache: PagedCache, step: Step) -> Selection:
+    q, k, v = qkv(len(step.positions))
+    cache.append(0, k, v, step)
+    context = cache.context(0, step)
+    return strategy.prefill(q, context) if step.phase is Phase.PREFILL else strategy.decode(q, context)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_a_sequence_decodes_alike_alone_and_in_a_batch(row: Row) -> None:
+    strategy = make(row.name, **row.sparse)
+    prompts = [qkv(41, 1), qkv(17, 2), qkv(64, 3)]
+    alone = [run(strategy, cache_of(), [len(data[0]) - 1], 1, data)[-1] for data in prompts]
+    cache = cache_of()
+    sequences = [cache.open() for _ in prompts]
+    for sequence, data in zip(sequences, prompts, strict=True):
+        cache.reserve(sequence, len(data[0]))
+        step = cache.prefill(Span(sequence, 0, len(data[0]) - 1), ROW)
+        bind(strategy, cache, step)(0, *(tensor[:-1] for tensor in data))
+    spans = [Span(sequence, len(data[0]) - 1, 1) for sequence, data in zip(sequences, prompts, strict=True)]
+    last = [torch.stack([data[part][-1] for data in prompts]) for part in range(3)]
+    assert torch.equal(bind(strategy, cache, cache.decode(spans))(0, *last), torch.stack(alone))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_twice_is_the_same_bits(row: Row) -> None:
+    data, strategy = qkv(61), make(row.name, **row.sparse)
+    assert torch.equal(run(strategy, cache_of(), [48, 8], 5, data), run(strategy, cache_of(), [48, 8], 5, data))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_layers_with_a_window_read_exactly_that_window(row: Row) -> None:
+    data = qkv(45)
+    out = run(make(row.name, **row.sparse), cache_of(windows=(10,)), [40], 5, data)
+    torch.testing.assert_close(out.double(), oracle(*data, window=10), rtol=1e-5, atol=1e-5)
+
+
+def test_streaming_reads_what_arithmetic_says() -> None:
+    cache = cache_of(layers=3)
+    sequence = cache.open()
+    cache.reserve(sequence, 129)
+    strategy, data = make("streaming", sink=4, window=8), qkv(128)
+    step = cache.prefill(Span(sequence, 0, 128), ROW)
+    telemetry = Telemetry(cache.spec, step)
+    attend = bind(strategy, cache, step, telemetry)
+    for layer in range(3):
+        attend(layer, *data)
+    row_pages = ROW // PAGE
+    chosen = pages = 0
+    for row in range(128 // ROW):
+        first_window = max(row * ROW - 8 + 1, 0) // PAGE
+        before = len({page for page in {0, *range(first_window, row * row_pages)} if page < row * row_pages})
+        chosen += before * PAGE * ROW + ROW * (ROW + 1) // 2
+        pages += before + row_pages
+    (reads,) = telemetry.reads()
+    assert reads.density == chosen / (128 * 129 // 2)
+    assert reads.bytes == pages * cache.spec.read_bytes * KV_HEADS * 3
+    torch.testing.assert_close(telemetry.density(), torch.full((3, KV_HEADS), reads.density))
+
+
+def test_short_contexts_fall_back_to_dense_part_by_part() -> None:
+    strategy = make("dense+streaming", **{"streaming.dense_below": 100})
+    assert strategy.falls_back(Phase.DECODE, 100)
+    assert not strategy.falls_back(Phase.DECODE, 101)
+    assert not strategy.falls_back(Phase.PREFILL, 50)

@@ -1,0 +1,164 @@
+"""The scheduler over random schedules: everybody finishes, no page is lost, nobody starves."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keysift.attention import Dense, Strategy, make
+from keysift.engine.request import Request, SamplingParams
+from keysift.engine.scheduler import Batch, Scheduler
+from keysift.engine.sequence import Sequence
+from keysift.kvcache import CacheSpec, PagedCache, PageKeys, Phase
+
+PAGE, ROW, CHUNK, FRAMES = 4, 8, 16, 24
+SPEC = CacheSpec(num_layers=1, num_kv_heads=1, head_dim=8, page_size=PAGE)
+
+
+def make_scheduler(frames: int = FRAMES, max_running: int = 4) -> Scheduler:
+    cache = PagedCache(SPEC, frames, max_sequences=max_running, max_len=96)
+    return Scheduler(cache, max_running=max_running, chunk=CHUNK, queries_per_row=ROW)
+
+
+def sequence(
+    name: str, prompt: int, new: int = 4, strategy: Strategy | None = None, priority: int = 0, salt: str = ""
+) -> Sequence:
+    tokens = tuple(7 * position % 11 for position in range(prompt))
+    request = Request(name, tokens, SamplingParams(max_new_tokens=new), priority=priority)
+    return Sequence(request, strategy or Dense(), new, PageKeys(salt or name, PAGE))
+
+
+def pages_in_use(scheduler: Scheduler) -> int:
+    cache = scheduler._cache
+    return cache.allocator.total - cache.free_pages
+
+
+def run(scheduler: Scheduler, batch: Batch) -> list[Sequence]:
+    """Commit with made-up tokens and finish who is done."""
+    scheduler.commit(batch, [1] * len(batch.sampled))
+    done = [member for member in batch.sequences if member.num_generated >= member.max_new_tokens]
+    for member in done:
+        scheduler.finish(member)
+    return done
+
+
+def check(batch: Batch) -> None:
+    strategies = {member.strategy for member in batch.sequences}
+    assert len(strategies) == 1
+    for member, span in zip(batch.sequences, batch.spans, strict=True):
+        assert span.start == member.computed
+        assert span.stop <= len(member.tokens)
+        if batch.phase is Phase.PREFILL:
+            assert span.start % ROW == 0
+            assert span.length <= CHUNK
+            assert len(batch.spans) == 1
+        else:
+            assert span.length == 1
+
+
+prompts = st.lists(
+    st.tuples(st.integers(1, 60), st.integers(1, 12), st.integers(0, 1), st.booleans()), min_size=1, max_size=9
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(prompts, st.data())
+def test_everybody_finishes_and_every_page_comes_back(
+    rows: list[tuple[int, int, int, bool]], data: st.DataObject
+) -> None:
+    scheduler = make_scheduler()
+    pending = [
+        sequence(str(index), prompt, new, make("streaming") if sparse else None, priority, salt="shared")
+        for index, (prompt, new, priority, sparse) in enumerate(rows)
+    ]
+    live: list[Sequence] = []
+    for _ in range(3000):
+        if pending and (not live or data.draw(st.booleans())):
+            live.append(pending.pop())
+            scheduler.add(live[-1])
+        if live and data.draw(st.integers(0, 19)) == 0:
+            scheduler.finish(live.pop(data.draw(st.integers(0, len(live) - 1))))
+        if (batch := scheduler.next_batch()) is not None:
+            check(batch)
+            for done in run(scheduler, batch):
+                live.remove(done)
+        held = {frame for frames in scheduler._cache._frames.values() for frame in frames}
+        assert pages_in_use(scheduler) == len(held)
+        if not live and not pending:
+            break
+    assert not live
+    assert not pending
+    assert pages_in_use(scheduler) == 0
+
+
+def test_decodes_and_prompt_chunks_take_turns() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(sequence("decodes", 4, new=12))
+    run(scheduler, _next(scheduler))
+    scheduler.add(sequence("long", 60))
+    phases = []
+    for _ in range(8):
+        batch = _next(scheduler)
+        phases.append(batch.phase)
+        run(scheduler, batch)
+    assert phases == [Phase.DECODE, Phase.PREFILL] * 4
+
+
+def test_a_short_prompt_overtakes_a_long_one() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(long := sequence("long", 60))
+    scheduler.add(short := sequence("short", 5))
+    batch = _next(scheduler)
+    assert batch.sequences == (long,)
+    run(scheduler, batch)
+    batch = _next(scheduler)
+    assert batch.sequences == (short,)
+    assert batch.sampled == (short,)
+
+
+def test_the_request_that_would_run_last_gives_way_and_is_computed_again() -> None:
+    scheduler = make_scheduler(frames=8)
+    scheduler.add(first := sequence("first", 14, new=14))
+    scheduler.add(second := sequence("second", 10, new=14))
+    finished: list[Sequence] = []
+    while len(finished) < 2:
+        finished += run(scheduler, _next(scheduler))
+    assert finished == [first, second]
+    assert first.preemptions == 0
+    assert second.preemptions == scheduler.preemptions > 0
+    assert second.num_generated == 14
+
+
+def test_a_prefix_is_shared_in_whole_rows_and_never_the_whole_prompt() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(first := sequence("first", 32, new=1, salt="same"))
+    while first.num_generated < 1:
+        run(scheduler, _next(scheduler))
+    scheduler.add(again := sequence("again", 32, new=1, salt="same"))
+    scheduler.add(other := sequence("other", 32, new=1, salt="different"))
+    while again.num_generated < 1 or other.num_generated < 1:
+        run(scheduler, _next(scheduler))
+    assert (first.cached, again.cached, other.cached) == (0, 24, 0)
+
+
+def test_strategies_decode_in_turns() -> None:
+    scheduler = make_scheduler()
+    members = [sequence("a", 3, 9), sequence("b", 3, 9, make("streaming")), sequence("c", 3, 9)]
+    for member in members:
+        scheduler.add(member)
+    while not all(member.phase is Phase.DECODE for member in members):
+        run(scheduler, _next(scheduler))
+    names = []
+    for _ in range(4):
+        batch = _next(scheduler)
+        names.append("".join(member.request.request_id for member in batch.sequences))
+        run(scheduler, batch)
+    assert sorted(names[:2]) == ["ac", "b"]
+    assert names[:2] == names[2:]
+
+
+def _next(scheduler: Scheduler) -> Batch:
+    batch = scheduler.next_batch()
+    assert batch is not None
+    check(batch)
+    return batch

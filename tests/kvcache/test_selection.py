@@ -1,0 +1,90 @@
+"""Selections: ascending, unique, causal, padded at the end only."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from keysift.kvcache import CacheSpec, PagedCache, Selection, Span, Step
+
+PAGE = 4
+CACHE = PagedCache(
+    CacheSpec(num_layers=1, num_kv_heads=2, head_dim=8, page_size=PAGE), 64, max_sequences=2, max_len=256
+)
+SEQUENCE = CACHE.open()
+CACHE.reserve(SEQUENCE, 256)
+
+spans = st.tuples(st.integers(0, 24), st.integers(1, 60)).map(lambda pair: Span(SEQUENCE, 8 * pair[0] % 192, pair[1]))
+
+
+def check_law(selection: Selection, step: Step) -> None:
+    """Law 2 of the design."""
+    for row, last in enumerate(step.last_pages.tolist()):
+        own = set(range(int(step.starts[row]) // PAGE, last + 1))
+        for pages in selection.pages[row].tolist():
+            chosen = [page for page in pages if page >= 0]
+            assert pages == chosen + [-1] * (len(pages) - len(chosen))
+            assert chosen == sorted(set(chosen))
+            assert not chosen or chosen[-1] <= last
+            assert own <= set(chosen)
+
+
+def brute_pairs(selection: Selection, step: Step) -> Tensor:
+    """[R, H] chosen share of the causal pairs, counted one by one."""
+    rows = []
+    for row, (start, last) in enumerate(zip(step.starts.tolist(), step.lasts.tolist(), strict=True)):
+        possible = [(q, k) for q in range(start, last + 1) for k in range(q + 1)]
+        rows.append(
+            [sum(k // PAGE in set(h) for _, k in possible) / len(possible) for h in selection.pages[row].tolist()]
+        )
+    return torch.tensor(rows)
+
+
+@settings(deadline=None)
+@given(spans)
+def test_all_is_every_causal_page(span: Span) -> None:
+    step = CACHE.prefill(span, 8)
+    selection = Selection.all(step, 2)
+    check_law(selection, step)
+    assert selection.counts().tolist() == [[last + 1] * 2 for last in step.last_pages.tolist()]
+    assert torch.equal(selection.density(step), torch.ones(step.num_rows, 2))
+
+
+@settings(deadline=None)
+@given(spans, st.integers(0, 40), st.integers(1, 80))
+def test_zones_hold_sinks_and_window_and_no_page_more(span: Span, sink: int, window: int) -> None:
+    step = CACHE.prefill(span, 8)
+    selection = Selection.zones(step, 2, sink=sink, window=window)
+    check_law(selection, step)
+    for row, (start, last) in enumerate(zip(step.starts.tolist(), step.lasts.tolist(), strict=True)):
+        seen = set(range(min(sink, last + 1))) | set(range(max(start - window + 1, 0), last + 1))
+        expected = {token // PAGE for token in seen}
+        assert {page for page in selection.pages[row, 0].tolist() if page >= 0} == expected
+
+
+@settings(deadline=None, max_examples=30)
+@given(spans, st.integers(0, 20), st.integers(1, 40))
+def test_density_is_the_share_of_pairs(span: Span, sink: int, window: int) -> None:
+    step = CACHE.prefill(span, 8)
+    selection = Selection.zones(step, 2, sink=sink, window=window)
+    torch.testing.assert_close(selection.density(step), brute_pairs(selection, step))
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
+def test_from_mask_and_mask_are_inverse(rows: int, pages: int, seed: int) -> None:
+    mask = torch.rand(rows, 2, pages, generator=torch.Generator().manual_seed(seed)) < 0.5
+    assert torch.equal(Selection.from_mask(mask).mask(pages), mask)
+
+
+def test_top_breaks_ties_towards_the_lower_page_and_skips_minus_infinity() -> None:
+    scores = torch.tensor([[[1.0, 3.0, 3.0, 3.0, 2.0]], [[float("-inf"), 0.0, float("-inf"), -1.0, float("-inf")]]])
+    assert Selection.top(scores, 2).pages[..., :3].tolist() == [[[1, 2, -1]], [[1, 3, -1]]]
+    assert Selection.top(scores, 4).pages[1].tolist() == [[1, 3, -1, -1, -1]]
+
+
+def test_union_is_the_union() -> None:
+    left = Selection(torch.tensor([[[0, 3, -1]]], dtype=torch.int32))
+    right = Selection(torch.tensor([[[1, 3, 4]]], dtype=torch.int32))
+    assert left.union(right, 6).pages[0, 0, :5].tolist() == [0, 1, 3, 4, -1]
