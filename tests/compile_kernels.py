@@ -1,0 +1,201 @@
+"""Compile every Triton kernel in every shipped configuration for GPUs that need not be here.
+
+Run as ``python tests/compile_kernels.py``. Fails where a kernel spills registers, asks for more shared memory than a
+block may have, or misses the tensor cores. The interpreter checks the results but runs code that no GPU compiler takes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INT32_POINTERS = {"frames", "pages", "starts"}
+FP32_POINTERS = {"lse", "pieces", "pieces_lse"}
+INT32_SCALARS = re.compile(r"window|T|P|PIECES?|stride.*")
+MULTIPLES_OF_16 = re.compile(r"stride_(q|k|v|ck|cv|u).*")
+TENSOR_CORES = re.compile(r"wgmma\.mma_async|mma\.sync|v_mfma")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A kind of GPU, and the least shared memory that one of its tier in `config` grants a block, in bytes."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_memory: int
+
+
+TARGETS = (
+    Target("sm_80", "cuda", 80, 32, 101_376),
+    Target("sm_90", "cuda", 90, 32, 232_448),
+    Target("gfx942", "hip", "gfx942", 64, 65_536),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with its constants on one target."""
+
+    label: str
+    kernel: str
+    dtype: str
+    target: Target
+    constants: dict[str, int]
+    options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
+    wants_tensor_cores: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a case; `problems` is empty where it passed."""
+
+    registers: int
+    spilled: int
+    shared: int
+    products: int
+    problems: tuple[str, ...]
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel, tile and dtype that a launch can choose on each target."""
+    for target in TARGETS:
+        for dtype in DTYPES:
+            for dim in (16, 32, 64, 128, 256):
+                yield attend_case(target, dtype, dim, queries_per_row=64)
+                yield attend_case(target, dtype, dim, queries_per_row=1)
+            merge = {"D": 128, "BLOCK_P": 16, "BLOCK_D": 128}
+            store = {"H": 8, "S": 16, "D": 128, "BLOCK_H": 8, "BLOCK_D": 128}
+            summarize = {"S": 16, "D": 128, "BLOCK_S": 16, "BLOCK_D": 128}
+            for name, constants in (("merge", merge), ("store", store), ("summarize", summarize)):
+                yield Case(name, f"{name}_kernel", dtype, target, constants)
+
+
+def attend_case(target: Target, dtype: str, dim: int, queries_per_row: int) -> Case:
+    """Attention of 32 query heads over 8, the four of a group packed, as a launch on `target` configures it."""
+    from keysift.attention.ops.paged_attention_triton import config
+
+    tile = config(target.shared_memory, dim, DTYPES[dtype], queries_per_row * 4)
+    heads = {"M": queries_per_row, "Hq": 32, "G": 4, "PACK": 4, "S": 16, "D": dim, "stride_fp": 1, "stride_pp": 1}
+    blocks = {"BLOCK_M": tile.queries, "BLOCK_N": tile.keys, "BLOCK_P": 512, "BLOCK_D": dim}
+    return Case(
+        f"{'prefill' if queries_per_row > 1 else 'decode'} d={dim}",
+        "attend_kernel",
+        dtype,
+        target,
+        heads | blocks,
+        {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+        wants_tensor_cores=dtype != "fp32",
+    )
+
+
+def compile_case(case: Case) -> Report:
+    """Compile ahead of time and read the compiler's own account of the result."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = find_kernel(case.kernel)
+    names: list[str] = kernel.arg_names
+    types = {name: "constexpr" if name in case.constants else argument_type(name, case.dtype) for name in names}
+    aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or MULTIPLES_OF_16.fullmatch(name)]
+    source = ASTSource(
+        kernel,
+        types,
+        constexprs={(names.index(name),): value for name, value in case.constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    target = GPUTarget(case.target.backend, case.target.arch, case.target.warp_size)
+    return judge(case, triton.compile(source, target=target, options=case.options))
+
+
+def find_kernel(name: str) -> Any:
+    from keysift.attention.ops import paged_attention_triton
+    from keysift.kvcache.ops import store_triton, summarize_triton
+
+    modules = (paged_attention_triton, store_triton, summarize_triton)
+    return next(getattr(module, name) for module in modules if hasattr(module, name))
+
+
+def argument_type(name: str, dtype: str) -> str:
+    """Triton's name for the type of an argument that is not a constant."""
+    if name == "scale":
+        return "fp32"
+    if INT32_SCALARS.fullmatch(name):
+        return "i32"
+    if name == "slots":
+        return "*i64"
+    return "*i32" if name in INT32_POINTERS else "*fp32" if name in FP32_POINTERS else f"*{dtype}"
+
+
+def judge(case: Case, built: Any) -> Report:
+    """Hold a compiled kernel to what its target allows."""
+    read = amd_account if case.target.backend == "hip" else nvidia_account
+    registers, spilled, text = read(built.asm, case.target)
+    shared, products = built.metadata.shared, len(TENSOR_CORES.findall(text))
+    problems = {
+        "spills": spilled > 0,
+        "too much shared memory": shared > case.target.shared_memory,
+        "no tensor cores": case.wants_tensor_cores and not products,
+    }
+    return Report(registers, spilled, shared, products, tuple(name for name, found in problems.items() if found))
+
+
+def nvidia_account(asm: dict[str, Any], target: Target) -> tuple[int, int, str]:
+    """Registers, spilled bytes and assembly, as ptxas reports them."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    ptx: str = asm["ptx"]
+    machine = re.findall(r"\.target (sm_\w+)", ptx)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        command = [get_ptxas(target.arch).path, "-v", f"--gpu-name={machine}", str(path), "-o", os.devnull]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return number(r"Used (\d+) registers", log), number(r"(\d+) bytes spill stores", log), ptx
+
+
+def amd_account(asm: dict[str, Any], target: Target) -> tuple[int, int, str]:
+    """Vector registers, spilled ones and assembly. Scalar ones spill into lanes of vector ones, not to memory."""
+    text: str = asm["amdgcn"]
+    return number(r"\.vgpr_count:\s+(\d+)", text), number(r"\.vgpr_spill_count:\s+(\d+)", text), text
+
+
+def number(pattern: str, text: str) -> int:
+    """The one that `pattern` captures; a compiler that no longer reports it is a failure, not a zero."""
+    return int(re.findall(pattern, text)[0])
+
+
+def main() -> int:
+    os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        print("triton is not installed here: no kernel was compiled")
+        return 0
+    todo = list(cases())
+    failed = 0
+    print(f"{'target':8}{'dtype':6}{'kernel':14}{'registers':>10}{'spilled':>9}{'shared':>8}{'products':>10}")
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for case, report in zip(todo, pool.map(compile_case, todo), strict=True):
+            failed += bool(report.problems)
+            numbers = f"{report.registers:10}{report.spilled:9}{report.shared:8}{report.products:10}"
+            print(f"{case.target.name:8}{case.dtype:6}{case.label:14}{numbers}  {', '.join(report.problems)}".rstrip())
+    print(f"{len(todo) - failed} passed, {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
