@@ -41,9 +41,16 @@ bench: install
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/engine.py
 
+# The generator needs an older protobuf than the product runs with: an environment of its own.
+proto: $(TYPES)
+	test -x .venv-proto/bin/python || $(PYTHON) -m venv .venv-proto
+	.venv-proto/bin/python -m pip install --quiet grpcio-tools==1.76.0 mypy-protobuf==3.7.0 protobuf==6.31.1 "setuptools<81"
+	cd .types && PATH="$(CURDIR)/.venv-proto/bin:$$PATH" python -m grpc_tools.protoc -I. \
+		--python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. keysift/server/inference.proto
+
 format:
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .types build dist *.egg-info attention/native/*.so
+	rm -rf $(VENV) .venv-proto .types build dist *.egg-info attention/native/*.so

@@ -1,7 +1,9 @@
 """The generation engine: continuous batching over a paged cache, with a model's attention swapped for a strategy."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .config import EngineConfig
-from .engine import Engine
 from .errors import (
     DuplicateRequest,
     InvalidRequest,
@@ -10,7 +12,6 @@ from .errors import (
     ResourceExhausted,
     Unsupported,
 )
-from .llm import LLM, Completion
 from .request import (
     EngineStatus,
     Finish,
@@ -26,6 +27,10 @@ from .request import (
     TokenOutput,
     Usage,
 )
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .llm import LLM, Completion
 
 __all__ = [
     "LLM",
@@ -52,3 +57,12 @@ __all__ = [
     "Unsupported",
     "Usage",
 ]
+
+_LAZY = {"Engine": "engine", "LLM": "llm", "Completion": "llm"}
+"""What needs torch and transformers: imported at first use, so that a client or ``--help`` starts at once."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

@@ -19,4 +19,6 @@ class Checked(BaseModel):
             super().__init__(**fields)
         except ValidationError as error:
             first = error.errors()[0]
+            if isinstance(cause := first.get("ctx", {}).get("error"), InvalidRequest):
+                raise cause from None
             raise InvalidRequest(".".join(map(str, first["loc"])), f"{first['msg']}, got {first['input']!r}") from None

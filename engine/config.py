@@ -33,7 +33,7 @@ class EngineConfig(Checked):
         None,
         description="bytes for KV pages, such as 4GiB; none: at most 40 % of what is free",
     )
-    dtype: Dtype = "auto"
+    dtype: Dtype = Field("auto", description="of weights and pages; auto: bfloat16 where the hardware multiplies it")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     backend: Backend = Field(
         "auto",
@@ -43,8 +43,8 @@ class EngineConfig(Checked):
     max_queue: int = Field(256, ge=0, description="requests that may wait")
     prefill_chunk: int = Field(1024, ge=1, description="prompt tokens of one step, a multiple of queries_per_row")
     queries_per_row: int = Field(64, ge=1, description="prompt tokens that share a selection, a multiple of page_size")
-    prefix_cache: bool = True
-    trust_remote_code: bool = False
+    prefix_cache: bool = Field(True, description="keep pages of finished prompts for prompts that begin alike")
+    trust_remote_code: bool = Field(False, description="run model code that comes with the weights")
     seed: int = Field(0, ge=0, description="of requests that sample without a seed of their own")
 
     def __init__(self, **fields: Any) -> None:

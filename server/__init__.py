@@ -1,0 +1,1 @@
+"""The gRPC edge: translates between the wire and the engine, and keeps the engine on a thread of its own."""

@@ -1,0 +1,135 @@
+"""The one place where errors become status codes, and status codes become errors again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.rpc.error_details_pb2 import BadRequest, RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc_status import rpc_status
+
+from keysift.engine.errors import (
+    DuplicateRequest,
+    InvalidRequest,
+    KeysiftError,
+    ModelNotFound,
+    ResourceExhausted,
+    Unsupported,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class Unavailable(KeysiftError):
+    """The server is loading, draining, failed or out of reach; `retry_after_s` where waiting may help."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unauthenticated(KeysiftError):
+    """The server wants a bearer token and did not get the right one."""
+
+
+class DeadlineExceeded(KeysiftError, TimeoutError):
+    """The time that the caller gave was not enough; the server has freed the request."""
+
+
+class Cancelled(KeysiftError):
+    """The call was cancelled from this side."""
+
+
+class Internal(KeysiftError):
+    """A bug in the server, which has logged it."""
+
+
+CODES: dict[type[KeysiftError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    ModelNotFound: grpc.StatusCode.NOT_FOUND,
+    DuplicateRequest: grpc.StatusCode.ALREADY_EXISTS,
+    Unsupported: grpc.StatusCode.FAILED_PRECONDITION,
+    ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Cancelled: grpc.StatusCode.CANCELLED,
+    Internal: grpc.StatusCode.INTERNAL,
+}
+ERRORS = {code: error for error, code in CODES.items()}
+
+
+@asynccontextmanager
+async def answering(context: grpc.aio.ServicerContext[Any, Any], call: str) -> AsyncIterator[None]:
+    """Ends the call with the status of the error that its body raises; `call` names it in the log."""
+    try:
+        yield
+    except KeysiftError as error:
+        await _abort(context, error)
+    except Exception as error:
+        if isinstance(error, grpc.aio.AbortError):
+            raise
+        logger.exception("%s failed", call)
+        await _abort(context, Internal(f"{call} failed with {type(error).__name__}; the server's log tells more"))
+
+
+async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: KeysiftError) -> None:
+    status = rpc_status.to_status(to_status(error))
+    await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def to_status(error: KeysiftError) -> Status:
+    """The error as a rich status: BadRequest names the field, RetryInfo the time to wait."""
+    status = Status(code=_code(error).value[0], message=str(error))
+    for detail in _details(error):
+        status.details.add().Pack(detail)
+    return status
+
+
+def _code(error: KeysiftError) -> grpc.StatusCode:
+    known = (CODES[base] for base in type(error).__mro__ if base in CODES)
+    return next(known, grpc.StatusCode.INTERNAL)
+
+
+def _details(error: KeysiftError) -> list[Message]:
+    if isinstance(error, InvalidRequest):
+        return [BadRequest(field_violations=[BadRequest.FieldViolation(field=error.field, description=error.problem)])]
+    if isinstance(error, ResourceExhausted | Unavailable) and error.retry_after_s is not None:
+        delay = Duration()
+        delay.FromNanoseconds(round(error.retry_after_s * 1e9))
+        return [RetryInfo(retry_delay=delay)]
+    return []
+
+
+def from_call(call: grpc.RpcError) -> KeysiftError:
+    """The error that the server raised, as the caller of a `Client` sees it."""
+    assert isinstance(call, grpc.Call)
+    message, details = call.details() or "", rpc_status.from_call(call)
+    error = ERRORS.get(call.code(), KeysiftError)
+    if error is InvalidRequest:
+        return _invalid_request(message, details)
+    if error in (ResourceExhausted, Unavailable):
+        return error(message, _retry_after(details))
+    return error(message or call.code().name)
+
+
+def _invalid_request(message: str, status: Status | None) -> InvalidRequest:
+    for detail in status.details if status else ():
+        bad = BadRequest()
+        if detail.Unpack(bad):
+            return InvalidRequest(bad.field_violations[0].field, bad.field_violations[0].description)
+    return InvalidRequest("request", message)
+
+
+def _retry_after(status: Status | None) -> float | None:
+    for detail in status.details if status else ():
+        retry = RetryInfo()
+        if detail.Unpack(retry):
+            return float(retry.retry_delay.ToNanoseconds() / 1e9)
+    return None

@@ -1,0 +1,109 @@
+"""Command line flags made from the fields of configuration models, and the file behind ``--config``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import typer
+import yaml
+from pydantic import BaseModel, ByteSize, SecretStr
+from pydantic.fields import FieldInfo
+
+Command = Callable[..., None]
+PREFIX = "KEYSIFT_"
+PLAIN = (int, float, str, Path)
+
+
+def from_fields(*, skip: Collection[str] = (), **models: type[BaseModel]) -> Callable[[Command], Command]:
+    """Gives a command one flag for each field of `models`, and hands it the models themselves under these names.
+
+    `skip` leaves out fields, spelled ``name.field``. A value comes from the command line, else from
+    ``KEYSIFT_<FIELD>``, else from ``--config``, else from the field's default.
+    """
+    names = {name: [key for key in models[name].model_fields if f"{name}.{key}" not in skip] for name in models}
+
+    def decorate(command: Command) -> Command:
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            fields = {name: {key: values.pop(key) for key in keys} for name, keys in names.items()}
+            command(**{name: model(**fields[name]) for name, model in models.items()}, **values)
+
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in models]
+        made = [_parameter(name, models[name], key) for name, keys in names.items() for key in keys]
+        _set_signature(run, [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*made, *own)])
+        return run
+
+    return decorate
+
+
+def _set_signature(command: Command, parameters: list[inspect.Parameter]) -> None:
+    """What typer reads instead of the code: it looks at both places."""
+    command.__dict__["__signature__"] = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def _parameter(panel: str, model: type[BaseModel], name: str) -> inspect.Parameter:
+    field = model.model_fields[name]
+    common: dict[str, Any] = {"help": field.description or "", "envvar": PREFIX + name.upper(), "show_envvar": False}
+    if name == "model":
+        default = typer.Argument(_default(field), metavar="MODEL", **common)
+    else:
+        default = typer.Option(_default(field), *_flags(name, field), rich_help_panel=panel.capitalize(), **common)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_type(field))
+
+
+def _flags(name: str, field: FieldInfo) -> list[str]:
+    flag = name.replace("_", "-")
+    if field.annotation is bool:
+        return [f"--{flag}/--no-{flag}"]
+    return [f"--{flag.removesuffix('s') if _repeats(field) else flag}"]
+
+
+def _type(field: FieldInfo) -> Any:
+    """The field's type as far as the command line checks it; the model checks the rest."""
+    inner = next(a for a in (*get_args(field.annotation), field.annotation) if a is not type(None))
+    if field.annotation is bool or get_origin(field.annotation) is Literal:
+        return field.annotation
+    if _repeats(field):
+        return list[str]
+    plain = inner if inner in PLAIN else str
+    return plain | None if field.default is None else plain
+
+
+def _repeats(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is tuple
+
+
+def _default(field: FieldInfo) -> Any:
+    if isinstance(field.default, ByteSize):
+        return field.default.human_readable()
+    if isinstance(field.default, SecretStr):
+        return field.default.get_secret_value()
+    return list(field.default) if isinstance(field.default, tuple) else field.default
+
+
+def read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Makes the file's values the defaults of the other flags; an unknown key is an error that names it."""
+    if path is None:
+        return None
+    values = {str(key).replace("-", "_"): value for key, value in _load(path).items()}
+    known = {parameter.name for parameter in context.command.params}
+    for key in values:
+        if key not in known:
+            raise typer.BadParameter(f"unknown key {key!r} in {path} (known: {', '.join(sorted(filter(None, known)))})")
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+def _load(path: Path) -> Mapping[Any, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"cannot read {path}: {error}") from None
+    if not isinstance(values, Mapping | None):
+        raise typer.BadParameter(f"{path}: keys and values expected, got {type(values).__name__}")
+    return values or {}

@@ -1,0 +1,129 @@
+"""The server's configuration, and the channel options that long contexts need on both sides."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ByteSize, Field, SecretStr
+
+from keysift.engine.checked import Checked
+from keysift.engine.errors import InvalidRequest
+from keysift.engine.request import SamplingParams
+
+MIB = 2**20
+DEFAULT_MESSAGE_BYTES = 64 * MIB
+"""A prompt of a million tokens is about 5 MB of text; gRPC's own limit is 4 MiB."""
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
+"""Text, token ids, or chat messages with `role` and `content`."""
+
+ChannelOptions = list[tuple[str, int]]
+
+
+class ServerConfig(Checked):
+    """Where and how to listen."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
+    port: int = Field(50051, ge=0, le=65535, description="port to listen on; 0: a free one, which the log names")
+    metrics_port: int = Field(0, ge=0, le=65535, description="HTTP port of the Prometheus metrics; 0: none")
+    max_message_size: ByteSize = Field(
+        ByteSize(DEFAULT_MESSAGE_BYTES), ge=MIB, lt=2**31, description="largest request or reply, such as 64MiB"
+    )
+    drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests get after SIGTERM or SIGINT")
+    api_key: SecretStr | None = Field(None, min_length=1, description="bearer token that callers must send")
+    api_key_file: Path | None = Field(None, description="file that holds the bearer token")
+    ssl_keyfile: Path | None = Field(None, description="private key in PEM, for TLS")
+    ssl_certfile: Path | None = Field(None, description="certificate chain in PEM, for TLS")
+    ssl_ca_certs: Path | None = Field(None, description="CA that must have signed the callers' certificates (mTLS)")
+
+    def __init__(self, **fields: Any) -> None:
+        super().__init__(**fields)
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise InvalidRequest("ssl_keyfile", "TLS takes both ssl_keyfile and ssl_certfile, got one")
+        if self.ssl_ca_certs and not self.ssl_certfile:
+            raise InvalidRequest("ssl_ca_certs", "mTLS takes ssl_keyfile and ssl_certfile too")
+        if self.api_key and self.api_key_file:
+            raise InvalidRequest("api_key_file", "either api_key or api_key_file, got both")
+
+
+class Document(Checked):
+    """What `keysift generate` completes."""
+
+    prompt: str | None = Field(None, description="text to complete")
+    prompt_file: Path | None = Field(None, description="file with the text; - reads standard input")
+    question: str | None = Field(None, description="goes after the text")
+    chat: bool = Field(False, description="lay it out as a user's turn of the model's chat template")
+
+    def value(self) -> Prompt:
+        """The text, then the question. Raises `InvalidRequest` unless there is exactly one text."""
+        if (self.prompt is None) == (self.prompt_file is None):
+            raise InvalidRequest("prompt", "one of --prompt and --prompt-file (- reads standard input)")
+        text = self._read(self.prompt_file) if self.prompt_file else str(self.prompt)
+        content = f"{text}\n\n{self.question}" if self.question else text
+        return [{"role": "user", "content": content}] if self.chat else content
+
+    @staticmethod
+    def _read(file: Path) -> str:
+        try:
+            return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InvalidRequest("prompt_file", f"a readable text file, got {str(file)!r} ({error})") from None
+
+
+class Sampling(Checked):
+    """The parts of `SamplingParams` that have a flag."""
+
+    max_new_tokens: int = Field(256, description="longest answer in tokens")
+    temperature: float = Field(0.0, description="0 takes the likeliest token")
+    top_k: int = Field(0, description="only so many of the likeliest tokens; 0: all")
+    top_p: float = Field(1.0, description="only the likeliest tokens that sum to this")
+    seed: int | None = Field(None, description="makes a sampled answer repeatable")
+    stop_strings: tuple[str, ...] = Field((), description="text that ends the answer, repeatable")
+
+    def params(self) -> SamplingParams:
+        return SamplingParams(**self.model_dump())
+
+
+class Remote(Checked):
+    """The running server that `keysift generate` asks instead of an engine of its own."""
+
+    address: str | None = Field(None, description="host:port of a running server to ask")
+    api_key: SecretStr | None = Field(None, description="the token that it wants")
+    tls: bool = Field(False, description="it speaks TLS; implied by the ssl flags")
+    ssl_ca_certs: Path | None = Field(None, description="CA that signed its certificate; none: the public ones")
+    ssl_keyfile: Path | None = Field(None, description="the caller's own key in PEM, for mTLS")
+    ssl_certfile: Path | None = Field(None, description="the caller's own certificate in PEM, for mTLS")
+
+
+def server_options(max_message_bytes: int) -> ChannelOptions:
+    return [
+        *_message_limits(max_message_bytes),
+        # A caller that pings while a prefill is silent would else be cut off after its second ping in five minutes.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Finds callers whose machine is gone, so that their pages come back.
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        # Else a second server on the same port starts without an error and takes half of the calls.
+        ("grpc.so_reuseport", 0),
+    ]
+
+
+def client_options(max_message_bytes: int, keepalive_s: float) -> ChannelOptions:
+    return [
+        *_message_limits(max_message_bytes),
+        ("grpc.keepalive_time_ms", round(keepalive_s * 1000)),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+
+
+def _message_limits(max_message_bytes: int) -> ChannelOptions:
+    return [
+        ("grpc.max_send_message_length", max_message_bytes),
+        ("grpc.max_receive_message_length", max_message_bytes),
+    ]

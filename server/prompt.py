@@ -1,0 +1,57 @@
+"""The prompt of a request as tokens."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from keysift.engine.errors import InvalidRequest
+from keysift.engine.tokenizer import Tokenizer
+
+from . import inference_pb2 as pb
+
+SHRINKAGE = 4
+"""How many characters a tokenizer's normalisation may make into one; composing accents makes three into one."""
+
+
+def to_tokens(message: pb.GenerateRequest, tokenizer: Tokenizer, max_model_len: int) -> tuple[int, ...]:
+    """Raises `InvalidRequest`, and for a text that cannot fit does so before it spends seconds on its tokens."""
+    prompt = message.WhichOneof("prompt")
+    if prompt is None:
+        raise InvalidRequest("prompt", "one of text, token_ids and chat, got none")
+    if prompt == "token_ids":
+        return _truncate(tuple(message.token_ids.ids), message)
+    if not message.HasField("truncate_prompt_tokens"):
+        _check_length(_characters(message), tokenizer, max_model_len)
+    if prompt == "text":
+        return _truncate(tuple(tokenizer.encode(message.text)), message)
+    turns = [{"role": turn.role, "content": turn.content} for turn in message.chat.messages]
+    return _truncate(tuple(tokenizer.chat(turns)), message)
+
+
+def _characters(message: pb.GenerateRequest) -> int:
+    return len(message.text) + sum(len(turn.content) for turn in message.chat.messages)
+
+
+def _check_length(characters: int, tokenizer: Tokenizer, max_model_len: int) -> None:
+    most = max_model_len * _longest_token(tokenizer) * SHRINKAGE
+    if characters > most:
+        raise InvalidRequest(
+            "prompt",
+            f"1 to {max_model_len - 1} tokens (max_model_len is {max_model_len}), got {characters} characters, "
+            f"which are more tokens than that",
+        )
+
+
+@lru_cache(maxsize=1)
+def _longest_token(tokenizer: Tokenizer) -> int:
+    """In characters."""
+    return max(map(len, tokenizer.backend.get_vocab()))
+
+
+def _truncate(prompt: tuple[int, ...], message: pb.GenerateRequest) -> tuple[int, ...]:
+    """The last `truncate_prompt_tokens` tokens: the question stands at the end of a long document."""
+    if not message.HasField("truncate_prompt_tokens"):
+        return prompt
+    if message.truncate_prompt_tokens < 1:
+        raise InvalidRequest("truncate_prompt_tokens", "at least 1, got 0")
+    return prompt[-message.truncate_prompt_tokens :]

@@ -1,0 +1,125 @@
+"""A whole server: the worker, the services on one port, health, and the way down."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_reflection.v1alpha import reflection
+
+from keysift.engine.engine import Engine
+
+from . import inference_pb2 as pb
+from .errors import Unavailable
+from .inference_pb2_grpc import add_InferenceServicer_to_server
+from .options import ServerConfig, server_options
+from .security import interceptors, server_credentials
+from .service import InferenceService
+from .worker import Worker
+
+logger = logging.getLogger(__name__)
+
+NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+STOP_GRACE_S = 2.0
+"""What handlers get to send their last message after the drain."""
+
+
+class Server:
+    """Serves one engine on one port. `start`, `drain` and `stop` run inside one event loop."""
+
+    def __init__(self, config: ServerConfig, load: Callable[[], Engine]) -> None:
+        self.config = config
+        self.worker = Worker(load)
+        self.service = InferenceService(self.worker, config.max_message_size)
+        self.health = health.aio.HealthServicer()
+        self.port = 0
+
+    async def start(self) -> None:
+        """Listens and begins to load; raises `Unavailable` where the port is taken."""
+        await self._set_health(HealthCheckResponse.NOT_SERVING)
+        self._grpc = self._build()
+        self.port = self._bind()
+        await self._grpc.start()
+        logger.info("listening on %s:%d", self.config.host, self.port)
+        self.worker.start()
+        self._health_task = asyncio.create_task(self._follow_health())
+
+    async def run(self) -> None:
+        """Serves until SIGTERM or SIGINT, then drains; a second signal kills. Raises what loading raised."""
+        await self.start()
+        signalled = asyncio.create_task(_signal())
+        await asyncio.wait((signalled, self._health_task), return_when=asyncio.FIRST_COMPLETED)
+        signalled.cancel()
+        failure = self._health_task.exception() if self._health_task.done() else None
+        await self.drain(self.config.drain_timeout)
+        await self.stop()
+        if failure:
+            raise failure
+
+    async def drain(self, timeout: float) -> None:
+        """Refuses new requests, gives the running ones `timeout` seconds, then aborts them."""
+        self.worker.drain()
+        await self.health.enter_graceful_shutdown()
+        logger.info("draining: running requests get %g s", timeout)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.worker.idle(), timeout)
+        self.worker.abort_all()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.worker.idle(), STOP_GRACE_S)
+
+    async def stop(self) -> None:
+        await self._grpc.stop(STOP_GRACE_S)
+        await self.worker.close(STOP_GRACE_S)
+        self._health_task.cancel()
+        await asyncio.gather(self._health_task, return_exceptions=True)
+        logger.info("stopped")
+
+    def _build(self) -> grpc.aio.Server:
+        server = grpc.aio.server(
+            interceptors=interceptors(self.config), options=server_options(self.config.max_message_size)
+        )
+        add_InferenceServicer_to_server(self.service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        reflection.enable_server_reflection((NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+    def _bind(self) -> int:
+        address = f"{self.config.host}:{self.config.port}"
+        credentials = server_credentials(self.config)
+        try:
+            if credentials:
+                return self._grpc.add_secure_port(address, credentials)
+            return self._grpc.add_insecure_port(address)
+        except RuntimeError:
+            raise Unavailable(f"cannot listen on {address}: is it taken by another process?") from None
+
+    async def _follow_health(self) -> None:
+        """SERVING exactly while the engine lives."""
+        engine = await self.worker.loaded
+        await self._set_health(HealthCheckResponse.SERVING)
+        logger.info("ready: %s", engine.model.name)
+        await self.worker.failed.wait()
+        await self._set_health(HealthCheckResponse.NOT_SERVING)
+        await asyncio.Event().wait()
+
+    async def _set_health(self, status: int) -> None:
+        for name in ("", NAME):
+            await self.health.set(name, status)
+
+
+async def _signal() -> None:
+    """Waits for the first SIGTERM or SIGINT and leaves the next to their default."""
+    arrived, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, arrived.set)
+    try:
+        await arrived.wait()
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)

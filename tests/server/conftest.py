@@ -1,0 +1,151 @@
+"""A tiny random Llama on disk, and a real server around it on a loopback port."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from keysift.engine import Engine, EngineConfig, Output
+from keysift.server.client import Client
+from keysift.server.options import ServerConfig
+from keysift.server.server import Server
+
+MAX_LEN = 2048
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)} | {"<eos>": len(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=TEMPLATE)
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=MAX_LEN,
+        eos_token_id=len(alphabet),
+        bos_token_id=None,
+        initializer_range=0.5,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def engine_config(model_folder: Path) -> EngineConfig:
+    return EngineConfig(model=str(model_folder), served_model_name="tiny", kv_memory=16 * 2**20, prefill_chunk=64)
+
+
+class SlowEngine(Engine):
+    """Takes 20 ms more for each step, so that 1,000 tokens cannot be done by the time that a test looks."""
+
+    def step(self) -> list[Output]:
+        time.sleep(0.02)
+        return super().step()
+
+
+class Running:
+    """A `Server` whose event loop runs on another thread, so that tests can call it the way callers do."""
+
+    def __init__(self, config: ServerConfig, load: Callable[[], Engine], loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.server = self.do(_build(config, load))
+        self.do(self.server.start())
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server.port}"
+
+    @property
+    def engine(self) -> Engine:
+        assert self.server.worker.engine
+        return self.server.worker.engine
+
+    def do(self, work: Any, timeout: float = 60) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(timeout)
+
+    def wait_until_loaded(self) -> None:
+        self.do(_result(self.server.worker.loaded))
+
+    def free_pages(self) -> int:
+        """Once no request is live, within 5 s: what the engine itself counts, between two steps."""
+        self.do(self.server.worker.idle(), timeout=5)
+        return int(self.do(_result(self.server.worker.call, lambda engine: engine.status.pages_free)))
+
+    def stop(self) -> None:
+        self.do(self.server.stop())
+
+
+async def _build(config: ServerConfig, load: Callable[[], Engine]) -> Server:
+    return Server(config, load)
+
+
+async def _result(future: Any, *arguments: Any) -> Any:
+    return await (future(*arguments) if arguments else future)
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """One for all servers: the wakeups of grpc.aio get lost between several in one process."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@pytest.fixture(scope="session")
+def start(engine_config: EngineConfig, loop: asyncio.AbstractEventLoop) -> Iterator[Callable[..., Running]]:
+    """Starts a server on a free port; further keywords are those of `ServerConfig`."""
+    started: list[Running] = []
+
+    def start_one(load: Callable[[], Engine] | None = None, wait: bool = True, **options: Any) -> Running:
+        running = Running(ServerConfig(port=0, **options), load or (lambda: Engine(engine_config)), loop)
+        started.append(running)
+        if wait:
+            running.wait_until_loaded()
+        return running
+
+    yield start_one
+    for running in started:
+        running.stop()
+
+
+@pytest.fixture(scope="session")
+def running(start: Callable[..., Running]) -> Running:
+    return start()
+
+
+@pytest.fixture(scope="session")
+def slow(start: Callable[..., Running], engine_config: EngineConfig) -> Running:
+    """One request runs, one may wait."""
+    config = engine_config.model_copy(update={"max_num_seqs": 1, "max_queue": 1})
+    return start(lambda: SlowEngine(config))
+
+
+@pytest.fixture
+def client(running: Running) -> Iterator[Client]:
+    with Client(running.address) as client:
+        yield client

@@ -1,0 +1,146 @@
+"""The contract: names, limits and behaviour of the connection that callers depend on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import fields
+
+import grpc
+import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from keysift.engine import (
+    Engine,
+    EngineConfig,
+    Finish,
+    FinishReason,
+    Logprob,
+    Output,
+    PrefillProgress,
+    PromptInfo,
+    SamplingParams,
+    Sparsity,
+    Timings,
+    TokenOutput,
+    Usage,
+)
+from keysift.server import inference_pb2 as pb
+from keysift.server.client import Client
+from keysift.server.convert import GROUPS, from_params, from_reply, to_params, to_reply
+
+from .conftest import Running
+
+SAMPLING = SamplingParams(
+    temperature=0.7,
+    top_k=5,
+    top_p=0.9,
+    min_p=0.05,
+    seed=2**63 - 1,
+    presence_penalty=-0.5,
+    frequency_penalty=0.25,
+    repetition_penalty=1.1,
+    logit_bias={3: -1.5},
+    allowed_token_ids=(3, 4),
+    max_new_tokens=7,
+    min_new_tokens=2,
+    stop_token_ids=(9,),
+    stop_strings=("end", "\n"),
+    include_stop_strings=True,
+    ignore_eos=True,
+    logprobs=0,
+    skip_special_tokens=False,
+)
+
+COUNTS = Usage(11, 3, 4), Timings(1.5, 2.5, 4.0, 8.0, 4.0)
+SPARSITY = Sparsity("streaming", 0.25, 0.125, None, True, 2**40, 7)
+OUTPUTS: list[Output] = [
+    PromptInfo("r", 11, 4, "dense", 1.5),
+    PrefillProgress("r", 11, 4, 8),
+    TokenOutput("r", "Grüße", (1, 2), ((Logprob(1, -0.5, 1), Logprob(2, -1.5, 2)), (Logprob(2, -0.25, 1),))),
+    Finish("r", FinishReason.STOP, *COUNTS, SPARSITY, matched_stop="end"),
+    Finish("r", FinishReason.STOP, *COUNTS, SPARSITY, matched_stop=0),
+    Finish("r", FinishReason.ERROR, *COUNTS, SPARSITY, error="broken"),
+]
+
+
+def test_every_sampling_parameter_has_a_field_of_its_name() -> None:
+    wire = {"temperature"}
+    for group in GROUPS:
+        wire |= set(pb.GenerateRequest.DESCRIPTOR.fields_by_name[group].message_type.fields_by_name)
+    assert wire == set(SamplingParams.model_fields)
+
+
+@pytest.mark.parametrize("params", [SAMPLING, SamplingParams()], ids=["all set", "defaults"])
+def test_parameters_survive_the_wire(params: SamplingParams) -> None:
+    message = pb.GenerateRequest.FromString(from_params(params).SerializeToString())
+    assert to_params(message) == params
+
+
+def test_unset_fields_are_the_defaults() -> None:
+    assert to_params(pb.GenerateRequest()) == SamplingParams()
+
+
+@pytest.mark.parametrize("output", OUTPUTS, ids=lambda output: type(output).__name__)
+def test_outputs_survive_the_wire(output: Output) -> None:
+    assert from_reply(pb.GenerateReply.FromString(to_reply(output).SerializeToString()), "r") == output
+
+
+@pytest.mark.parametrize(
+    ("message", "dataclass"),
+    [(pb.Usage, Usage), (pb.Timings, Timings), (pb.Sparsity, Sparsity)],
+    ids=["usage", "timings", "sparsity"],
+)
+def test_statistics_have_the_same_names(message: type[pb.Usage], dataclass: type[Usage]) -> None:
+    assert [field.name for field in message.DESCRIPTOR.fields] == [field.name for field in fields(dataclass)]
+
+
+def test_info(client: Client, running: Running) -> None:
+    info, engine = client.info(), running.engine
+    assert (info.model, info.max_model_len, info.vocab_size) == ("tiny", 2048, 257)
+    assert (info.num_layers, info.num_query_heads, info.num_kv_heads, info.head_dim) == (2, 4, 2, 8)
+    assert (info.device, info.strategy) == ("cpu", "dense")
+    server = client.server_info()
+    assert server.state == pb.READY
+    assert server.load.pages_total == engine.status.pages_total
+    assert (server.max_num_seqs, server.max_queue) == (engine.config.max_num_seqs, engine.config.max_queue)
+
+
+def test_reflection_lists_the_services(running: Running) -> None:
+    with grpc.insecure_channel(running.address) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        asked = [
+            reflection_pb2.ServerReflectionRequest(list_services=""),
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol="keysift.v1.Inference"),
+        ]
+        listed, described = list(stub.ServerReflectionInfo(iter(asked)))
+    names = {service.name for service in listed.list_services_response.service}
+    assert {"keysift.v1.Inference", "grpc.health.v1.Health"} <= names
+    assert b"keysift.v1" in described.file_descriptor_response.file_descriptor_proto[0]
+
+
+class SilentEngine(Engine):
+    """Says nothing for 5 s, as a long prefill does: time for five pings, which are at least 1 s apart."""
+
+    def step(self) -> list[Output]:
+        if self.has_work:
+            time.sleep(5)
+        return super().step()
+
+
+def test_pings_during_silence_do_not_end_the_connection(
+    start: Callable[..., Running], engine_config: EngineConfig
+) -> None:
+    silent = start(lambda: SilentEngine(engine_config))
+    with Client(silent.address, keepalive_s=0.05) as client:
+        outputs = list(client.generate("x", SamplingParams(max_new_tokens=1)))
+    assert isinstance(outputs[-1], Finish)
+
+
+def test_a_prompt_may_exceed_the_limit_of_grpc(client: Client) -> None:
+    params = SamplingParams(max_new_tokens=1)
+    prompt = [200] * (5 * 2**19)
+    assert 2 * len(prompt) > 4 * 2**20, "bytes: ids from 128 take two"
+    outputs = list(client.generate(prompt, params, truncate_prompt_tokens=64))
+    assert isinstance(outputs[-1], Finish)
+    assert outputs[-1].usage.prompt_tokens == 64
