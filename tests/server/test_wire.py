@@ -97,7 +97,7 @@ def test_statistics_have_the_same_names(message: type[pb.Usage], dataclass: type
 
 def test_info(client: Client, running: Running) -> None:
     info, engine = client.info(), running.engine
-    assert (info.model, info.max_model_len, info.vocab_size) == ("tiny", 2048, 257)
+    assert (info.model, info.max_model_len, info.vocab_size) == ("tiny", 2048, 259)
     assert (info.num_layers, info.num_query_heads, info.num_kv_heads, info.head_dim) == (2, 4, 2, 8)
     assert (info.device, info.strategy) == ("cpu", "dense")
     server = client.server_info()

@@ -1,0 +1,165 @@
+"""Keysift's engine against transformers' `generate` on the embedded model: TTFT, TPOT and peak memory.
+
+Each side runs in a process of its own, the sides of one length one after the other; prompts are real text (CPython's
+documentation). Medians; a run during which other processes took more than 5 % of the cores is done again. Ratios are
+against the better of transformers' bf16 and fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import psutil
+import torch
+from document import tokens
+from rich.console import Console
+from rich.table import Table
+from timing import QUIET, machine
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
+
+from keysift.engine import Engine, EngineConfig, Request, SamplingParams, TokenOutput
+from keysift.engine.embedded import embedded
+from keysift.engine.tokenizer import Tokenizer
+
+SIDES = ("transformers float32", "transformers bfloat16", "keysift bfloat16")
+ATTEMPTS = 6
+Times = list[float]
+"""Seconds from the start of a request to each of its tokens."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2000, 4000, 8000], help="prompt tokens")
+    parser.add_argument("--new", type=int, default=24, help="tokens to generate")
+    parser.add_argument("--runs", type=int, default=3, help="undisturbed runs to take the median of")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        print(json.dumps(run_side(options.side, options.lengths[0], options.new, options.runs)))
+        return
+    rows = [run_apart(side, length, options) for length in options.lengths for side in SIDES]
+    report = {"machine": machine(), "new_tokens": options.new, "runs": options.runs, "rows": rows}
+    print(json.dumps(report, indent=1)) if options.json else Console(width=140).print(table(report))
+
+
+def run_apart(side: str, length: int, options: argparse.Namespace) -> dict[str, object]:
+    """One side in a fresh process, so that its peak memory is its own."""
+    command = [sys.executable, __file__, "--side", side, "--lengths", str(length)]
+    command += ["--new", str(options.new), "--runs", str(options.runs)]
+    print(f"{side}, {length} tokens ...", file=sys.stderr, flush=True)
+    lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    return {"side": side, "prompt_tokens": length, **json.loads(lines[-1])}
+
+
+def run_side(side: str, length: int, new: int, runs: int) -> dict[str, float]:
+    name, _, dtype = side.partition(" ")
+    once = SIDE[name](dtype, length, new)
+    once()
+    attempts = [undisturbed(once) for _ in range(runs)]
+    return {
+        "ttft_s": statistics.median(times[0] for times, _ in attempts),
+        "tpot_ms": 1e3 * statistics.median(gap for times, _ in attempts for gap in gaps(times)),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "others_share": max(share for _, share in attempts),
+    }
+
+
+def undisturbed(once: Callable[[], Times]) -> tuple[Times, float]:
+    """One run during which the rest of the machine was quiet, and the share of the cores that the rest had."""
+    for _ in range(ATTEMPTS):
+        busy, own, wall = busy_seconds(), time.process_time(), time.perf_counter()
+        times = once()
+        cores = (time.perf_counter() - wall) * psutil.cpu_count()
+        others = (busy_seconds() - busy - (time.process_time() - own)) / cores
+        if others <= 1 - QUIET:
+            break
+    return times, others
+
+
+def busy_seconds() -> float:
+    """CPU seconds that all processes of the machine have used."""
+    spent = psutil.cpu_times()
+    return float(spent.user + spent.nice + spent.system)
+
+
+def gaps(times: Times) -> Iterator[float]:
+    yield from (later - earlier for earlier, later in pairwise(times))
+
+
+def transformers(dtype: str, length: int, new: int) -> Callable[[], Times]:
+    folder = embedded(lambda message: None)
+    tokenizer = Tokenizer(AutoTokenizer.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    prompt = torch.tensor([tokens(tokenizer, length)])
+
+    def once() -> Times:
+        clock = Clock()
+        with torch.inference_mode():
+            model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=clock)
+        return clock.times
+
+    return once
+
+
+class Clock(BaseStreamer):
+    """Notes when each token arrives; the first call brings the prompt."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.times: Times = []
+        self._prompt_seen = False
+
+    def put(self, value: torch.Tensor) -> None:
+        if self._prompt_seen:
+            self.times.append(time.perf_counter() - self.start)
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+def keysift(dtype: str, length: int, new: int) -> Callable[[], Times]:
+    engine = Engine(EngineConfig(dtype=dtype))
+    prompt = tuple(tokens(engine.tokenizer, length))
+    params = SamplingParams(max_new_tokens=new, ignore_eos=True)
+
+    def once() -> Times:
+        start, times = time.perf_counter(), []
+        engine.add(Request("benchmark", prompt, params, bypass_prefix_cache=True))
+        while engine.has_work:
+            arrived = [output for output in engine.step() if isinstance(output, TokenOutput)]
+            times += [time.perf_counter() - start for _ in arrived]
+        return times
+
+    return once
+
+
+SIDE = {"keysift": keysift, "transformers": transformers}
+
+
+def table(report: dict[str, object]) -> Table:
+    title = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
+    columns = ("TTFT s", "TTFT ratio", "TPOT ms", "TPOT ratio", "peak memory MB", "memory ratio")
+    result = Table("prompt", "side", *columns, title=f"{title}; {report['new_tokens']} new tokens")
+    for row in report["rows"]:
+        peers = [r for r in report["rows"] if r["prompt_tokens"] == row["prompt_tokens"] and r["side"] in SIDES[:2]]
+        cells = [f"{row['prompt_tokens']:,}", row["side"]]
+        for key, digits in (("ttft_s", 2), ("tpot_ms", 1), ("peak_memory_mb", 0)):
+            best = min(peer[key] for peer in peers)
+            cells += [f"{row[key]:.{digits}f}", f"{row[key] / best:.2f}x"]
+        result.add_row(*cells)
+    return result
+
+
+if __name__ == "__main__":
+    main()
