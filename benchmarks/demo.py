@@ -25,7 +25,7 @@ from keysift.engine import Finish, PrefillProgress, SamplingParams, TokenOutput
 from keysift.server.client import Client
 
 STRATEGIES = ("dense", "streaming")
-DOCUMENT = ("exceptions", "classes", "with", "try", "for", "while", "import", "yield", "naming", "break", "assert")
+DOCUMENT = ("assignment", "import", "naming", "class", "assert")
 QUESTION = "According to the text above, what does the assert statement do?"
 LEAST_TOKENS = 6000
 START_SECONDS = 300
@@ -36,7 +36,7 @@ def main() -> int:
     document = "\n\n".join(TOPICS[name] for name in DOCUMENT)
     console.print(f"Document: CPython's help on {', '.join(DOCUMENT)} ({len(document):,} characters)")
     with serve() as address, Client(address) as client:
-        console.print(f"Serving {client.info().name} on {address}")
+        console.print(f"Serving {client.info().model} on {address}")
         finishes = [ask(client, strategy, document) for strategy in STRATEGIES]
     console.print(table(finishes))
     return 0 if all(complete(finish) for finish in finishes) else 1
@@ -76,17 +76,18 @@ def ask(client: Client, strategy: str, document: str) -> Finish:
     console.rule(f"strategy: {strategy}")
     prompt = [{"role": "user", "content": f"{document}\n\n{QUESTION}"}]
     columns = (TextColumn("prefill"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"), TimeElapsedColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task("prefill", total=None)
-        for output in client.generate(prompt, SamplingParams(max_new_tokens=64), strategy=strategy):
-            if isinstance(output, PrefillProgress):
-                bar.update(task, completed=output.processed, total=output.total)
-            elif isinstance(output, TokenOutput):
-                bar.stop()
-                console.print(output.text, end="", markup=False, highlight=False)
-            elif isinstance(output, Finish):
-                console.print()
-                return output
+    bar = Progress(*columns, console=console)
+    bar.start()
+    task = bar.add_task("prefill", total=None)
+    for output in client.generate(prompt, SamplingParams(max_new_tokens=64), strategy=strategy):
+        if isinstance(output, PrefillProgress):
+            bar.update(task, completed=output.processed, total=output.total)
+        elif isinstance(output, TokenOutput):
+            bar.stop()
+            print(output.text, end="", flush=True)
+        elif isinstance(output, Finish):
+            print()
+            return output
     raise SystemExit("the stream ended without a finish")
 
 

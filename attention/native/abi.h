@@ -1,0 +1,44 @@
+// The plain C face of the library: one struct of pointers, sizes and strides per op. library.py mirrors it field by
+// field.
+#pragma once
+
+#include <cstdint>
+
+namespace keysift {
+
+enum Type : std::int64_t { kFloat32, kBFloat16, kFloat16 };
+
+// Strides count elements. The last axis of every tensor is contiguous unless a stride for it is named.
+struct AttentionCall {
+  const void* q;               // [T, Hq, D]
+  const void* k;               // [N, Hkv, S, D]
+  const void* v;               // [N, Hkv, S, D]
+  const std::int32_t* frames;  // [R, Hkv, F]
+  const std::int32_t* pages;   // [R, H, P]
+  const std::int32_t* starts;  // [R]
+  void* out;                   // [T, Hq, D], contiguous
+  float* lse;                  // [T, Hq], contiguous
+  std::int64_t q_strides[2], k_strides[3], v_strides[3], frames_strides[3], pages_strides[3];
+  std::int64_t tokens, heads, kv_heads, lists, dim, page_size, rows, pages_per_list, queries_per_row, window;
+  Type type;
+  float scale;
+};
+
+struct LinearCall {
+  const void* x;       // [B, K]
+  const void* weight;  // [N, K], contiguous
+  const void* bias;    // [N] or null
+  void* out;           // [B, N], contiguous
+  std::int64_t x_stride, batch, outputs, inputs;
+  Type type;
+};
+
+// What one instruction set offers.
+struct Kernels {
+  void (*attention)(const AttentionCall&, int threads);
+  void (*linear)(const LinearCall&, int threads);
+};
+
+extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Bf16;
+
+}  // namespace keysift

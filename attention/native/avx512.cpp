@@ -1,0 +1,22 @@
+#if defined(__x86_64__)
+
+#include "includes.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+                             apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+
+#define KEYSIFT_ISA avx512
+#include "simd_avx512.h"
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+const keysift::Kernels keysift::kAvx512 = keysift::avx512::kTable;
+
+#endif

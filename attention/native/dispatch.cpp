@@ -1,0 +1,43 @@
+// The exported functions. The level of the instruction set is an argument, so nothing here remembers anything.
+#include "abi.h"
+
+namespace keysift {
+namespace {
+
+enum Level : int { kLevelPortable, kLevelAvx2, kLevelAvx512, kLevelAvx512Bf16 };
+
+const Kernels& kernels(int level) {
+#if defined(__x86_64__)
+  if (level == kLevelAvx512Bf16) return kAvx512Bf16;
+  if (level == kLevelAvx512) return kAvx512;
+  if (level == kLevelAvx2) return kAvx2;
+#endif
+  return kPortable;
+}
+
+}  // namespace
+}  // namespace keysift
+
+#define KEYSIFT_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The highest level that this processor and its operating system run.
+KEYSIFT_EXPORT int keysift_best_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) return keysift::kLevelAvx512Bf16;
+  if (avx512) return keysift::kLevelAvx512;
+  if (avx2) return keysift::kLevelAvx2;
+#endif
+  return keysift::kLevelPortable;
+}
+
+KEYSIFT_EXPORT void keysift_paged_attention(const keysift::AttentionCall* call, int level, int threads) {
+  keysift::kernels(level).attention(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_linear(const keysift::LinearCall* call, int level, int threads) {
+  keysift::kernels(level).linear(*call, threads);
+}

@@ -1,0 +1,14 @@
+// What is not compiled for one instruction set: included before the target is named, so that functions of the standard
+// library, which the linker merges over all files, stay runnable on every processor.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "abi.h"
+#include "plan.h"
+#include "scratch.h"
+#include "threads.h"
+#include "types.h"

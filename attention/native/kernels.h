@@ -1,0 +1,52 @@
+// The algorithms, compiled once for each instruction set: the file that includes this has named it in KEYSIFT_ISA and
+// included its vectors. Every name lives in its own namespace, so that the linker cannot mix code of two of them.
+#pragma once
+
+#define KEYSIFT_LAMBDA_INLINE __attribute__((always_inline))
+
+#include "simd.h"
+#include "arithmetic.h"
+#include "key_tile.h"
+#include "softmax.h"
+#include "many_queries.h"
+#include "dots.h"
+#include "few_queries.h"
+#include "linear.h"
+
+namespace keysift::KEYSIFT_ISA {
+
+template <class T>
+void attention_of(const AttentionCall& call, int threads) {
+  using Math = typename ArithmeticOf<T>::type;
+  constexpr int kStep = kLanes * Math::kPair;
+  const Plan plan(call);
+  const int stride = static_cast<int>((call.dim + kStep - 1) / kStep * kStep) + kLanes;
+  Buffer memory;
+  const Partials partials{memory.floats(plan.partials * stride), stride};
+  const bool in_place = call.dim % kStep == 0;
+  for_each_task(static_cast<std::int64_t>(plan.tasks.size()), threads, [&](std::int64_t i) {
+    const Task& task = plan.tasks[i];
+    const bool few = task.queries * plan.heads_per_list(call) <= kFewQueries;
+    (few && in_place ? attend_few<Math> : attend_many<Math>)(call, plan, partials, task);
+  });
+}
+
+inline void attention(const AttentionCall& call, int threads) {
+  switch (call.type) {
+    case kFloat32:
+      return attention_of<float>(call, threads);
+    case kBFloat16:
+      return attention_of<bfloat16>(call, threads);
+    case kFloat16:
+      return attention_of<float16>(call, threads);
+  }
+}
+
+inline void linear(const LinearCall& call, int threads) {
+  if (call.type == kFloat32) return linear<ArithmeticOf<float>::type>(call, threads);
+  return linear<ArithmeticOf<bfloat16>::type>(call, threads);
+}
+
+constexpr Kernels kTable{attention, linear};
+
+}  // namespace keysift::KEYSIFT_ISA

@@ -1,0 +1,97 @@
+"""Finds and loads the compiled kernels. ctypes lets go of the GIL while one runs."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from ctypes import c_float, c_int, c_int64, c_void_p
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+
+LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
+"""Instruction sets from the least to the most capable; a machine that runs one runs all before it."""
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class AttentionCall(ctypes.Structure):
+    """Mirrors `AttentionCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "v", "frames", "pages", "starts", "out", "lse")),
+        ("q_strides", c_int64 * 2),
+        *((f"{name}_strides", c_int64 * 3) for name in ("k", "v", "frames", "pages")),
+        *((name, c_int64) for name in ("tokens", "heads", "kv_heads", "lists", "dim", "page_size", "rows")),
+        *((name, c_int64) for name in ("pages_per_list", "queries_per_row", "window", "type")),
+        ("scale", c_float),
+    )
+
+
+class LinearCall(ctypes.Structure):
+    """Mirrors `LinearCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "weight", "bias", "out")),
+        *((name, c_int64) for name in ("x_stride", "batch", "outputs", "inputs", "type")),
+    )
+
+
+def _load() -> ctypes.CDLL:
+    folder = Path(__file__).parent
+    for suffix in EXTENSION_SUFFIXES:
+        if (path := folder / f"_kernels{suffix}").exists():
+            try:
+                return _declare(ctypes.CDLL(os.fspath(path)))
+            except OSError as error:
+                raise ImportError(f"{path.name} does not load here") from error
+    raise ImportError("keysift's native kernels are not built; install it with a C++17 compiler at hand")
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    library.keysift_paged_attention.argtypes = (c_void_p, c_int, c_int)
+    library.keysift_linear.argtypes = (c_void_p, c_int, c_int)
+    library.keysift_paged_attention.restype = library.keysift_linear.restype = None
+    return library
+
+
+kernels = _load()
+_best = int(kernels.keysift_best_level())
+_level: ContextVar[int] = ContextVar("keysift_isa_level", default=_best)
+
+
+def isa() -> str:
+    """The instruction set that the kernels use."""
+    return LEVELS[_level.get()]
+
+
+def isas() -> tuple[str, ...]:
+    """All instruction sets that this machine runs, the best last."""
+    return LEVELS[: _best + 1]
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Make the kernels inside the block use a lower instruction set; `ValueError` where the machine does not run it."""
+    if name not in isas():
+        raise ValueError(f"this machine runs {', '.join(isas())}, not {name}")
+    token = _level.set(LEVELS.index(name))
+    try:
+        yield
+    finally:
+        _level.reset(token)
+
+
+def level() -> int:
+    """The number that the library knows `isa` by."""
+    return _level.get()
+
+
+def num_threads() -> int:
+    """The cores that this process may use, but no more than torch uses."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, torch.get_num_threads())

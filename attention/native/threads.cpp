@@ -1,0 +1,38 @@
+#include "threads.h"
+
+#include <dlfcn.h>
+
+#include <thread>
+#include <vector>
+
+namespace keysift {
+namespace {
+
+using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+// torch has loaded an OpenMP runtime whose idle threads spin for a while: a second pool would fight it for the cores.
+OpenMpParallel loaded_openmp() {
+  static const auto parallel = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return parallel;
+}
+
+void run_threads(int threads, void (*body)(void*), void* context) {
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(body, context);
+  body(context);
+  for (auto& other : others) other.join();
+}
+
+}  // namespace
+
+void run_team(int threads, void (*body)(void*), void* context) {
+  if (threads <= 1) {
+    body(context);
+  } else if (const auto parallel = loaded_openmp()) {
+    parallel(body, context, static_cast<unsigned>(threads), 0);
+  } else {
+    run_threads(threads, body, context);
+  }
+}
+
+}  // namespace keysift

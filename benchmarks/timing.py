@@ -1,0 +1,72 @@
+"""Measuring: medians of undisturbed runs, and the machine that they ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+QUIET = 0.95
+"""Least share of the cores' time that a run must have had; below it, something else was running."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds of one call: the median of runs, and the CPU share of the least quiet run that counts."""
+
+    seconds: float
+    share: float
+
+    @property
+    def quiet(self) -> bool:
+        return self.share >= QUIET
+
+
+def measure(work: Callable[[], object], *, runs: int = 5, least: float = 0.1, attempts: int = 40) -> Timing:
+    """Time `work`, repeated within a run until it lasts `least` seconds; a disturbed run is done again.
+
+    When `attempts` runs gave too few quiet ones, the quietest are taken, and the timing says that it is not quiet.
+    """
+    work()
+    calls = max(1, round(least / max(_run(work, 1)[0], 1e-9)))
+    timings: list[tuple[float, float]] = []
+    while len(timings) < attempts and sum(share >= QUIET for _, share in timings) < runs:
+        timings.append(_run(work, calls))
+    best = sorted(timings, key=lambda timing: -timing[1])[:runs]
+    quiet = [timing for timing in timings if timing[1] >= QUIET][:runs]
+    chosen = quiet if len(quiet) == runs else best
+    return Timing(statistics.median(seconds for seconds, _ in chosen), min(share for _, share in chosen))
+
+
+def _run(work: Callable[[], object], calls: int) -> tuple[float, float]:
+    """Seconds of a call, and the share of the cores' time that this process had."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(calls):
+        work()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    return wall / calls, cpu / (wall * torch.get_num_threads())
+
+
+def machine() -> dict[str, object]:
+    """What a number needs beside it to mean something."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
