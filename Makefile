@@ -7,6 +7,8 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 TRITON ?= $(if $(shell command -v nvidia-smi),,triton==3.6.0)
 NATIVE := $(wildcard attention/native/*.cpp attention/native/*.h)
 TYPES := .types/keysift
+# As `keysift` itself does: idle OpenMP threads that spin for long stall everything when something else runs too.
+export GOMP_SPINCOUNT ?= 20000
 
 .PHONY: install demo test check bench proto format clean
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from keysift.attention import Attend
 
@@ -117,13 +119,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)  # type: ignore[no-any-return]
     if device.type == "cuda":
         return torch.bfloat16
-    features = torch.cpu.get_capabilities()
+    # The function is younger than the oldest torch that we support.
+    features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
 
 
 def _load_module(source: Source, config: EngineConfig, device: torch.device) -> Any:
     """The module of `source`, in evaluation mode. Weights are safetensors or GGUF, never pickles."""
     seam.register()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         module: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
