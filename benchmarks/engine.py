@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from typing import Any
 
 import psutil
 import torch
@@ -79,7 +80,7 @@ def undisturbed(once: Callable[[], Times]) -> tuple[Times, float]:
     for _ in range(ATTEMPTS):
         busy, own, wall = busy_seconds(), time.process_time(), time.perf_counter()
         times = once()
-        cores = (time.perf_counter() - wall) * psutil.cpu_count()
+        cores = (time.perf_counter() - wall) * (psutil.cpu_count() or 1)
         others = (busy_seconds() - busy - (time.process_time() - own)) / cores
         if others <= 1 - QUIET:
             break
@@ -99,7 +100,7 @@ def gaps(times: Times) -> Iterator[float]:
 def transformers(dtype: str, length: int, new: int) -> Callable[[], Times]:
     folder = embedded(lambda message: None)
     tokenizer = Tokenizer(AutoTokenizer.from_pretrained(folder))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     prompt = torch.tensor([tokens(tokenizer, length)])
 
     def once() -> Times:
@@ -147,7 +148,7 @@ def keysift(dtype: str, length: int, new: int) -> Callable[[], Times]:
 SIDE = {"keysift": keysift, "transformers": transformers}
 
 
-def table(report: dict[str, object]) -> Table:
+def table(report: dict[str, Any]) -> Table:
     title = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
     columns = ("TTFT s", "TTFT ratio", "TPOT ms", "TPOT ratio", "peak memory MB", "memory ratio")
     result = Table("prompt", "side", *columns, title=f"{title}; {report['new_tokens']} new tokens")
