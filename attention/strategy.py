@@ -28,9 +28,14 @@ class Strategy:
         """Pages for one token of each sequence, q [B, Hq, D]; by default as for a prompt."""
         return self.prefill(q, context)
 
-    def falls_back(self, phase: Phase, context_len: int) -> bool:
-        """Whether a sequence of this many tokens runs dense."""
-        return 0 < context_len <= self.dense_below
+    def part(self, phase: Phase) -> Strategy:
+        """The strategy that is responsible for a phase."""
+        return self
+
+    def at(self, phase: Phase, context_len: int) -> Strategy:
+        """What runs for this many tokens of context: the part for the phase, or `Dense` below its crossover."""
+        part = self.part(phase)
+        return part if context_len > part.dense_below else Dense()
 
     @property
     def name(self) -> str:
@@ -55,9 +60,8 @@ class Split(Strategy):
     def decode(self, q: Tensor, context: Context) -> Selection:
         return self.token.decode(q, context)
 
-    def falls_back(self, phase: Phase, context_len: int) -> bool:
-        part = self.prompt if phase is Phase.PREFILL else self.token
-        return part.falls_back(phase, context_len)
+    def part(self, phase: Phase) -> Strategy:
+        return self.prompt if phase is Phase.PREFILL else self.token
 
     @property
     def name(self) -> str:

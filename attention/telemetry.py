@@ -54,6 +54,8 @@ class Telemetry:
         """What each sequence of the step read; waits for the device."""
         every = (self._step.last_pages + 1)[:, None].expand(-1, self._spec.num_kv_heads)  # [R, Hkv]
         layers = [every if counts is None else counts for counts in self._counts.values()]
+        if not layers:  # every layer has a window
+            return [Reads()] * len(self._step.spans)
         rows = [_row_reads(self._step, counts, self._spec.read_bytes) for counts in _by_heads(layers)]
         return [sum(parts, Reads()) for parts in zip(*(_by_sequence(self._step, row) for row in rows), strict=True)]
 

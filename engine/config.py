@@ -49,6 +49,6 @@ class EngineConfig(Checked):
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
-        for name, unit in (("queries_per_row", self.page_size), ("prefill_chunk", self.queries_per_row)):
-            if getattr(self, name) % unit:
-                raise InvalidRequest(name, f"a multiple of {unit}, got {getattr(self, name)}")
+        for name, unit in (("queries_per_row", "page_size"), ("prefill_chunk", "queries_per_row")):
+            if getattr(self, name) % getattr(self, unit):
+                raise InvalidRequest(name, f"a multiple of {unit} ({getattr(self, unit)}), got {getattr(self, name)}")

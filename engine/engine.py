@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from keysift.attention import Strategy, StrategyError, parse
-from keysift.kvcache import PageKeys
+from keysift.kvcache import PageKeys, Phase
 
 from . import metrics
 from .config import EngineConfig
@@ -46,6 +46,7 @@ class Engine:
             queries_per_row=config.queries_per_row,
         )
         self._runner = Runner(self.model, self.cache, backend=config.backend, queries_per_row=config.queries_per_row)
+        self._runner.rehearse()
         self._jobs: dict[str, Job] = {}
         self._outbox: list[Output] = []
 
@@ -70,9 +71,17 @@ class Engine:
         if request.request_id in self._jobs:
             raise DuplicateRequest(f"request_id: {request.request_id!r} is that of a live request")
         sequence = self._sequence(request)
-        self._check_room(sequence)
+        self._check_size(sequence)
+        if len(self._jobs) >= (room := self.config.max_num_seqs + self.config.max_queue):
+            raise ResourceExhausted(
+                f"max_queue: {len(self._jobs)} requests are running or waiting, at most {room}", retry_after_s=1.0
+            )
         self._jobs[request.request_id] = self._job(sequence)
         self.scheduler.add(sequence)
+
+    def check(self, request: Request) -> None:
+        """Raise what `add` would raise for the request itself, whatever else is running."""
+        self._check_size(self._sequence(request))
 
     def abort(self, request_id: str) -> bool:
         """End a request now and give its pages back; its `Finish` comes with the next step's outputs."""
@@ -95,29 +104,30 @@ class Engine:
         limit, length = self.model.max_model_len, len(request.prompt)
         if not 0 < length < limit:
             raise InvalidRequest("prompt", f"1 to {limit - 1} tokens (max_model_len is {limit}), got {length}")
-        if (worst := max(request.prompt)) >= self.model.vocab_size or min(request.prompt) < 0:
-            raise InvalidRequest("prompt", f"token ids from 0 to {self.model.vocab_size - 1}, got {worst}")
+        wrong = min(request.prompt) if min(request.prompt) < 0 else max(request.prompt)
+        if not 0 <= wrong < self.model.vocab_size:
+            raise InvalidRequest("prompt", f"token ids from 0 to {self.model.vocab_size - 1}, got {wrong}")
         check(request.params, self.model.vocab_size, self.model.eos_token_ids)
         strategy = self._default
         if request.strategy is not None or request.strategy_args:
             strategy = _strategy(request.strategy or self.config.strategy, request.strategy_args)
-        keys = None
-        if self.config.prefix_cache and not request.bypass_prefix_cache:
-            root = f"{self.model.fingerprint}|{strategy!r}|{request.cache_salt}"
-            keys = PageKeys(root, self.config.page_size)
+        keys = self._page_keys(request, strategy)
         return Sequence(request, strategy, min(request.params.max_new_tokens, limit - length), keys)
 
-    def _check_room(self, sequence: Sequence) -> None:
+    def _page_keys(self, request: Request, strategy: Strategy) -> PageKeys | None:
+        """Names for the prompt's pages: what they hold depends on the strategy that really prefills them."""
+        if not self.config.prefix_cache or request.bypass_prefix_cache:
+            return None
+        effective = strategy.at(Phase.PREFILL, len(request.prompt))
+        return PageKeys(f"{self.model.fingerprint}|{effective!r}|{request.cache_salt}", self.config.page_size)
+
+    def _check_size(self, sequence: Sequence) -> None:
         tokens = sequence.prompt_len + sequence.max_new_tokens
         spec, total = self.cache.spec, self.cache.allocator.total
         if (needed := spec.pages_for(tokens)) > total:
             raise ResourceExhausted(
                 f"kv_memory: {tokens} tokens (prompt + max_new_tokens) need {needed} pages = "
                 f"{needed * spec.page_bytes} bytes, the cache has {total} pages = {total * spec.page_bytes} bytes"
-            )
-        if len(self._jobs) >= (room := self.config.max_num_seqs + self.config.max_queue):
-            raise ResourceExhausted(
-                f"max_queue: {len(self._jobs)} requests are running or waiting, at most {room}", retry_after_s=1.0
             )
 
     def _job(self, sequence: Sequence) -> Job:
@@ -143,8 +153,8 @@ class Engine:
         sampled = batch.sampled
         self.scheduler.commit(batch, [token for token, _ in result.sampled])
         outputs: list[Output] = []
-        for sequence, span in zip(batch.sequences, batch.spans, strict=True):
-            outputs += self._job_of(sequence).progress(span.start)
+        for sequence in batch.sequences:
+            outputs += self._job_of(sequence).progress()
         for sequence, choice in zip(sampled, result.sampled, strict=True):
             output, reason = self._job_of(sequence).say(choice)
             outputs += [output] if reason is None else [output, self._finish(self._job_of(sequence), reason)]

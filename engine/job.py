@@ -43,13 +43,15 @@ class Job:
             sequence.sparsity(),
             matched_stop=self.transcript.matched,
         )
-        metrics.observe_finish(finish, sequence.preemptions)
+        metrics.observe_finish(finish, sequence)
         return finish
 
-    def progress(self, start: int) -> list[Output]:
-        """Outputs of a prompt chunk that began at token `start`: first what the prompt is, then how far it got."""
+    def progress(self) -> list[Output]:
+        """What a step has changed about the prompt: first what it is, then how far it got; never the same twice."""
         sequence = self.sequence
-        if start >= sequence.prompt_len or sequence.preemptions:
+        opening: list[Output] = [] if sequence.reported >= 0 else [sequence.prompt_info()]
+        report = sequence.progress()
+        if report.processed <= sequence.reported:
             return []
-        opening: list[Output] = [sequence.prompt_info()] if start == sequence.cached else []
-        return [*opening, sequence.progress()]
+        sequence.reported = report.processed
+        return [*opening, report]

@@ -34,6 +34,7 @@ class LLM:
         """Load `model` (None: the embedded one); the other arguments are `EngineConfig`'s fields."""
         self.engine = Engine(EngineConfig(model=model, **config))
         self._count = 0
+        self._live: dict[str, Completion] = {}
 
     def generate(
         self,
@@ -46,31 +47,37 @@ class LLM:
         """Complete prompts (texts or token ids), many at once, and yield the completions in the prompts' order.
 
         Raises:
-            InvalidRequest: a prompt or a parameter is out of bounds; nothing was started.
+            InvalidRequest, ResourceExhausted: a prompt or a parameter is out of bounds; nothing was started.
         """
         many = _as_list(prompts)
         requests = [self._request(prompt, params or SamplingParams(), strategy) for prompt in many]
-        pending = {request.request_id: Completion(prompt) for request, prompt in zip(requests, many, strict=True)}
-        bar = _progress(disable=not progress)
-        with bar:
-            yield from self._run(requests, pending, _Meter(bar, requests))
+        for request in requests:
+            self.engine.check(request)
+        return self._run(requests, many, _progress(disable=not progress))
 
-    def _run(self, requests: list[Request], pending: dict[str, Completion], meter: _Meter) -> Iterator[Completion]:
-        order, queue = list(pending), list(reversed(requests))
-        room = self.engine.config.max_num_seqs
+    def _run(self, requests: list[Request], prompts: list[Prompt], bar: Progress) -> Iterator[Completion]:
+        mine = {request.request_id: Completion(prompt) for request, prompt in zip(requests, prompts, strict=True)}
+        queue, meter = list(reversed(requests)), _Meter(bar, requests)
+        self._live |= mine
         try:
-            while order:
-                while queue and self.engine.status.running + self.engine.status.waiting < room:
-                    self.engine.add(queue.pop())
-                for output in self.engine.step():
-                    meter.advance(output)
-                    _fill(pending[output.request_id], output)
-                while order and pending[order[0]].finish is not None:
-                    yield pending.pop(order.pop(0))
+            with bar:
+                for completion in mine.values():
+                    while completion.finish is None:
+                        self._step(queue, meter)
+                    yield completion
         finally:
-            for request_id in order:
+            for request_id in mine:
                 self.engine.abort(request_id)
-            self.engine.step()
+                del self._live[request_id]
+
+    def _step(self, queue: list[Request], meter: _Meter) -> None:
+        """Start what fits, run one step, and hand its outputs to whoever waits for them, other iterators too."""
+        while queue and self.engine.status.running + self.engine.status.waiting < self.engine.config.max_num_seqs:
+            self.engine.add(queue.pop())
+        for output in self.engine.step():
+            meter.advance(output)
+            if output.request_id in self._live:
+                _fill(self._live[output.request_id], output)
 
     def _request(self, prompt: Prompt, params: SamplingParams, strategy: str | None) -> Request:
         self._count += 1
@@ -89,6 +96,8 @@ class _Meter:
         self._budget = {request.request_id: request.params.max_new_tokens for request in requests}
 
     def advance(self, output: Output) -> None:
+        if output.request_id not in self._budget:
+            return
         if isinstance(output, PrefillProgress):
             self._bar.advance(self._prefill, output.processed - self._seen.get(output.request_id, 0))
             self._seen[output.request_id] = output.processed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 import torch
 
@@ -11,6 +13,7 @@ from .config import EngineConfig
 from .errors import InvalidRequest
 from .model import LoadedModel
 
+CGROUP = Path("/sys/fs/cgroup")
 SHARE = 0.4
 """Of the memory that is free once the model is loaded, the most that pages take unless ``kv_memory`` says otherwise."""
 
@@ -42,8 +45,17 @@ def make_cache(config: EngineConfig, model: LoadedModel) -> PagedCache:
     return PagedCache(spec, frames, max_sequences=config.max_num_seqs, max_len=model.max_model_len, device=model.device)
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> float:
     """Bytes that the device could give now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return min(psutil.virtual_memory().available, _free_in_container())
+
+
+def _free_in_container() -> float:
+    """Bytes that the control group of this process leaves it; infinite where it has no limit."""
+    try:
+        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return float("inf")
+    return float("inf") if limit == "max" else int(limit) - int(used)

@@ -7,6 +7,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from keysift.kvcache import Phase
 
 from .request import EngineStatus, Finish
+from .sequence import Sequence
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -49,13 +50,14 @@ def observe_status(status: EngineStatus) -> None:
     KV_CACHE_USAGE.set(1 - status.pages_free / status.pages_total)
 
 
-def observe_finish(finish: Finish, preemptions: int) -> None:
+def observe_finish(finish: Finish, sequence: Sequence) -> None:
     """Count a request that ended."""
     label, timings, usage, sparsity = finish.sparsity.strategy, finish.timings, finish.usage, finish.sparsity
-    PROMPT_TOKENS.labels(label).inc(usage.prompt_tokens)
+    looked_up = usage.prompt_tokens if sequence.keys and sequence.started else 0
+    PROMPT_TOKENS.labels(label).inc(max(sequence.reported, 0))
     GENERATION_TOKENS.labels(label).inc(usage.completion_tokens)
-    PREEMPTIONS.labels(label).inc(preemptions)
-    PREFIX_QUERIES.labels(label).inc(usage.prompt_tokens)
+    PREEMPTIONS.labels(label).inc(sequence.preemptions)
+    PREFIX_QUERIES.labels(label).inc(looked_up)
     PREFIX_HITS.labels(label).inc(usage.cached_tokens)
     REQUEST_QUEUE_TIME.labels(label).observe(timings.queue_ms / 1e3)
     KV_BYTES_MOVED.labels(label).inc(sparsity.kv_bytes_moved)

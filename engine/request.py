@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Set
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
@@ -12,6 +13,7 @@ from pydantic import Field, model_validator
 from .checked import Checked
 from .errors import InvalidRequest
 
+MIN_TEMPERATURE = 0.01
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -22,6 +24,7 @@ class SamplingParams(Checked):
     """
 
     temperature: float = Field(0.0, ge=0, le=100)
+    """0: always the most likely token; else at least 0.01, below which scores overflow."""
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
@@ -29,14 +32,14 @@ class SamplingParams(Checked):
 
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     logit_bias: dict[TokenId, float] = Field(default_factory=dict)
     allowed_token_ids: tuple[TokenId, ...] = ()
 
     max_new_tokens: int = Field(256, ge=1)
     min_new_tokens: int = Field(0, ge=0)
     stop_token_ids: tuple[TokenId, ...] = ()
-    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), max_length=64)
     include_stop_strings: bool = False
     ignore_eos: bool = False
 
@@ -44,8 +47,14 @@ class SamplingParams(Checked):
     """How many candidates' log probabilities come with each token; 0: the chosen token's only."""
     skip_special_tokens: bool = True
 
+    def endings(self, eos_token_ids: Set[int]) -> frozenset[int]:
+        """Tokens that end the text."""
+        return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(eos_token_ids))
+
     @model_validator(mode="after")
-    def _minimum_below_maximum(self) -> SamplingParams:
+    def _consistent(self) -> SamplingParams:
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise InvalidRequest("temperature", f"0 or at least {MIN_TEMPERATURE}, got {self.temperature}")
         if self.min_new_tokens > self.max_new_tokens:
             raise InvalidRequest(
                 "min_new_tokens",

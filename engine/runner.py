@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
-from keysift.attention import Reads, Telemetry, bind
-from keysift.kvcache import PagedCache, Phase, Step
-from keysift.kvcache.ops import use_backend
+from keysift.attention import Dense, Reads, Telemetry, bind
+from keysift.kvcache import PagedCache, Phase, Span, Step
+from keysift.kvcache.ops import BackendUnavailable, use_backend
 
 from .config import Backend
+from .errors import InvalidRequest
 from .model import LoadedModel
 from .sampler import Sampled, SamplerState, sample
 from .scheduler import Batch
@@ -34,6 +36,22 @@ class Runner:
         self._cache = cache
         self._backend = backend
         self._queries_per_row = queries_per_row
+
+    def rehearse(self) -> None:
+        """One token through one layer's cache and attention. Raises `InvalidRequest` where the backend cannot do it."""
+        sequence = self._cache.open()
+        self._cache.reserve(sequence, 1)
+        attend = bind(Dense(), self._cache, self._cache.decode([Span(sequence, 0, 1)]))
+        spec, heads = self._cache.spec, self._model.num_query_heads
+        q = torch.zeros(1, heads, spec.head_dim, dtype=spec.dtype, device=self._cache.device)
+        k = q[:, : spec.num_kv_heads]
+        try:
+            with torch.inference_mode(), use_backend(self._backend):
+                attend(0, q, k, k)
+        except BackendUnavailable as error:
+            raise InvalidRequest("backend", f"{self._backend!r} cannot run here ({error})") from None
+        finally:
+            self._cache.release(sequence)
 
     def run(self, batch: Batch, states: SequenceOf[SamplerState]) -> StepResult:
         """Run the batch and sample with one state for each of `batch.sampled`."""
@@ -59,7 +77,7 @@ class Runner:
 
     def _last(self, batch: Batch) -> torch.Tensor:
         """[B'] int64, index of each sampled sequence's last token among the packed ones."""
-        if batch.phase is Phase.DECODE:
-            return torch.arange(len(batch.spans), device=self._cache.device)
-        last = [batch.spans[0].length - 1] if batch.sampled else []
+        ends = accumulate(span.length for span in batch.spans)
+        pairs = zip(batch.sequences, batch.spans, ends, strict=True)
+        last = [end - 1 for sequence, span, end in pairs if span.stop == len(sequence.tokens)]
         return torch.tensor(last, dtype=torch.int64, device=self._cache.device)

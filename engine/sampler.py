@@ -28,6 +28,7 @@ Processor = Callable[[Any, Tensor], Tensor]
 """generated token ids [1, n], scores [1, V] -> scores [1, V]."""
 
 UNIFORM_STEPS = 1 << 48
+MAX_BIAS = 1e4
 
 
 class Sampled(NamedTuple):
@@ -80,11 +81,21 @@ def check(params: SamplingParams, vocab_size: int, eos_token_ids: Set[int] = fro
         if (largest := max(ids, default=0)) >= vocab_size:
             raise InvalidRequest(name, f"token ids below the vocabulary size {vocab_size}, got {largest}")
     for token_id, bias in params.logit_bias.items():
-        if math.isnan(bias) or bias == math.inf:
-            raise InvalidRequest("logit_bias", f"finite numbers or -inf, got {bias} for token {token_id}")
-    forbidden = _endings(params, eos_token_ids) if params.min_new_tokens else set()
-    if params.allowed_token_ids and forbidden.issuperset(params.allowed_token_ids):
-        raise InvalidRequest("allowed_token_ids", "at least one token that does not end the text before min_new_tokens")
+        if not (-MAX_BIAS <= bias <= MAX_BIAS or bias == -math.inf):
+            raise InvalidRequest(
+                "logit_bias", f"-{MAX_BIAS:g} to {MAX_BIAS:g} or -inf, got {bias} for token {token_id}"
+            )
+    _check_choice(params, vocab_size, params.endings(eos_token_ids) if params.min_new_tokens else frozenset())
+
+
+def _check_choice(params: SamplingParams, vocab_size: int, endings: Set[int]) -> None:
+    """Refuse what leaves no token to choose."""
+    allowed = set(params.allowed_token_ids) or set(range(vocab_size))
+    if allowed <= (banned := {token for token, bias in params.logit_bias.items() if bias == -math.inf}):
+        raise InvalidRequest("logit_bias", f"at least one token that is not at -inf, got {len(banned)} that are")
+    if allowed <= endings | banned:
+        field = "allowed_token_ids" if params.allowed_token_ids else "stop_token_ids"
+        raise InvalidRequest(field, "at least one token must not end the text before min_new_tokens, got none")
 
 
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
@@ -117,7 +128,9 @@ def _draw(scores: Tensor, generator: torch.Generator) -> int:
     """
     uniform = int(torch.randint(UNIFORM_STEPS, (), generator=generator)) / UNIFORM_STEPS
     mass = scores.double().softmax(-1).cumsum(-1)  # [V]
-    return int(torch.searchsorted(mass, mass[-1:] * uniform, right=True))
+    if not mass[-1].isfinite():  # scores that overflowed: the best of them is all that is left to say
+        return int(scores.nan_to_num().argmax())
+    return int(torch.searchsorted(mass, mass[-1:] * uniform, right=True).clamp(max=len(mass) - 1))
 
 
 def _logprobs(logits: Tensor, token_id: int, candidates: int | None) -> tuple[Logprob, ...]:
@@ -144,7 +157,7 @@ def _processors(params: SamplingParams, prompt: Sequence[int], eos_token_ids: Se
     if params.allowed_token_ids:
         allowed = sorted(set(params.allowed_token_ids))
         built.append(PrefixConstrainedLogitsProcessor(lambda _batch, _ids: allowed, num_beams=1))
-    if params.min_new_tokens and (endings := _endings(params, eos_token_ids)):
+    if params.min_new_tokens and (endings := params.endings(eos_token_ids)):
         built.append(_minimum(params.min_new_tokens, sorted(endings)))
     return (*built, *_warpers(params))
 
@@ -163,11 +176,6 @@ def _warpers(params: SamplingParams) -> list[Processor]:
     if params.min_p:
         built.append(MinPLogitsWarper(params.min_p))
     return built
-
-
-def _endings(params: SamplingParams, eos_token_ids: Set[int]) -> set[int]:
-    """Tokens that end the text."""
-    return {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
 
 
 def _repetition(penalty: float, prompt: Sequence[int]) -> Processor:

@@ -11,8 +11,6 @@ from keysift.kvcache import OutOfFrames, PagedCache, Phase, Span
 
 from .sequence import Sequence
 
-DENSE = Dense()
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -48,9 +46,12 @@ class Scheduler:
         self._align = queries_per_row
         self._last_phase = Phase.DECODE
         self._oldest_turn = True
-        self._last_strategy: Strategy = DENSE
+        self._serial = 0
+        self._last_strategy: Strategy = Dense()
 
     def add(self, sequence: Sequence) -> None:
+        self._serial += 1
+        sequence.serial = sequence.serial or self._serial
         self.waiting.append(sequence)
         self.waiting.sort(key=lambda waiting: waiting.order)
 
@@ -63,7 +64,7 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def next_batch(self) -> Batch | None:
-        """The next step's work, its pages reserved; None when nobody can run."""
+        """The next step's work, its pages reserved; None when nobody can run now."""
         self._admit()
         prefill = [sequence for sequence in self.running if sequence.phase is Phase.PREFILL]
         decode = [sequence for sequence in self.running if sequence.phase is Phase.DECODE]
@@ -98,7 +99,6 @@ class Scheduler:
             self._cache.release(handle)
             return False
         sequence.handle, sequence.computed, sequence.kept = handle, aligned * spec.page_size, aligned
-        sequence.start(time.monotonic())
         return True
 
     def _reusable(self, known: int) -> int:
@@ -109,9 +109,9 @@ class Scheduler:
         key = (lambda s: s.order) if self._oldest_turn else (lambda s: (s.remaining, s.order))
         self._oldest_turn = not self._oldest_turn
         sequence = min(prefill, key=key)
-        length = min(self._chunk, sequence.remaining)
-        strategy = self._effective(sequence, Phase.PREFILL)
-        return self._batch(Phase.PREFILL, strategy, [sequence], length)
+        end = len(sequence.tokens) if sequence.exact else sequence.prompt_len
+        length = min(self._chunk, end - sequence.computed)
+        return self._batch(Phase.PREFILL, self._effective(sequence, Phase.PREFILL), [sequence], length)
 
     def _decode_batch(self, decode: list[Sequence]) -> Batch | None:
         ready = [sequence for sequence in sorted(decode, key=lambda s: s.order) if self._reserve_next(sequence)]
@@ -120,7 +120,7 @@ class Scheduler:
             groups.setdefault(self._effective(sequence, Phase.DECODE), []).append(sequence)
         if not groups:
             return None
-        strategy = self._next_strategy(list(groups))
+        self._last_strategy = strategy = self._next_strategy(list(groups))
         return self._batch(Phase.DECODE, strategy, groups[strategy], 1)
 
     def _next_strategy(self, strategies: list[Strategy]) -> Strategy:
@@ -129,15 +129,21 @@ class Scheduler:
         return strategies[turn % len(strategies)]
 
     def _batch(self, phase: Phase, strategy: Strategy, sequences: list[Sequence], length: int) -> Batch:
-        self._last_phase, self._last_strategy = phase, strategy
+        self._last_phase = phase
+        for sequence in sequences:
+            sequence.start(time.monotonic())
         spans = tuple(Span(_handle(sequence), sequence.computed, length) for sequence in sequences)
         return Batch(phase, strategy, tuple(sequences), spans)
 
     def _effective(self, sequence: Sequence, phase: Phase) -> Strategy:
-        if sequence.strategy.falls_back(phase, len(sequence.tokens)):
-            sequence.fell_back = True
-            return DENSE
-        return sequence.strategy
+        """What runs: the strategy's part for this phase, or dense below its crossover.
+
+        A prompt decides once, by its whole length; a generated token by its own context.
+        """
+        context_len = sequence.prompt_len if phase is Phase.PREFILL else sequence.computed + 1
+        chosen = sequence.strategy.at(phase, context_len)
+        sequence.fell_back |= chosen is not sequence.strategy.part(phase)
+        return chosen
 
     def _reserve_next(self, sequence: Sequence) -> bool:
         """A page for the sequence's next token, taken from whoever would run last if need be."""

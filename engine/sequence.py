@@ -21,6 +21,8 @@ class Sequence:
     """The request's own limit or what the model's length leaves, whichever is less."""
     keys: PageKeys | None = None
     """Names of its pages in the prefix cache; None: it neither uses nor feeds that cache."""
+    serial: int = 0
+    """Tells requests apart that arrived at the same time."""
     tokens: list[int] = field(default_factory=list)
     handle: int | None = None
     """Its number in the cache while it holds pages."""
@@ -37,6 +39,8 @@ class Sequence:
     bytes_moved: int = 0
     fell_back: bool = False
     preemptions: int = 0
+    reported: int = -1
+    """Prompt tokens of the last progress report; -1: nothing was reported yet."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -44,10 +48,6 @@ class Sequence:
     @property
     def prompt_len(self) -> int:
         return len(self.request.prompt)
-
-    @property
-    def generated(self) -> list[int]:
-        return self.tokens[self.prompt_len :]
 
     @property
     def num_generated(self) -> int:
@@ -60,23 +60,29 @@ class Sequence:
 
     @property
     def phase(self) -> Phase:
-        """Decoding means that one token, a generated one, is missing from the cache."""
-        return Phase.DECODE if self.remaining == 1 and self.num_generated else Phase.PREFILL
+        """Prompt tokens are computed in chunks, generated ones one by one.
+
+        After a preemption generated tokens may come in chunks too, if they read everything the first time; otherwise
+        they are decoded once more, so that they find what they found.
+        """
+        in_chunks = len(self.tokens) if self.exact else self.prompt_len
+        alone = self.remaining == 1 and self.num_generated > 0
+        return Phase.PREFILL if self.computed < in_chunks and not alone else Phase.DECODE
 
     @property
-    def order(self) -> tuple[int, float]:
+    def order(self) -> tuple[int, float, int]:
         """Who runs first: smaller is earlier."""
-        return self.request.priority, self.request.arrival
+        return self.request.priority, self.request.arrival, self.serial
 
     @property
     def exact(self) -> bool:
-        """Every token that was generated so far has read all of its context."""
-        return self.reads[Phase.DECODE].chosen == self.reads[Phase.DECODE].possible
+        """Every token so far has read all of its context."""
+        return all(reads.chosen == reads.possible for reads in self.reads.values())
 
     def page_keys(self) -> list[bytes]:
         """Keys of the known full pages that others may share.
 
-        Pages of generated tokens are among them only while decoding is exact: a prompt with the same tokens would
+        Pages of generated tokens are among them only while everything is exact: a prompt with the same tokens would
         otherwise get other content than its own prefill yields.
         """
         if self.keys is None:
@@ -84,6 +90,7 @@ class Sequence:
         return self.keys.upto(self.tokens if self.exact else self.request.prompt)
 
     def start(self, now: float) -> None:
+        """The first step begins."""
         if self.started is None:
             self.started = now
             self.cached = self.computed

@@ -57,8 +57,8 @@ class Tokenizer:
 class Detokenizer:
     """Turns a stream of tokens into text that never has to be taken back.
 
-    What `push` returned and what `flush` returns join to the decoded text of all tokens. `prompt` is what came before,
-    so that a first word keeps its leading space.
+    What `push` returned and what `flush` returns join to the decoded text of all tokens, but for a space where bytes
+    that no text contains were skipped. `prompt` is what came before, so that a first word keeps its leading space.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> None:

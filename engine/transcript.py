@@ -15,7 +15,7 @@ class Transcript:
         """What ended the text."""
         self._detokenizer = detokenizer
         self._stops = StopStrings(params.stop_strings, params.include_stop_strings)
-        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_token_ids)
+        self._ends = params.endings(eos_token_ids)
         self._min_new_tokens = params.min_new_tokens
         self._count = 0
 
@@ -29,8 +29,8 @@ class Transcript:
 
     def flush(self) -> str:
         """What was held back, when no token follows."""
-        text = self._push_text(self._detokenizer.flush()) if self.matched is None else self._detokenizer.flush()
-        return text + self._stops.flush()
+        rest = self._detokenizer.flush()
+        return self._stops.flush() + rest if self.matched is not None else self._push_text(rest) + self._stops.flush()
 
     def _push_text(self, text: str) -> str:
         if self._count <= self._min_new_tokens:

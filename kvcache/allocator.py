@@ -48,6 +48,7 @@ class FrameAllocator:
 
     def hold(self, frame: int) -> None:
         """One more reference to a held or idle frame."""
+        assert self._references[frame] or frame in self._idle, f"frame {frame} is free"
         self._idle.pop(frame, None)
         self._references[frame] += 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .selection import Selection
@@ -35,14 +36,14 @@ class Context:
         return Selection.zones(self.step, self.spec.num_kv_heads, sink=sink, window=window)
 
     def summaries(self) -> Tensor:
-        """[R, F, Hkv, 4, D]: mean, least and greatest key (after rotary embedding) and mean value of each page.
+        """[B, F, Hkv, 4, D]: mean, least and greatest key (after rotary embedding) and mean value of each page.
 
-        Only pages that are full carry one; a row's last page, and what lies behind it, may hold anything.
+        Of each sequence in the step; a prompt chunk has one. Only pages that are full carry a summary; a row's last
+        page, and what lies behind it, may hold anything.
         """
-        heads = range(self.spec.num_kv_heads)
-        table = self.step.table.long()  # [R, Hkv, F]
-        summaries = self.tier.summaries(self.layer)
-        return summaries[table, table.new_tensor(heads)[:, None]].transpose(1, 2)
+        table = self.step.table[: len(self.step.spans)].long()  # [B, Hkv, F]
+        heads = torch.arange(self.spec.num_kv_heads, device=table.device)[:, None]
+        return self.tier.summaries(self.layer)[table, heads].transpose(1, 2)
 
     def fetch(self, selection: Selection) -> Frames:
         """The selected pages where an op can read them."""

@@ -30,6 +30,7 @@ class Selection:
     def zones(cls, step: Step, heads: int, *, sink: int, window: int) -> Selection:
         """The first `sink` tokens and, for every query of the row, the last `window`, rounded out to whole pages."""
         page_size = step.page_size
+        window = min(window, step.max_pages * page_size)  # positions are int32
         sinks = min(-(-sink // page_size), step.max_pages)
         width = min((window + step.queries_per_row - 2) // page_size + 2, step.max_pages)
         first = ((step.starts - window + 1).clamp(min=0) // page_size).clamp(min=sinks)  # [R]

@@ -9,9 +9,9 @@ typedef std::uint16_t Half __attribute__((vector_size(sizeof(Vec) / 2)));
 
 constexpr float kNothing = -__builtin_inff();
 
-// 2^x for x <= 0, relative error 2e-7; exactly 0 below 2^-126.
+// 2^x for x <= 0, relative error 2e-7; exactly 0 below 2^-126; NaN stays NaN.
 KEYSIFT_INLINE Vec exp2(Vec x) {
-  x = maximum(x, splat(-127.0f));
+  x = maximum(splat(-127.0f), x);  // of a NaN and a number, the second operand is taken
   const Vec shifted = x + splat(0x1.8p23f);  // its low bits hold x, rounded
   const Vec rest = x - (shifted - splat(0x1.8p23f));
   Vec power = fma(splat(1.327647e-3f), rest, splat(9.675541e-3f));

@@ -99,7 +99,7 @@ template <class T>
 void write_row(const AttentionCall& call, Place place, float* sums, float top, float mass, int dim) {
   const std::int64_t index = place.token * call.heads + place.head;
   T* out = static_cast<T*>(call.out) + index * call.dim;
-  const Vec factor = splat(mass > 0.0f ? 1.0f / mass : 0.0f);
+  const Vec factor = splat(mass == 0.0f ? 0.0f : 1.0f / mass);
   int d = 0;
   for (; d + kLanes <= dim; d += kLanes) narrow(load(sums + d) * factor, out + d);
   if (d < dim) {
@@ -107,7 +107,7 @@ void write_row(const AttentionCall& call, Place place, float* sums, float top, f
     narrow(load(sums + d) * factor, rest);
     std::copy(rest, rest + dim - d, out + d);
   }
-  call.lse[index] = mass > 0.0f ? top * kLn2 + std::log(mass) : kNothing;
+  call.lse[index] = mass == 0.0f ? kNothing : top * kLn2 + std::log(mass);
 }
 
 template <class T>

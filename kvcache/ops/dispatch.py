@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +16,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Backend = Literal["auto", "reference", "native", "triton"]
 
+logger = logging.getLogger(__name__)
 _backend: ContextVar[Backend] = ContextVar("keysift_backend", default="auto")
 
 
@@ -76,5 +78,6 @@ def _load(target: str) -> Callable[..., object] | None:
     module, _, function = target.partition(":")
     try:
         return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
-    except ImportError:
+    except ImportError as error:
+        logger.warning("the torch reference runs instead of %s: %s", target, error)
         return None

@@ -179,6 +179,18 @@ def test_disjoint_selections_merge_by_their_lse_to_their_union(backend: Backend,
     assert_same((out_a * share_a + out_b * share_b, lse), run(backend, union), 1e-5, 1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # numpy, inside the interpreter
+@pytest.mark.parametrize("name", ["chunk-first", "decode-pieces"])
+def test_a_nan_that_is_seen_is_not_hidden(backend: Backend, name: str) -> None:
+    problem = make_problem(CASES[name], torch.float32)
+    problem.q[0, 0] = float("nan")
+    out, lse = run(backend, problem)
+    assert out[0, 0].isnan().all()
+    assert lse[0, 0].isnan()
+    assert out[:, 1:].isfinite().all()
+
+
 def test_a_twin_that_does_not_know_a_dtype_leaves_it_to_the_reference() -> None:
     problem = make_problem(CASES["decode-ragged"], torch.float64)
     assert_same(run("auto", problem), written_out(problem), 1e-5, 1e-5)

@@ -32,6 +32,7 @@ def test_a_pair_has_one_strategy_for_each_phase() -> None:
         ("streaming", ["window=many"], r"streaming.window: .*integer.*got 'many'"),
         ("streaming", ["window=0"], r"window: at least 1, got 0"),
         ("streaming", ["dense.window=3"], r"dense.window: belongs to 'dense', but the strategy is 'streaming'"),
+        ("streaming", ["window=" + "9" * 30], r"streaming.window: at most 2147483647, got 9999"),
         ("streaming", ["window"], r"NAME.FIELD=VALUE expected, got 'window'"),
     ],
 )

@@ -176,6 +176,24 @@ def test_streaming_reads_what_arithmetic_says() -> None:
 
 def test_short_contexts_fall_back_to_dense_part_by_part() -> None:
     strategy = make("dense+streaming", **{"streaming.dense_below": 100})
-    assert strategy.falls_back(Phase.DECODE, 100)
-    assert not strategy.falls_back(Phase.DECODE, 101)
-    assert not strategy.falls_back(Phase.PREFILL, 50)
+    assert strategy.at(Phase.DECODE, 100) == make("dense")
+    assert strategy.at(Phase.DECODE, 101) == make("streaming", dense_below=100)
+    assert strategy.at(Phase.PREFILL, 50) == make("dense")
+
+
+@pytest.mark.parametrize("window", [10**6, 2**31 - 1])
+def test_a_window_beyond_every_position_reads_everything(window: int) -> None:
+    data = qkv(70)
+    out = run(make("streaming", window=window), cache_of(), [64], 6, data)
+    torch.testing.assert_close(out.double(), oracle(*data), rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_has_nothing_but_windows_reports_no_reads() -> None:
+    cache = cache_of(windows=(10,))
+    sequences = [cache.open(), cache.open()]
+    for sequence in sequences:
+        cache.reserve(sequence, 1)
+    step = cache.decode([Span(sequence, 0, 1) for sequence in sequences])
+    telemetry = Telemetry(cache.spec, step)
+    bind(make("dense"), cache, step, telemetry)(0, *qkv(2))
+    assert [reads.density for reads in telemetry.reads()] == [1.0, 1.0]

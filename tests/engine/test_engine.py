@@ -25,6 +25,7 @@ from keysift.engine import (
     SamplingParams,
     TokenOutput,
 )
+from tests.models import llama
 
 Make = Callable[..., Engine]
 
@@ -139,13 +140,23 @@ def test_prefixes_are_not_shared_across_salt_strategy_or_bypass(make: Make, chan
     assert finish_of(drain(engine), "second").usage.cached_tokens == 0
 
 
-def test_generated_pages_are_reused_while_decoding_is_exact(make: Make) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "args", "cached"),
+    [
+        ("dense", (), 128),
+        ("dense+streaming", (), 128),
+        ("dense+streaming", ("streaming.sink=0", "streaming.window=16"), 64),
+    ],
+    ids=["dense", "a window over everything", "a window that bites"],
+)
+def test_generated_pages_are_reused_while_decoding_is_exact(
+    make: Make, strategy: str, args: tuple[str, ...], cached: int
+) -> None:
     engine = make()
-    engine.add(Request("first", tokens(64), greedy(70)))
+    engine.add(Request("first", tokens(64), greedy(70), strategy=strategy, strategy_args=args))
     answer = said(drain(engine), "first")
-    for strategy, cached in ((None, 128), ("dense+streaming", 0)):
-        engine.add(Request("next", (*tokens(64), *answer, *tokens(20)), greedy(1), strategy=strategy))
-        assert finish_of(drain(engine), "next").usage.cached_tokens == cached
+    engine.add(Request("next", (*tokens(64), *answer, *tokens(20)), greedy(1)))
+    assert finish_of(drain(engine), "next").usage.cached_tokens == cached
 
 
 def test_outputs_tell_the_story_in_order(make: Make) -> None:
@@ -269,8 +280,8 @@ def test_a_full_queue_asks_to_come_again(make: Make) -> None:
     ("fields", "message"),
     [
         ({"kv_memory": 10}, "kv_memory: at least one page = .* got 10"),
-        ({"prefill_chunk": 100}, "prefill_chunk: a multiple of 64, got 100"),
-        ({"queries_per_row": 24}, "queries_per_row: a multiple of 16, got 24"),
+        ({"prefill_chunk": 100}, r"prefill_chunk: a multiple of queries_per_row \(64\), got 100"),
+        ({"queries_per_row": 24}, r"queries_per_row: a multiple of page_size \(16\), got 24"),
         ({"strategy": "nope"}, "strategy: unknown 'nope'"),
         ({"page_sizes": 3}, "page_sizes: Extra inputs are not permitted, got 3"),
     ],
@@ -294,13 +305,141 @@ def test_sampling_does_not_depend_on_the_company(make: Make) -> None:
     assert said(drain(engine), "together") == alone
 
 
-def test_llm_yields_in_order_and_cleans_up_when_left_early(tiny_llama: Path) -> None:
-    llm = LLM(str(tiny_llama), dtype="float32", kv_memory=2**22, max_num_seqs=2)
+def test_sparse_strategies_say_the_same_with_preemption(make: Make) -> None:
+    page = make().status.page_bytes
+    for strategy in ("streaming", "dense+streaming", "streaming+dense"):
+        args = ("streaming.sink=0", "streaming.window=16")
+        fields = {"strategy": strategy, "strategy_args": args}
+        roomy, cramped = make(prefix_cache=False), make(kv_memory=14 * page, prefix_cache=False)
+        answers = []
+        for engine in (roomy, cramped):
+            for index in range(3):
+                engine.add(Request(str(index), tokens(60, index), greedy(40), **fields))  # type: ignore[arg-type]
+            outputs = drain(engine)
+            answers.append([said(outputs, str(index)) for index in range(3)])
+        assert cramped.scheduler.preemptions > 0
+        assert answers[0] == answers[1], strategy
+
+
+def test_every_request_is_announced_once_and_reported_to_its_end(make: Make) -> None:
+    page = make().status.page_bytes
+    engine = make(kv_memory=16 * page, prefix_cache=False)
+    for index in range(4):
+        engine.add(Request(str(index), tokens(70 + index, index), greedy(30)))
+    outputs = drain(engine)
+    assert engine.scheduler.preemptions > 0
+    for index in range(4):
+        mine = [output for output in outputs if output.request_id == str(index)]
+        reports = [output.processed for output in mine if isinstance(output, PrefillProgress)]
+        assert [type(output) for output in mine].count(PromptInfo) == 1
+        assert isinstance(mine[0], PromptInfo)
+        assert reports == sorted(set(reports))
+        assert reports[-1] == 70 + index
+
+
+@pytest.mark.parametrize(
+    ("strategy", "args", "first", "second"),
+    [
+        ("streaming", ("dense_below=130", "window=16"), 129, 140),
+        ("streaming+dense", ("streaming.window=16",), 100, 150),
+    ],
+)
+def test_a_prefix_hit_brings_what_the_own_prefill_would(
+    make: Make, strategy: str, args: tuple[str, ...], first: int, second: int
+) -> None:
+    answers = []
+    for warm in (False, True):
+        engine = make(strategy=strategy, strategy_args=args)
+        prompt = tokens(first)
+        if warm:
+            engine.add(Request("first", prompt, greedy(50)))
+            prompt += tuple(said(drain(engine), "first"))
+        else:
+            engine.add(Request("first", prompt, greedy(50), bypass_prefix_cache=True))
+            prompt += tuple(said(drain(engine), "first"))
+        engine.add(Request("second", (*prompt, *tokens(9, 5))[:second], greedy(20)))
+        answers.append(said(drain(engine), "second"))
+    assert answers[0] == answers[1]
+
+
+def test_pairs_share_the_prefixes_of_their_prompt_strategy(make: Make) -> None:
+    engine = make()
+    engine.add(Request("first", tokens(150), greedy(1), strategy="dense+streaming"))
+    drain(engine)
+    engine.add(Request("second", tokens(150), greedy(1), strategy="dense"))
+    assert finish_of(drain(engine), "second").usage.cached_tokens == 128
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_backend_that_cannot_run_is_refused_at_the_start(write_model: Callable, dtype: str) -> None:
+    folder = write_model(llama(head_dim=4))
+    with pytest.raises(InvalidRequest, match="backend: 'native' cannot run here"):
+        Engine(EngineConfig(model=str(folder), dtype=dtype, backend="native", kv_memory=2**20))
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.01, "logit_bias": {5: 1e4}},
+        {"temperature": 100.0, "top_p": 1e-30},
+        {"temperature": 1.0, "repetition_penalty": 0.01, "logprobs": 3},
+        {"temperature": 1.0, "logit_bias": {token: float("-inf") for token in range(258)}},
+        {"temperature": 1.0, "min_p": 1.0},
+    ],
+    ids=lambda params: "-".join(params),
+)
+def test_extreme_sampling_still_yields_tokens(make: Make, params: dict) -> None:
+    engine = make()
+    engine.add(Request("a", tokens(20), SamplingParams(max_new_tokens=8, ignore_eos=True, **params)))
+    words = said(drain(engine), "a")
+    assert len(words) == 8
+    assert all(0 <= word < 259 for word in words)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"temperature": 1e-39}, "temperature: 0 or at least 0.01, got 1e-39"),
+        ({"repetition_penalty": 1e-45}, "repetition_penalty: .*greater than or equal to 0.01, got 1e-45"),
+        ({"logit_bias": {7: 1e300}}, r"logit_bias: -10000 to 10000 or -inf, got 1e\+300 for token 7"),
+        ({"logit_bias": {token: float("-inf") for token in range(259)}}, "logit_bias: at least one token"),
+        ({"stop_token_ids": tuple(range(259)), "min_new_tokens": 2}, "stop_token_ids: at least one token"),
+        ({"stop_strings": ("x",) * 65}, "stop_strings: .*at most 64 items"),
+    ],
+    ids=lambda value: "" if isinstance(value, dict) else value[:12],
+)
+def test_sampling_that_leaves_nothing_to_choose_is_refused(make: Make, params: dict, message: str) -> None:
+    engine = make()
+    with pytest.raises(InvalidRequest, match=message):
+        engine.add(Request("a", tokens(3), SamplingParams(max_new_tokens=4, **params)))
+
+
+def test_llm_yields_in_order_and_cleans_up_when_left_early(llm: LLM) -> None:
     prompts = ["one", "two and more", [5, 6, 7]]
     completions = list(llm.generate(prompts, greedy(6), progress=False))
     assert [completion.prompt for completion in completions] == prompts
     assert all(len(completion.token_ids) == 6 for completion in completions)
     assert all(completion.finish and completion.finish.reason is FinishReason.LENGTH for completion in completions)
-    stream = llm.generate(prompts, greedy(200), progress=False)
+    stream = llm.generate(prompts, greedy(30), progress=False)
+    assert next(stream).prompt == "one"
     stream.close()
+    assert llm.engine.status.running == llm.engine.status.waiting == 0
+
+
+def test_llm_iterators_may_be_read_in_turns(llm: LLM) -> None:
+    left = llm.generate(["abc", "defg"], greedy(5), progress=False)
+    right = llm.generate(["hi", "jklm"], greedy(9), progress=False)
+    read = [next(left), next(right), next(right), next(left)]
+    assert [completion.prompt for completion in read] == ["abc", "hi", "jklm", "defg"]
+    assert [len(completion.token_ids) for completion in read] == [5, 9, 9, 5]
+
+
+def test_llm_refuses_before_it_starts(llm: LLM) -> None:
+    with pytest.raises(InvalidRequest, match=r"prompt: .* got 600"):
+        llm.generate(["fine", "x" * 600], greedy(5), progress=False)
     assert not llm.engine.has_work
+
+
+@pytest.fixture
+def llm(tiny_llama: Path) -> LLM:
+    return LLM(str(tiny_llama), dtype="float32", kv_memory=2**22, max_num_seqs=2)

@@ -33,9 +33,11 @@ from transformers import (
 from keysift.attention import Attend
 from keysift.engine import seam
 from keysift.engine.config import EngineConfig
+from keysift.engine.engine import Engine
 from keysift.engine.errors import InvalidRequest, ModelNotFound, Unsupported
 from keysift.engine.linear import KERNEL_ROWS, MAX_ROWS, DecodeLinear, native_kernel, swap_linears
 from keysift.engine.model import LoadedModel, choose_device, choose_dtype, load
+from keysift.engine.request import Request, SamplingParams, TokenOutput
 
 WriteModel = Callable[[PreTrainedConfig], Path]
 Dense = Callable[[LoadedModel, Tensor, Tensor], Attend]
@@ -139,6 +141,25 @@ def test_equals_the_library_for_every_position(name: str, write_model: WriteMode
     eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.inference_mode():
         torch.testing.assert_close(logits, eager(tokens[None]).logits[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_the_engine_says_what_the_library_says(name: str, write_model: WriteModel) -> None:
+    folder = write_model(SERVED[name][0])
+    engine = Engine(EngineConfig(model=str(folder), dtype="float32", prefill_chunk=64, kv_memory=2**22))
+    eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
+    prompts = [torch.randint(6, 97, (length,)) for length in (70, 9)]
+    said: dict[str, list[int]] = {"0": [], "1": []}
+    for index, prompt in enumerate(prompts):
+        params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+        engine.add(Request(str(index), tuple(prompt.tolist()), params))
+    while engine.has_work:
+        for output in engine.step():
+            said[output.request_id] += output.token_ids if isinstance(output, TokenOutput) else ()
+    for index, prompt in enumerate(prompts):
+        with torch.inference_mode():
+            out = eager.generate(prompt[None], max_new_tokens=20, do_sample=False, eos_token_id=None)
+        assert said[str(index)] == out[0, len(prompt) :].tolist()
 
 
 def test_packed_sequences_are_independent(tiny_llama: Path, dense: Dense) -> None:

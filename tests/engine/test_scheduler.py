@@ -157,6 +157,20 @@ def test_strategies_decode_in_turns() -> None:
     assert names[:2] == names[2:]
 
 
+def test_strategies_decode_in_turns_while_a_prompt_is_prefilled() -> None:
+    scheduler = make_scheduler()
+    members = [sequence("a", 3, 40), sequence("b", 3, 40, make("streaming"))]
+    for member in members:
+        scheduler.add(member)
+    while not all(member.phase is Phase.DECODE for member in members):
+        run(scheduler, _next(scheduler))
+    scheduler.add(sequence("long", 60))
+    before = [member.num_generated for member in members]
+    for _ in range(8):
+        run(scheduler, _next(scheduler))
+    assert [member.num_generated - start for member, start in zip(members, before, strict=True)] == [2, 2]
+
+
 def _next(scheduler: Scheduler) -> Batch:
     batch = scheduler.next_batch()
     assert batch is not None
