@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,7 @@ class LLM:
 
     def __init__(self, model: str | None = None, **config: Any) -> None:
         """Load `model` (None: the embedded one); the other arguments are `EngineConfig`'s fields."""
-        self.engine = Engine(EngineConfig(model=model, **config))
+        self.engine = Engine(EngineConfig(model=model, **config), _tell)
         self._count = 0
         self._live: dict[str, Completion] = {}
 
@@ -114,6 +115,11 @@ def _fill(completion: Completion, output: Output) -> None:
         completion.logprobs += output.logprobs
     elif isinstance(output, Finish):
         completion.finish = output
+
+
+def _tell(message: str) -> None:
+    """Loading may take a while, the first time above all: say so where it does not mix with results."""
+    print(message, file=sys.stderr)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
