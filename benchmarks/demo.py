@@ -103,7 +103,8 @@ def ask(client: Client, strategy: str, document: str) -> Finish:
         if isinstance(output, PrefillProgress):
             bar.update(task, completed=output.processed, total=output.total)
         elif isinstance(output, TokenOutput):
-            bar.stop()
+            if bar.live.is_started:
+                bar.stop()
             print(output.text, end="", flush=True)
         elif isinstance(output, Finish):
             print()
