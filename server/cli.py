@@ -130,10 +130,20 @@ def generate(
     if remote.address is None:
         outputs = run_here(engine, document.value(), sampling.params())
     else:
+        _refuse_flags_of_an_engine(context)
         # Its default is for an engine of our own: a server has its own.
         given = engine.strategy if _was_given(context, "strategy") else ""
         outputs = run_there(remote, engine, given, document.value(), sampling.params())
     (show_json if json else show)(outputs)
+
+
+def _refuse_flags_of_an_engine(context: typer.Context) -> None:
+    for name in set(EngineConfig.model_fields) - {"model", "strategy", "strategy_args"}:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = "--" + name.replace("_", "-")
+            problem = f"{flag} is for an engine of this process; a server at --address takes {Remote.TAKES}"
+            raise InvalidRequest(name, problem)
 
 
 def _was_given(context: typer.Context, name: str) -> bool:

@@ -10,10 +10,11 @@ from typing import Any
 
 import grpc
 
+from keysift.engine.errors import InvalidRequest
 from keysift.engine.request import Output, SamplingParams
 
 from . import inference_pb2 as pb
-from .convert import from_params, from_reply
+from .convert import fill, from_params, from_reply
 from .errors import from_call
 from .inference_pb2_grpc import InferenceStub
 from .options import DEFAULT_MESSAGE_BYTES, Prompt, client_options
@@ -64,18 +65,17 @@ class Client:
     ) -> Iterator[Output]:
         """Outputs as they arrive; closing the iterator or `timeout` seconds end the request on the server too."""
         message = from_params(params or SamplingParams())
-        message.MergeFrom(
-            pb.GenerateRequest(
-                request_id=request_id or uuid.uuid4().hex,
-                model=model,
-                strategy=strategy,
-                strategy_args=strategy_args,
-                kv=pb.Kv(cache_salt=cache_salt, bypass_prefix_cache=bypass_prefix_cache),
-                truncate_prompt_tokens=truncate_prompt_tokens,
-                priority=priority,
-                **_prompt(prompt),
-            )
+        fill(message.kv, cache_salt=cache_salt, bypass_prefix_cache=bypass_prefix_cache)
+        fill(
+            message,
+            request_id=request_id or uuid.uuid4().hex,
+            model=model,
+            strategy=strategy,
+            strategy_args=strategy_args,
+            truncate_prompt_tokens=truncate_prompt_tokens,
+            priority=priority,
         )
+        message.MergeFrom(_prompt(prompt))
         return self._stream(message, timeout)
 
     def _stream(self, message: pb.GenerateRequest, timeout: float | None) -> Iterator[Output]:
@@ -122,9 +122,16 @@ class Client:
         self.close()
 
 
-def _prompt(prompt: Prompt) -> dict[str, Any]:
-    if isinstance(prompt, str):
-        return {"text": prompt}
-    if prompt and isinstance(prompt[0], Mapping):
-        return {"chat": pb.Chat(messages=[pb.ChatMessage(**turn) for turn in prompt])}  # type: ignore[arg-type]
-    return {"token_ids": pb.TokenIds(ids=prompt)}  # type: ignore[arg-type]
+def _prompt(prompt: Prompt) -> pb.GenerateRequest:
+    try:
+        if isinstance(prompt, str):
+            return pb.GenerateRequest(text=prompt)
+        if isinstance(prompt, bytes):
+            raise TypeError("bytes")
+        if len(prompt) and isinstance(prompt[0], Mapping):
+            return pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(**turn) for turn in prompt]))  # type: ignore[arg-type]
+        return pb.GenerateRequest(token_ids=pb.TokenIds(ids=prompt))  # type: ignore[arg-type]
+    except (TypeError, ValueError, AttributeError, LookupError) as error:
+        raise InvalidRequest(
+            "prompt", f"text, token ids or chat messages, got {type(prompt).__name__} ({error})"
+        ) from None

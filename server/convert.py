@@ -61,11 +61,17 @@ def from_params(params: SamplingParams) -> pb.GenerateRequest:
     message = pb.GenerateRequest(temperature=params.temperature)
     for group in GROUPS:
         part: Message = getattr(message, group)
-        try:
-            part.MergeFrom(type(part)(**{name: getattr(params, name) for name in part.DESCRIPTOR.fields_by_name}))
-        except ValueError as error:
-            raise InvalidRequest(group, f"does not fit the wire: {error}") from None
+        fill(part, **{name: getattr(params, name) for name in part.DESCRIPTOR.fields_by_name})
     return message
+
+
+def fill(message: Message, **fields: Any) -> None:
+    """Sets the fields; raises `InvalidRequest` naming the first that takes no such value."""
+    for name, value in fields.items():
+        try:
+            message.MergeFrom(type(message)(**{name: value}))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise InvalidRequest(name, f"does not fit the wire: {error}") from None
 
 
 def to_reply(output: Output) -> pb.GenerateReply:

@@ -81,7 +81,10 @@ def _native_library() -> Finding:
 
 
 def _self_tests() -> list[Finding]:
-    expected = _attention("reference")
+    try:
+        expected = _attention("reference")
+    except Exception as error:
+        return [Finding("self-test reference", False, f"{type(error).__name__}: {error}", fatal=True)]
     backends: tuple[Backend, ...] = ("native", "triton") if torch.cuda.is_available() else ("native",)
     return [
         Finding("self-test reference", bool(expected.isfinite().all()), "one small attention", fatal=True),
@@ -92,10 +95,12 @@ def _self_tests() -> list[Finding]:
 def _compare(backend: Backend, expected: torch.Tensor) -> Finding:
     name = f"self-test {backend}"
     try:
-        error = float((_attention(backend) - expected).abs().max())
+        difference = float((_attention(backend) - expected).abs().max())
     except BackendUnavailable as missing:
         return Finding(name, False, str(missing))
-    return Finding(name, error < TOLERANCE, f"largest difference from the reference {error:.1e}", fatal=True)
+    except Exception as error:  # whatever a driver or a compiler may raise
+        return Finding(name, False, f"{type(error).__name__}: {error}", fatal=True)
+    return Finding(name, difference < TOLERANCE, f"largest difference from the reference {difference:.1e}", fatal=True)
 
 
 def _attention(backend: Backend) -> torch.Tensor:

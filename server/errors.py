@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,6 +25,9 @@ from keysift.engine.errors import (
 )
 
 logger = logging.getLogger(__name__)
+
+LONGEST_TEXT, LONGEST_FIELD = 1000, 200
+"""Bytes of a message and of a field's name: what a request said goes back in metadata, of which peers take 8 KiB."""
 
 
 class Unavailable(KeysiftError):
@@ -72,9 +76,11 @@ async def answering(context: grpc.aio.ServicerContext[Any, Any], call: str) -> A
         yield
     except KeysiftError as error:
         await _abort(context, error)
-    except Exception as error:
-        if isinstance(error, grpc.aio.AbortError):
-            raise
+    except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
+        raise
+    except grpc.aio.InternalError as error:  # a write that was blocked when the caller left
+        logger.debug("%s: the caller has left (%s)", call, error)
+    except BaseException as error:  # a panic of the tokenizer's library is no Exception
         logger.exception("%s failed", call)
         await _abort(context, Internal(f"{call} failed with {type(error).__name__}; the server's log tells more"))
 
@@ -86,10 +92,18 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: KeysiftErro
 
 def to_status(error: KeysiftError) -> Status:
     """The error as a rich status: BadRequest names the field, RetryInfo the time to wait."""
-    status = Status(code=_code(error).value[0], message=str(error))
+    status = Status(code=_code(error).value[0], message=_shorten(str(error)))
     for detail in _details(error):
         status.details.add().Pack(detail)
     return status
+
+
+def _shorten(text: str, most: int = LONGEST_TEXT) -> str:
+    """The text without its middle, where it has more than about `most` bytes."""
+    whole = text.encode(errors="replace")
+    if len(whole) > most:
+        whole = whole[: most // 2] + b" ... " + whole[-most // 2 :]
+    return whole.decode(errors="ignore")
 
 
 def _code(error: KeysiftError) -> grpc.StatusCode:
@@ -99,7 +113,8 @@ def _code(error: KeysiftError) -> grpc.StatusCode:
 
 def _details(error: KeysiftError) -> list[Message]:
     if isinstance(error, InvalidRequest):
-        return [BadRequest(field_violations=[BadRequest.FieldViolation(field=error.field, description=error.problem)])]
+        field, problem = _shorten(error.field, LONGEST_FIELD), _shorten(error.problem)
+        return [BadRequest(field_violations=[BadRequest.FieldViolation(field=field, description=problem)])]
     if isinstance(error, ResourceExhausted | Unavailable) and error.retry_after_s is not None:
         delay = Duration()
         delay.FromNanoseconds(round(error.retry_after_s * 1e9))

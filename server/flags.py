@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -13,9 +14,13 @@ import yaml
 from pydantic import BaseModel, ByteSize, SecretStr
 from pydantic.fields import FieldInfo
 
+from keysift.engine.errors import InvalidRequest
+
 Command = Callable[..., None]
 PREFIX = "KEYSIFT_"
 PLAIN = (int, float, str, Path)
+WITH_SPACES = ("stop_strings",)
+"""Lists that a variable holds one value of; others are split at spaces."""
 
 
 def from_fields(*, skip: Collection[str] = (), **models: type[BaseModel]) -> Callable[[Command], Command]:
@@ -30,6 +35,8 @@ def from_fields(*, skip: Collection[str] = (), **models: type[BaseModel]) -> Cal
         @functools.wraps(command)
         def run(**values: Any) -> None:
             fields = {name: {key: values.pop(key) for key in keys} for name, keys in names.items()}
+            for name, model in models.items():
+                _refuse_empty_secrets(model, fields[name])
             command(**{name: model(**fields[name]) for name, model in models.items()}, **values)
 
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in models]
@@ -40,6 +47,14 @@ def from_fields(*, skip: Collection[str] = (), **models: type[BaseModel]) -> Cal
     return decorate
 
 
+def _refuse_empty_secrets(model: type[BaseModel], values: Mapping[str, Any]) -> None:
+    """An empty variable counts as not set, which would open the door that a secret is to close."""
+    for name, value in values.items():
+        secret = SecretStr in get_args(model.model_fields[name].annotation)
+        if secret and value is None and os.environ.get(PREFIX + name.upper()) == "":
+            raise InvalidRequest(name, f"{PREFIX}{name.upper()} is set but empty; unset it or give it a value")
+
+
 def _set_signature(command: Command, parameters: list[inspect.Parameter]) -> None:
     """What typer reads instead of the code: it looks at both places."""
     command.__dict__["__signature__"] = inspect.Signature(parameters)
@@ -48,7 +63,9 @@ def _set_signature(command: Command, parameters: list[inspect.Parameter]) -> Non
 
 def _parameter(panel: str, model: type[BaseModel], name: str) -> inspect.Parameter:
     field = model.model_fields[name]
-    common: dict[str, Any] = {"help": field.description or "", "envvar": PREFIX + name.upper(), "show_envvar": False}
+    # `read_config` looks for lists itself: the command line's library splits every list at its spaces.
+    variable = None if _repeats(field) else PREFIX + name.upper()
+    common: dict[str, Any] = {"help": field.description or "", "envvar": variable, "show_envvar": False}
     if name == "model":
         default = typer.Argument(_default(field), metavar="MODEL", **common)
     else:
@@ -87,16 +104,38 @@ def _default(field: FieldInfo) -> Any:
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Makes the file's values the defaults of the other flags; an unknown key is an error that names it."""
-    if path is None:
-        return None
+    """Makes the file's values the defaults of the other flags; a key that no command knows is an error."""
+    parameters = context.command.params
+    names = {spelling: parameter.name for parameter in parameters for spelling in _spellings(parameter)}
+    lists = {parameter.name for parameter in parameters if getattr(parameter, "multiple", False)}
+    found: dict[str, Any] = {}
+    for key, value in (_read(path, context) if path else {}).items():
+        if (name := names.get(key)) and value is not None:
+            found[name] = [value] if name in lists and not isinstance(value, list) else value
+    found |= {name: values for key, name in names.items() if name in lists and (values := _from_environment(key, name))}
+    context.default_map = {**(context.default_map or {}), **found}
+    return path
+
+
+def _spellings(parameter: Any) -> list[str]:
+    """The field's name and the flag's own, which is singular where it repeats."""
+    flags = {flag[2:].replace("-", "_") for flag in parameter.opts if flag.startswith("--")}
+    return sorted(flags | {str(parameter.name)})
+
+
+def _from_environment(key: str, name: str) -> list[str]:
+    value = os.environ.get(PREFIX + key.upper(), "")
+    return [value] if value and name in WITH_SPACES else value.split()
+
+
+def _read(path: Path, context: typer.Context) -> dict[str, Any]:
     values = {str(key).replace("-", "_"): value for key, value in _load(path).items()}
-    known = {parameter.name for parameter in context.command.params}
+    commands = getattr(context.find_root().command, "commands", {}).values()
+    known = {s for command in (*commands, context.command) for p in command.params for s in _spellings(p)}
     for key in values:
         if key not in known:
-            raise typer.BadParameter(f"unknown key {key!r} in {path} (known: {', '.join(sorted(filter(None, known)))})")
-    context.default_map = {**(context.default_map or {}), **values}
-    return path
+            raise typer.BadParameter(f"unknown key {key!r} in {path} (known: {', '.join(sorted(known))})")
+    return values
 
 
 def _load(path: Path) -> Mapping[Any, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -16,7 +17,7 @@ from keysift.engine.errors import InvalidRequest
 from keysift.engine.request import Finish, FinishReason, Output, PrefillProgress, Request, SamplingParams, TokenOutput
 
 from .client import Client
-from .errors import Internal
+from .errors import Cancelled, Internal
 from .options import Prompt, Remote
 
 
@@ -26,7 +27,7 @@ def run_here(config: EngineConfig, prompt: Prompt, params: SamplingParams) -> It
 
     engine = Engine(config, report)
     tokens = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else engine.tokenizer.chat(prompt)  # type: ignore[arg-type]
-    engine.add(Request("generate", tuple(tokens), params))
+    engine.add(Request(uuid.uuid4().hex, tuple(tokens), params))
     while engine.has_work:
         yield from engine.step()
 
@@ -71,8 +72,9 @@ def show(outputs: Iterable[Output]) -> None:
                 progress.stop()
                 print(output.text, end="", flush=True)
             elif isinstance(output, Finish):
+                progress.stop()
+                print()
                 _check(output)
-    print()
 
 
 def _progress() -> Progress:
@@ -107,4 +109,6 @@ def as_object(outputs: Iterable[Output]) -> dict[str, Any]:
 def _check(finish: Finish) -> Finish:
     if finish.reason is FinishReason.ERROR:
         raise Internal(finish.error)
+    if finish.reason is FinishReason.CANCELLED:
+        raise Cancelled(f"cancelled after {finish.usage.completion_tokens} tokens: aborted, or the server shuts down")
     return finish

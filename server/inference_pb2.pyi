@@ -109,13 +109,15 @@ class GenerateRequest(google.protobuf.message.Message):
     STRATEGY_FIELD_NUMBER: builtins.int
     STRATEGY_ARGS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """Names the request for Abort and in logs; unique among live requests, at most 256 characters. Empty: the server makes one."""
+    """Names the request for Abort and in logs; unique among live requests, at most 256 characters of printable ASCII.
+    Empty: the server makes one.
+    """
     model: builtins.str
     """Must be the name that GetModelInfo reports. Empty: whatever is loaded."""
     text: builtins.str
     """Plain text, tokenised by the server."""
     temperature: builtins.float
-    """Randomness of the choice, 0 to 100; 0 always takes the most likely token. Default 0."""
+    """Randomness of the choice: 0, which always takes the most likely token, or 0.01 to 100. Default 0."""
     truncate_prompt_tokens: builtins.int
     """Keeps only the last so many tokens of the prompt, at least 1. Default: all of them."""
     priority: builtins.int
@@ -244,7 +246,7 @@ class Sampling(google.protobuf.message.Message):
     min_p: builtins.float
     """Only tokens at least this fraction as likely as the likeliest, 0 to 1. Default 0: all."""
     seed: builtins.int
-    """Makes the choice repeatable, below 2^63. Default: the server's own seed."""
+    """Makes the choice repeatable, below 2^63. Default: another one for each request id."""
     def __init__(
         self,
         *,
@@ -298,10 +300,10 @@ class Decoding(google.protobuf.message.Message):
     frequency_penalty: builtins.float
     """Subtracted for each time that a token appeared in the output, -2 to 2. Default 0."""
     repetition_penalty: builtins.float
-    """Divides the scores of tokens seen in prompt or output, above 0 and at most 100. Default 1: none."""
+    """Divides the scores of tokens seen in prompt or output, 0.01 to 100. Default 1: none."""
     @property
     def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
-        """Token id -> added to its score."""
+        """Token id -> added to its score, -10000 to 10000, or -inf, which forbids the token. Not all tokens at -inf."""
 
     @property
     def allowed_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
@@ -353,7 +355,7 @@ class Stopping(google.protobuf.message.Message):
 
     @property
     def stop_strings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Any of these texts ends the completion, across token borders too. Not empty."""
+        """Any of these texts ends the completion, across token borders too. At most 64, none of them empty."""
 
     def __init__(
         self,

@@ -84,7 +84,7 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetModelInfo(self, request, context):
-        """The model that is loaded. UNAVAILABLE while it is loading.
+        """The model that is loaded. UNAVAILABLE while it is loading and after the engine has failed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

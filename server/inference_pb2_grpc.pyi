@@ -146,7 +146,7 @@ class InferenceStub(typing.Generic[_InferenceGenerateType, _InferenceAbortType, 
     """Ends live requests. Their streams end with status OK and finish reason CANCELLED."""
 
     GetModelInfo: _InferenceGetModelInfoType
-    """The model that is loaded. UNAVAILABLE while it is loading."""
+    """The model that is loaded. UNAVAILABLE while it is loading and after the engine has failed."""
 
     GetServerInfo: _InferenceGetServerInfoType
     """Version, state, load and limits. Answers in every state."""
@@ -202,7 +202,7 @@ class InferenceServicer(metaclass=abc.ABCMeta):
         request: keysift.server.inference_pb2.GetModelInfoRequest,
         context: _ServicerContext,
     ) -> typing.Union[keysift.server.inference_pb2.ModelInfo, collections.abc.Awaitable[keysift.server.inference_pb2.ModelInfo]]:
-        """The model that is loaded. UNAVAILABLE while it is loading."""
+        """The model that is loaded. UNAVAILABLE while it is loading and after the engine has failed."""
 
     @abc.abstractmethod
     def GetServerInfo(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ByteSize, Field, SecretStr
 
@@ -61,16 +61,26 @@ class Document(Checked):
         """The text, then the question. Raises `InvalidRequest` unless there is exactly one text."""
         if (self.prompt is None) == (self.prompt_file is None):
             raise InvalidRequest("prompt", "one of --prompt and --prompt-file (- reads standard input)")
-        text = self._read(self.prompt_file) if self.prompt_file else str(self.prompt)
-        content = f"{text}\n\n{self.question}" if self.question else text
+        text = self._read(self.prompt_file) if self.prompt_file else _text("prompt", str(self.prompt))
+        content = f"{text}\n\n{_text('question', self.question)}" if self.question else text
         return [{"role": "user", "content": content}] if self.chat else content
 
     @staticmethod
     def _read(file: Path) -> str:
         try:
-            return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+            text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise InvalidRequest("prompt_file", f"a readable text file, got {str(file)!r} ({error})") from None
+        return _text("prompt_file", text)
+
+
+def _text(field: str, text: str) -> str:
+    """Refuses the surrogates that arguments and standard input have in place of bytes that are no text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(field, f"text in UTF-8, got other bytes at character {error.start}") from None
+    return text
 
 
 class Sampling(Checked):
@@ -90,8 +100,10 @@ class Sampling(Checked):
 class Remote(Checked):
     """The running server that `keysift generate` asks instead of an engine of its own."""
 
-    address: str | None = Field(None, description="host:port of a running server to ask")
-    api_key: SecretStr | None = Field(None, description="the token that it wants")
+    TAKES: ClassVar[str] = "only MODEL, --strategy and --strategy-arg of the engine's flags"
+
+    address: str | None = Field(None, description=f"host:port of a running server to ask; it takes {TAKES}")
+    api_key: SecretStr | None = Field(None, min_length=1, description="the token that it wants")
     tls: bool = Field(False, description="it speaks TLS; implied by the ssl flags")
     ssl_ca_certs: Path | None = Field(None, description="CA that signed its certificate; none: the public ones")
     ssl_keyfile: Path | None = Field(None, description="the caller's own key in PEM, for mTLS")

@@ -20,20 +20,36 @@ def to_tokens(message: pb.GenerateRequest, tokenizer: Tokenizer, max_model_len: 
         raise InvalidRequest("prompt", "one of text, token_ids and chat, got none")
     if prompt == "token_ids":
         return _truncate(tuple(message.token_ids.ids), message)
-    if not message.HasField("truncate_prompt_tokens"):
-        _check_length(_characters(message), tokenizer, max_model_len)
+    most = _kept(message, max_model_len) * _longest_token(tokenizer) * SHRINKAGE
+    if _kept(message, max_model_len) == max_model_len:
+        _check_length(_characters(message), most, max_model_len)
     if prompt == "text":
-        return _truncate(tuple(tokenizer.encode(message.text)), message)
-    turns = [{"role": turn.role, "content": turn.content} for turn in message.chat.messages]
-    return _truncate(tuple(tokenizer.chat(turns)), message)
+        return _truncate(tuple(tokenizer.encode(message.text[-most:])), message)
+    return _truncate(tuple(tokenizer.chat(_last_turns(message.chat, most))), message)
+
+
+def _kept(message: pb.GenerateRequest, max_model_len: int) -> int:
+    """The most tokens that are of use."""
+    if not message.HasField("truncate_prompt_tokens"):
+        return max_model_len
+    return min(max(message.truncate_prompt_tokens, 1), max_model_len)
+
+
+def _last_turns(chat: pb.Chat, most: int) -> list[dict[str, str]]:
+    """The conversation, of whose contents only the last `most` characters are left."""
+    turns = []
+    for turn in reversed(chat.messages):
+        content = turn.content[max(0, len(turn.content) - most) :]
+        most -= len(content)
+        turns.append({"role": turn.role, "content": content})
+    return turns[::-1]
 
 
 def _characters(message: pb.GenerateRequest) -> int:
     return len(message.text) + sum(len(turn.content) for turn in message.chat.messages)
 
 
-def _check_length(characters: int, tokenizer: Tokenizer, max_model_len: int) -> None:
-    most = max_model_len * _longest_token(tokenizer) * SHRINKAGE
+def _check_length(characters: int, most: int, max_model_len: int) -> None:
     if characters > most:
         raise InvalidRequest(
             "prompt",

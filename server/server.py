@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from keysift.engine.engine import Engine
 
 from . import inference_pb2 as pb
-from .errors import Unavailable
+from .errors import Internal, Unavailable
 from .inference_pb2_grpc import add_InferenceServicer_to_server
 from .options import ServerConfig, server_options
 from .security import interceptors, server_credentials
@@ -51,7 +51,7 @@ class Server:
         self._health_task = asyncio.create_task(self._follow_health())
 
     async def run(self) -> None:
-        """Serves until SIGTERM or SIGINT, then drains; a second signal kills. Raises what loading raised."""
+        """Serves until SIGTERM or SIGINT, then drains; a second signal kills. Raises what ended the engine."""
         await self.start()
         signalled = asyncio.create_task(_signal())
         await asyncio.wait((signalled, self._health_task), return_when=asyncio.FIRST_COMPLETED)
@@ -90,23 +90,24 @@ class Server:
         return server
 
     def _bind(self) -> int:
-        address = f"{self.config.host}:{self.config.port}"
+        host = self.config.host
+        address = f"[{host}]:{self.config.port}" if ":" in host and "[" not in host else f"{host}:{self.config.port}"
         credentials = server_credentials(self.config)
         try:
             if credentials:
                 return self._grpc.add_secure_port(address, credentials)
             return self._grpc.add_insecure_port(address)
-        except RuntimeError:
-            raise Unavailable(f"cannot listen on {address}: is it taken by another process?") from None
+        except RuntimeError as error:
+            raise Unavailable(f"cannot listen on {address}: address or port taken or not to be had ({error})") from None
 
     async def _follow_health(self) -> None:
-        """SERVING exactly while the engine lives."""
+        """SERVING exactly while the engine lives; raises what ended it."""
         engine = await self.worker.loaded
         await self._set_health(HealthCheckResponse.SERVING)
         logger.info("ready: %s", engine.model.name)
         await self.worker.failed.wait()
         await self._set_health(HealthCheckResponse.NOT_SERVING)
-        await asyncio.Event().wait()
+        raise Internal("the engine has failed; the log tells more")
 
     async def _set_health(self, status: int) -> None:
         for name in ("", NAME):
@@ -114,7 +115,7 @@ class Server:
 
 
 async def _signal() -> None:
-    """Waits for the first SIGTERM or SIGINT and leaves the next to their default."""
+    """Waits for the first SIGTERM or SIGINT; the next ends the process without a word."""
     arrived, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, arrived.set)
@@ -123,3 +124,4 @@ async def _signal() -> None:
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)

@@ -42,9 +42,10 @@ class InferenceService(InferenceServicer):
                 await context.send_initial_metadata((("x-request-id", request_id),))
                 await _relay(stream, context)
             finally:
-                self._worker.abort(request_id)
+                self._worker.abandon(request_id, stream)
 
     async def _parse(self, message: pb.GenerateRequest, request_id: str) -> Request:
+        _check_id(request_id)
         engine = self._worker.accepting()
         if message.model not in ("", model_name(engine)):
             raise ModelNotFound(f"model: {message.model!r} is not served here, {model_name(engine)!r} is")
@@ -89,9 +90,15 @@ def _check(finish: Finish) -> None:
         raise Internal(finish.error or "the engine has failed on this request")
 
 
-def _to_request(message: pb.GenerateRequest, request_id: str, engine: Engine) -> Request:
+def _check_id(request_id: str) -> None:
     if len(request_id) > MAX_ID_LENGTH:
         raise InvalidRequest("request_id", f"at most {MAX_ID_LENGTH} characters, got {len(request_id)}")
+    # It goes into metadata, which can carry nothing else, and into one line of the log.
+    if not (request_id.isascii() and request_id.isprintable()):
+        raise InvalidRequest("request_id", f"printable ASCII, got {request_id!a}")
+
+
+def _to_request(message: pb.GenerateRequest, request_id: str, engine: Engine) -> Request:
     return to_request(message, request_id, to_tokens(message, engine.tokenizer, engine.model.max_model_len))
 
 

@@ -69,7 +69,7 @@ class Worker:
         try:
             await asyncio.shield(added)
         except asyncio.CancelledError:
-            self.abort(request.request_id)
+            self.abandon(request.request_id, stream)
             raise
         return stream
 
@@ -79,6 +79,11 @@ class Worker:
             return False
         self.call(lambda engine: engine.abort(request_id)).add_done_callback(_failed)
         return True
+
+    def abandon(self, request_id: str, stream: Stream) -> None:
+        """Ends the request that `stream` belongs to; a newer one may carry its id by now, and runs on."""
+        if self._streams.get(request_id) is stream:
+            self.abort(request_id)
 
     def abort_all(self) -> None:
         for request_id in tuple(self._streams):
@@ -97,10 +102,10 @@ class Worker:
 
     def living(self) -> Engine:
         """The engine; raises `Unavailable` while there is none."""
-        if self.engine is None:
-            raise Unavailable("the model is being loaded", RETRY_WHILE_LOADING_S)
         if self.state is State.FAILED:
             raise Unavailable("the engine has failed; the server must be restarted")
+        if self.engine is None:
+            raise Unavailable("the model is being loaded", RETRY_WHILE_LOADING_S)
         return self.engine
 
     def accepting(self) -> Engine:
@@ -136,9 +141,8 @@ class Worker:
             while self._obey(engine):
                 if outputs := engine.step():
                     self._post(self._deliver, outputs)
-        except (
-            BaseException
-        ) as error:  # a panic of the tokenizer's library is no Exception, and must not hang requests either
+        # A panic of the tokenizer's library is no Exception, and must not hang requests either.
+        except BaseException as error:
             logger.exception("the engine has failed")
             self._post(self._on_failed, error)
 
@@ -158,6 +162,9 @@ class Worker:
             result = work(engine)
         except Exception as error:
             self._post(_settle, done, None, error)
+        except BaseException as error:  # the engine fails with it, and this call must not wait for ever
+            self._post(_settle, done, None, _death(error))
+            raise
         else:
             self._post(_settle, done, result, None)
 
@@ -179,7 +186,7 @@ class Worker:
         """From here on nothing is put into the queue, so whatever waits there can be answered now."""
         self.state = State.FAILED
         for stream in self._streams.values():
-            stream.fail(Internal(f"the engine has failed with {type(error).__name__}; the server's log tells more"))
+            stream.fail(_death(error))
         self._streams.clear()
         self._idle.set()
         while not self._commands.empty():
@@ -200,6 +207,10 @@ class Worker:
         self._streams.pop(request_id, None)
         if not self._streams:
             self._idle.set()
+
+
+def _death(error: BaseException) -> Internal:
+    return Internal(f"the engine has failed with {type(error).__name__}; the server's log tells more")
 
 
 def _settle(done: asyncio.Future[Any], result: Any, error: Exception | None) -> None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from keysift.engine import SamplingParams, TokenOutput
-from keysift.server import cli
+from keysift.engine import Finish, FinishReason, SamplingParams, TokenOutput
+from keysift.kvcache.ops.dispatch import Backend
+from keysift.server import cli, doctor, flags
 from keysift.server.client import Client
 
 from .conftest import Running
@@ -42,9 +43,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return call
 
 
-def generate(run: Run, model: Path, *arguments: str | Path) -> dict[str, Any]:
-    tiny = ("--kv-memory", "8MiB", "--prefill-chunk", "64", "--max-new-tokens", "8")
-    status, out, err = run("generate", model, "--json", *tiny, *arguments)
+def generate(run: Run, model: Path | str, *arguments: str | Path) -> dict[str, Any]:
+    tiny = () if "--address" in arguments else ("--kv-memory", "8MiB", "--prefill-chunk", "64")
+    status, out, err = run("generate", model, "--json", *tiny, "--max-new-tokens", "8", *arguments)
     assert status == 0, err
     answer: dict[str, Any] = json.loads(out)
     return answer
@@ -61,7 +62,7 @@ def test_json_is_what_scripts_expect(run: Run, model_folder: Path) -> None:
 
 def test_a_server_answers_the_same(run: Run, model_folder: Path, running: Running) -> None:
     here = generate(run, model_folder, "--prompt", "Once upon a time")
-    there = generate(run, "tiny", "--prompt", "Once upon a time", "--address", running.address)  # type: ignore[arg-type]
+    there = generate(run, "tiny", "--prompt", "Once upon a time", "--address", running.address)
     assert (there["text"], there["token_ids"]) == (here["text"], here["token_ids"])
 
 
@@ -98,6 +99,79 @@ def test_command_line_before_environment_before_file(
     given = json.loads(run(*common, "--max-new-tokens", "2", "--strategy", "dense")[1])
     assert given["usage"]["completion_tokens"] == 2
     assert given["sparsity"]["strategy"] == "dense"
+
+
+@pytest.mark.parametrize("key", ["strategy-arg", "strategy_arg", "strategy_args"])
+def test_a_list_goes_by_either_name(
+    run: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"strategy: streaming\n{key}: [streaming.sink=16, streaming.window=16]\nstop-string: no such\n")
+    common = ("--prompt", "x" * 600, "--config", file)
+    assert generate(run, model_folder, *common)["sparsity"]["prefill_density"] < 0.5
+    file.write_text("strategy: streaming\n")
+    monkeypatch.setenv(f"KEYSIFT_{key.replace('-', '_').upper()}", "streaming.sink=16 streaming.window=16")
+    assert generate(run, model_folder, *common)["sparsity"]["prefill_density"] < 0.5
+
+
+def test_a_stop_string_of_the_environment_keeps_its_spaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYSIFT_STOP_STRING", "the end")
+    assert flags._from_environment("stop_string", "stop_strings") == ["the end"]
+    assert flags._from_environment("strategy_arg", "strategy_args") == []
+
+
+def test_one_file_for_every_command(run: Run, model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("port: 50051\nmax_queue: 4\nstop-string: [a b, 5]\nkv-memory: 8MiB\nprompt: hello\n")
+    status, _, err = run("generate", model_folder, "--config", file, "--max-new-tokens", "2")
+    assert (status, err) == (0, f"loading {model_folder.name}\n")
+
+
+def test_a_server_takes_no_flags_of_an_engine(run: Run, running: Running) -> None:
+    status, out, err = run("generate", "--prompt", "x", "--address", running.address, "--page-size", "32")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "--page-size" in err
+    assert "--strategy-arg" in err
+
+
+def test_sampling_without_a_seed_differs(run: Run, model_folder: Path) -> None:
+    hot = ("--prompt", "x", "--temperature", "2", "--max-new-tokens", "20")
+    assert generate(run, model_folder, *hot)["token_ids"] != generate(run, model_folder, *hot)["token_ids"]
+    seeded = (*hot, "--seed", "7")
+    assert generate(run, model_folder, *seeded)["token_ids"] == generate(run, model_folder, *seeded)["token_ids"]
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)], ids=["text", "json"])
+def test_a_cancelled_answer_is_a_failure(
+    run: Run, running: Running, monkeypatch: pytest.MonkeyPatch, form: tuple[str, ...]
+) -> None:
+    with Client(running.address) as client:
+        (*_, last) = client.generate("x", SamplingParams(max_new_tokens=1))
+    assert isinstance(last, Finish)
+    cancelled = dataclasses.replace(last, reason=FinishReason.CANCELLED)
+    monkeypatch.setattr(Client, "generate", lambda *_, **__: iter([cancelled]))
+    status, _, err = run("generate", "--prompt", "x", "--address", running.address, *form)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "cancelled" in err
+
+
+def test_an_empty_key_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYSIFT_API_KEY", "")
+    status, _, err = run("serve")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "KEYSIFT_API_KEY" in err
+
+
+def test_bytes_that_are_no_text(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "document"
+    file.write_bytes(b"\xff\xfe")
+    assert "prompt_file" in run("generate", "--prompt-file", file, "--address", "127.0.0.1:1")[2]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8", errors="surrogateescape"))
+    status, _, err = run("generate", "--prompt-file", "-", "--address", "127.0.0.1:1")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "prompt_file" in err
+    assert "keysift: prompt: " in run("generate", "--prompt", "a\udcff")[2]
+    assert "keysift: question: " in run("generate", "--prompt", "a", "--question", "\udcff")[2]
 
 
 BAD = {
@@ -151,36 +225,34 @@ def test_doctor(run: Run) -> None:
     assert run("doctor")[0] == 0
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "strategies", "doctor"])
+@pytest.mark.parametrize("broken", ["native", "reference"])
+def test_doctor_reports_a_backend_that_crashes(run: Run, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    attention = doctor._attention
+
+    def crash(backend: Backend) -> torch.Tensor:
+        if backend == broken:
+            raise RuntimeError("illegal instruction")
+        return attention(backend)
+
+    monkeypatch.setattr(doctor, "_attention", crash)
+    status, out, _ = run("doctor", "--json")
+    (found,) = [check for check in json.loads(out)["checks"] if check["name"] == f"self-test {broken}"]
+    assert (status, found["ok"]) == (1, False)
+    assert "illegal instruction" in found["detail"]
+
+
+FLAG_LINES = {
+    "serve": r"keysift serve \./my-model --strategy streaming --strategy-arg streaming\.window=4096",
+    "generate": r"keysift generate --prompt-file report\.txt --question",
+    "strategies": r"--json\s.*print one JSON object",
+    "doctor": r"--json\s.*print one JSON object",
+}
+
+
+@pytest.mark.parametrize("command", FLAG_LINES)
 def test_help_teaches_by_example(run: Run, command: str) -> None:
     status, out, _ = run(command, "--help")
     assert status == 0
-    assert f"keysift {command}" in out
+    assert "Example" in out
+    assert re.search(FLAG_LINES[command], out), out
     assert command in run("--help")[1]
-
-
-def test_serve_listens_answers_and_leaves(model_folder: Path) -> None:
-    """A process of its own: signals and the exit status are part of the contract."""
-    command = [sys.executable, "-c", "from keysift.server.cli import main; main()", "serve", str(model_folder)]
-    settings = {"KEYSIFT_PORT": "0", "KEYSIFT_KV_MEMORY": "8MiB", "KEYSIFT_API_KEY": "sesame"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | settings) as process:
-        try:
-            log = read_until(process, "ready")
-            found = re.search(r"listening on (127\.0\.0\.1:\d+)", log)
-            assert found, log
-            with Client(found[1], api_key="sesame") as client:
-                assert list(client.generate("hello"))
-            process.send_signal(signal.SIGTERM)
-            assert process.wait(20) == 0
-        finally:
-            process.kill()
-
-
-def read_until(process: subprocess.Popen[str], word: str) -> str:
-    assert process.stderr
-    log = ""
-    for line in process.stderr:
-        log += line
-        if word in line:
-            break
-    return log

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import logging
 import threading
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import grpc
 import pytest
 
 from keysift.engine import (
@@ -14,6 +19,7 @@ from keysift.engine import (
     EngineConfig,
     Finish,
     FinishReason,
+    InvalidRequest,
     Output,
     PrefillProgress,
     PromptInfo,
@@ -21,8 +27,11 @@ from keysift.engine import (
     SamplingParams,
     TokenOutput,
 )
+from keysift.server import inference_pb2 as pb
 from keysift.server.client import Client
+from keysift.server.convert import from_params, from_reply
 from keysift.server.errors import DeadlineExceeded
+from keysift.server.inference_pb2_grpc import InferenceStub
 
 from .conftest import Running
 
@@ -165,10 +174,54 @@ def test_abort_ends_the_stream_well(slow: Running) -> None:
     assert slow.free_pages() == slow.engine.status.pages_total
 
 
-def test_a_slow_reader_gets_every_token(client: Client) -> None:
-    params = SamplingParams(max_new_tokens=300, ignore_eos=True)
-    expected = tokens(list(client.generate("slow reader", params)))
-    outputs = client.generate("slow reader", params)
-    next(outputs)
-    threading.Event().wait(0.5)
-    assert tokens(list(outputs)) == expected
+MUCH = SamplingParams(max_new_tokens=800, ignore_eos=True, logprobs=20)
+"""More than a connection holds that was opened by `stuck`."""
+
+
+@contextlib.contextmanager
+def stuck(running: Running, request_id: str) -> Iterator[Iterator[pb.GenerateReply]]:
+    """A request whose tokens the engine has all made, and of which the caller has read one reply."""
+    with grpc.insecure_channel(
+        running.address, [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
+    ) as channel:
+        message = from_params(MUCH)
+        message.MergeFrom(pb.GenerateRequest(text="slow reader", request_id=request_id))
+        call = InferenceStub(channel).Generate(message)
+        next(call)
+        running.do(running.server.worker.idle())
+        yield call
+        call.cancel()
+
+
+def test_a_slow_reader_gets_every_token(client: Client, running: Running) -> None:
+    expected = tokens(list(client.generate("slow reader", MUCH)))
+    with stuck(running, "late") as call:
+        outputs = [from_reply(reply, "late") for reply in call]
+    assert tokens(outputs) == expected
+    assert len(outputs) < len(expected) / 2, "the reader was slow, so what waited was joined"
+
+
+def test_a_blocked_reader_who_leaves_is_no_bug_and_ends_no_other(
+    client: Client, running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The second request may carry the first one's id: the engine is done with that."""
+    caplog.set_level(logging.DEBUG, "keysift")
+    with stuck(running, "twin"):
+        second = client.generate("x", MUCH, request_id="twin")
+        next(second)
+    assert finish(list(second)).reason is FinishReason.LENGTH
+    assert "the caller has left" in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_truncation_makes_a_large_text_small(client: Client) -> None:
+    params = SamplingParams(max_new_tokens=3)
+    cut, large = "the end", "what is not read " * 1_200_000
+    forms: list[Any] = [large + cut, [{"role": "user", "content": large}, {"role": "user", "content": cut}]]
+    for form in forms:
+        started = time.monotonic()
+        outputs = list(client.generate(form, params, truncate_prompt_tokens=7))
+        assert finish(outputs).usage.prompt_tokens == 7
+        assert time.monotonic() - started < 5
+    with pytest.raises(InvalidRequest, match="characters"):
+        list(client.generate(large, params, truncate_prompt_tokens=2**31))

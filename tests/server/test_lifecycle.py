@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -112,7 +113,7 @@ def test_a_model_that_cannot_be_loaded(start: Callable[..., Running], engine_con
         deadline = time.monotonic() + 10
         while client.server_info().state != pb.FAILED:
             assert time.monotonic() < deadline
-        with pytest.raises(Unavailable):
+        with pytest.raises(Unavailable, match="failed"):
             list(client.generate("x"))
     assert health(running) == NOT_SERVING
 
@@ -152,5 +153,16 @@ def test_a_taken_port_is_an_error(running: Running, engine_config: EngineConfig)
     async def start_another() -> None:
         await Server(ServerConfig(port=running.server.port), lambda: Engine(engine_config)).start()
 
-    with pytest.raises(Unavailable, match=str(running.server.port)):
+    with pytest.raises(Unavailable, match=rf"{running.server.port}: address or port .*Failed to bind"):
         running.do(start_another())
+
+
+def test_ipv6(start: Callable[..., Running]) -> None:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    running = start(host="::")
+    with Client(f"[::1]:{running.server.port}") as client:
+        assert client.info().model == "tiny"

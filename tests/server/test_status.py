@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 
 import grpc
@@ -29,6 +31,7 @@ from keysift.server.inference_pb2_grpc import InferenceStub
 from .conftest import MAX_LEN, Running
 
 LONG = SamplingParams(max_new_tokens=1000, ignore_eos=True)
+VOCABULARY = 259
 
 
 def failure(running: Running, message: pb.GenerateRequest) -> grpc.RpcError:
@@ -58,6 +61,27 @@ BAD_FIELDS = {
     "bias of no token": (request(decoding=pb.Decoding(logit_bias={999_999: 1.0})), "logit_bias", "999999"),
     "too many logprobs": (request(response=pb.Response(logprobs=99)), "logprobs", "99"),
     "truncated to nothing": (request(truncate_prompt_tokens=0), "truncate_prompt_tokens", "0"),
+    "temperature that overflows": (request(temperature=1e-39), "temperature", "1e-39"),
+    "penalty that overflows": (request(decoding=pb.Decoding(repetition_penalty=1e-45)), "repetition_penalty", "1e-45"),
+    "bias that overflows": (request(decoding=pb.Decoding(logit_bias={5: 1e300})), "logit_bias", "1e+300"),
+    "no token left": (
+        request(decoding=pb.Decoding(logit_bias=dict.fromkeys(range(VOCABULARY), -math.inf))),
+        "logit_bias",
+        "-inf",
+    ),
+    "every token ends it": (
+        request(stopping=pb.Stopping(min_new_tokens=1, stop_token_ids=range(VOCABULARY))),
+        "stop_token_ids",
+        "min_new_tokens",
+    ),
+    "too many stop strings": (request(stopping=pb.Stopping(stop_strings=["x"] * 65)), "stop_strings", "64"),
+    "option that overflows": (
+        request(strategy="streaming", strategy_args={"streaming.window": "9" * 30}),
+        "streaming.window",
+        "999",
+    ),
+    "request id of two lines": (request(request_id="a\nb"), "request_id", "ASCII"),
+    "request id beyond ASCII": (request(request_id="\u00e4"), "request_id", "ASCII"),
     "long request id": (request(request_id="x" * 300), "request_id", "300"),
     "unknown strategy": (request(strategy="nope"), "strategy", "nope"),
     "unknown option": (request(strategy="streaming", strategy_args={"streaming.nope": "1"}), "streaming.nope", "sink"),
@@ -73,6 +97,61 @@ def test_a_bad_field_is_named(running: Running, message: pb.GenerateRequest, fie
     bad = BadRequest()
     assert detail.Unpack(bad)
     assert bad.field_violations[0].field == field
+    with Client(running.address) as client:
+        assert list(client.generate("still there", SamplingParams(max_new_tokens=1)))
+
+
+ECHOES = {
+    "strategy": request(strategy="x" * 20_000),
+    "option": request(strategy="streaming", strategy_args={f"streaming.{'x' * 20_000}": "1"}),
+    "value": request(strategy="streaming", strategy_args={"streaming.window": "\U0001f600" * 20_000}),
+    "request id": request(request_id="\u00e4" * 200),
+}
+
+
+@pytest.mark.parametrize("message", ECHOES.values(), ids=ECHOES.keys())
+def test_a_long_value_is_not_echoed_whole(running: Running, message: pb.GenerateRequest) -> None:
+    error = failure(running, message)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(error.details()) < 1100
+    assert rpc_status.from_call(error).details
+
+
+def test_a_long_model_name_is_not_echoed_whole(running: Running) -> None:
+    error = failure(running, request(model="x" * 20_000))
+    assert error.code() is grpc.StatusCode.NOT_FOUND
+    assert error.details().endswith("'tiny' is")
+
+
+class Panic(BaseException):
+    """What the tokenizer's library raises where it has a bug."""
+
+
+def test_a_panic_on_the_way_to_the_engine_is_a_bug(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    def encode(text: str) -> list[int]:
+        raise Panic
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running.engine.tokenizer, "encode", encode)
+        error = failure(running, request())
+    assert error.code() is grpc.StatusCode.INTERNAL
+    assert "Panic" in error.details()
+
+
+def test_a_panic_in_the_engine_fails_it_and_hangs_nobody(
+    start: Callable[..., Running], engine_config: EngineConfig
+) -> None:
+    class Panicking(Engine):
+        def add(self, request: Request) -> None:
+            raise Panic
+
+    panicking = start(lambda: Panicking(engine_config))
+    with Client(panicking.address) as client:
+        with pytest.raises(Internal, match="Panic"):
+            list(client.generate("x", timeout=10))
+        deadline = time.monotonic() + 10
+        while client.server_info().state != pb.FAILED:
+            assert time.monotonic() < deadline
 
 
 def test_six_megabytes_of_text_are_refused_not_broken(running: Running) -> None:

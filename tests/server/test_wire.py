@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -15,6 +18,7 @@ from keysift.engine import (
     EngineConfig,
     Finish,
     FinishReason,
+    InvalidRequest,
     Logprob,
     Output,
     PrefillProgress,
@@ -93,6 +97,48 @@ def test_outputs_survive_the_wire(output: Output) -> None:
 )
 def test_statistics_have_the_same_names(message: type[pb.Usage], dataclass: type[Usage]) -> None:
     assert [field.name for field in message.DESCRIPTOR.fields] == [field.name for field in fields(dataclass)]
+
+
+def test_the_generated_code_is_that_of_the_proto_file() -> None:
+    """Regenerate with `make proto`: every message, enum, method, field and number must be the same."""
+    text = re.sub(r"//.*", "", (Path(pb.__file__).parent / "inference.proto").read_text())
+    fields = set(re.findall(r"([\w.]+(?:<.*>)?)\s+(\w+)\s*=\s*(\d+);", text))
+    written = {(name, int(number)) for _, name, number in fields}
+    written |= {(name, int(number)) for name, number in re.findall(r"^\s*(\w+)\s*=\s*(\d+);", text, re.MULTILINE)}
+    file = pb.DESCRIPTOR
+    generated = {(f.name, f.number) for message in file.message_types_by_name.values() for f in message.fields}
+    generated |= {(v.name, v.number) for enum in file.enum_types_by_name.values() for v in enum.values}
+    assert generated == written
+    assert set(re.findall(r"^message (\w+)", text, re.MULTILINE)) == set(file.message_types_by_name)
+    assert set(re.findall(r"^enum (\w+)", text, re.MULTILINE)) == set(file.enum_types_by_name)
+    assert re.findall(r"rpc (\w+)", text) == [m.name for m in file.services_by_name["Inference"].methods]
+
+
+WRONG: dict[str, tuple[Any, dict[str, Any]]] = {
+    "prompt": (object(), {}),
+    "prompt that is None": (None, {}),
+    "prompt of bytes": (b"abc", {}),
+    "prompt with a surrogate": ("\udc80", {}),
+    "prompt of negative tokens": ([-1], {}),
+    "prompt of turns with more": ([{"role": "user", "body": "x"}], {}),
+    "request_id": ("x", {"request_id": 7}),
+    "model": ("x", {"model": "\udc80"}),
+    "strategy": ("x", {"strategy": b"\xff"}),
+    "strategy_args": ("x", {"strategy_args": {"streaming.window": 16}}),
+    "cache_salt": ("x", {"cache_salt": 1.5}),
+    "truncate_prompt_tokens": ("x", {"truncate_prompt_tokens": -1}),
+    "priority": ("x", {"priority": 2**40}),
+    "top_k": ("x", {"params": SamplingParams(top_k=2**40)}),
+}
+
+
+@pytest.mark.parametrize(("prompt", "options"), WRONG.values(), ids=WRONG.keys())
+def test_the_client_names_what_does_not_fit(
+    client: Client, prompt: Any, options: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        client.generate(prompt, **options)
+    assert caught.value.field == request.node.callspec.id.split()[0]
 
 
 def test_info(client: Client, running: Running) -> None:

@@ -1,0 +1,104 @@
+"""`keysift serve` as a process of its own: signals and the exit status are part of the contract."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from keysift.engine import SamplingParams
+from keysift.server.client import Client
+from keysift.server.errors import Internal
+
+PLAIN = "from keysift.server.cli import main; main()"
+BROKEN = """
+from keysift.engine.engine import Engine
+from keysift.server.cli import main
+
+def step(engine):
+    if engine.has_work:
+        raise RuntimeError("out of order")
+    return []
+
+Engine.step = step
+main()
+"""
+SLOW = """
+import time
+from keysift.engine.engine import Engine
+from keysift.server.cli import main
+
+step = Engine.step
+
+def slow(engine):
+    time.sleep(0.02)
+    return step(engine)
+
+Engine.step = slow
+main()
+"""
+
+
+@contextlib.contextmanager
+def serving(script: str, model: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The process, once it is ready, and its address."""
+    command = [sys.executable, "-c", script, "serve", str(model)]
+    own = {"KEYSIFT_PORT": "0", "KEYSIFT_KV_MEMORY": "8MiB"} | settings
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | own) as process:
+        try:
+            log = read_until(process, "ready")
+            found = re.search(r"listening on (127\.0\.0\.1:\d+)", log)
+            assert found, log
+            yield process, found[1]
+        finally:
+            process.kill()
+
+
+def read_until(process: subprocess.Popen[str], word: str) -> str:
+    assert process.stderr
+    log = ""
+    for line in process.stderr:
+        log += line
+        if word in line:
+            break
+    return log
+
+
+def rest(process: subprocess.Popen[str]) -> str:
+    assert process.stderr
+    return process.stderr.read()
+
+
+def test_it_listens_answers_and_leaves(model_folder: Path) -> None:
+    with serving(PLAIN, model_folder, KEYSIFT_API_KEY="sesame") as (process, address):
+        with Client(address, api_key="sesame") as client:
+            assert list(client.generate("hello"))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+
+
+def test_it_ends_with_its_engine(model_folder: Path) -> None:
+    with serving(BROKEN, model_folder) as (process, address):
+        with Client(address) as client, pytest.raises(Internal, match="RuntimeError"):
+            list(client.generate("hello"))
+        assert rest(process).splitlines()[-1].startswith("keysift: the engine has failed")
+        assert process.wait(20) == 1
+
+
+def test_a_second_signal_ends_the_drain(model_folder: Path) -> None:
+    with serving(SLOW, model_folder) as (process, address), Client(address) as client:
+        outputs = client.generate("hello", SamplingParams(max_new_tokens=1000, ignore_eos=True))
+        next(outputs)
+        process.send_signal(signal.SIGINT)
+        read_until(process, "draining")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(10) == -signal.SIGINT
+        assert "Traceback" not in rest(process)
+        outputs.close()  # type: ignore[attr-defined]
