@@ -103,7 +103,7 @@ class PagedCache:
         return Step(
             phase=phase,
             spans=spans,
-            positions=torch.cat([torch.arange(span.start, span.stop) for span in spans]).to(self.device),
+            positions=torch.tensor([p for span in spans for p in range(span.start, span.stop)], device=self.device),
             slots=torch.tensor([slot for span in spans for slot in self._slots(span)], device=self.device),
             table=table.expand(len(starts), self.spec.num_kv_heads, max_pages),
             starts=torch.tensor(starts, dtype=torch.int32, device=self.device),
