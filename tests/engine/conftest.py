@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from keysift.attention import Attend
+from keysift.engine import Engine, EngineConfig
 from keysift.engine.model import LoadedModel
+from tests.engine.driver import Make, drain
 from tests.models import llama, make_tokenizer, save
 
 
@@ -55,3 +58,31 @@ def write_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[PreTraine
 def tiny_llama(write_model: Callable[[PreTrainedConfig], Path]) -> Path:
     """A Llama of two layers with 4 query and 2 KV heads of 8, 259 tokens and 512 positions."""
     return write_model(llama())
+
+
+@pytest.fixture
+def make(tiny_llama: Path) -> Iterator[Make]:
+    """Builds engines over the tiny model. Whatever a test does, once they are drained all their pages are free."""
+    engines: list[Engine] = []
+
+    def build(**config: Any) -> Engine:
+        fields = {"model": str(tiny_llama), "dtype": "float32", "prefill_chunk": 64, "kv_memory": 2**22}
+        engines.append(Engine(EngineConfig(**fields | config)))
+        return engines[-1]
+
+    yield build
+    for engine in engines:
+        drain(engine)
+        assert engine.status.pages_free == engine.status.pages_total
+
+
+@pytest.fixture(scope="session")
+def expected(tiny_llama: Path) -> Callable[[list[int], int], list[int]]:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, attn_implementation="eager")
+
+    def generate(prompt: list[int], count: int) -> list[int]:
+        with torch.inference_mode():
+            out = model.generate(torch.tensor([prompt]), max_new_tokens=count, do_sample=False, eos_token_id=None)
+        return out[0, len(prompt) :].tolist()
+
+    return generate

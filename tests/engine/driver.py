@@ -1,0 +1,38 @@
+"""Driving an engine by hand, as its tests do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from keysift.engine import Engine, Finish, Output, SamplingParams, TokenOutput
+
+Make = Callable[..., Engine]
+
+
+def tokens(length: int, seed: int = 0) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(3, 259, (length,), generator=generator).tolist())
+
+
+def greedy(count: int, **fields: Any) -> SamplingParams:
+    return SamplingParams(max_new_tokens=count, ignore_eos=True, **fields)
+
+
+def drain(engine: Engine) -> list[Output]:
+    outputs: list[Output] = []
+    while engine.has_work:
+        outputs += engine.step()
+    return outputs
+
+
+def said(outputs: list[Output], request_id: str) -> list[int]:
+    mine = [output for output in outputs if output.request_id == request_id]
+    return [token for output in mine if isinstance(output, TokenOutput) for token in output.token_ids]
+
+
+def finish_of(outputs: list[Output], request_id: str) -> Finish:
+    (finish,) = (output for output in outputs if isinstance(output, Finish) and output.request_id == request_id)
+    return finish
