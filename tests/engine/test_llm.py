@@ -6,11 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from keysift.engine import (
-    LLM,
-    FinishReason,
-    InvalidRequest,
-)
+from keysift.engine import LLM, FinishReason, InvalidRequest
 from tests.engine.driver import greedy
 
 

@@ -6,9 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from keysift.engine import (
-    Request,
-)
+from keysift.engine import Request
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 
 
