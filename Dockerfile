@@ -27,7 +27,10 @@ RUN useradd --create-home keysift
 USER keysift
 ENV KEYSIFT_HOST=0.0.0.0
 EXPOSE 50051
-HEALTHCHECK --start-period=5m CMD ["python", "-c", \
-    "from keysift.server.client import Client; Client('127.0.0.1:50051').server_info(timeout=5)"]
+# The health service asks for no token. A server with TLS wants a probe of its own: override or --no-healthcheck.
+HEALTHCHECK --start-period=5m CMD ["python", "-c", "import grpc; \
+from grpc_health.v1 import health_pb2 as pb, health_pb2_grpc as rpc; \
+stub = rpc.HealthStub(grpc.insecure_channel('127.0.0.1:50051')); \
+raise SystemExit(stub.Check(pb.HealthCheckRequest(), timeout=5).status != pb.HealthCheckResponse.SERVING)"]
 ENTRYPOINT ["keysift"]
 CMD ["serve"]

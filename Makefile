@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 NATIVE := $(wildcard attention/native/*.cpp attention/native/*.h)
 TYPES := .types/keysift
-# As `keysift` itself does: idle OpenMP threads that spin for long stall everything when something else runs too.
+# As `keysift` itself does (server/cli.py tells the measurement): it bounds how long busy neighbours can stall a barrier.
 export GOMP_SPINCOUNT ?= 20000
 
 .PHONY: install demo test check bench proto format clean
