@@ -12,15 +12,16 @@ from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from .strategy import Split, Strategy
+from .strategy import LARGEST, Split, Strategy
 
 BUILT_IN = {
     "dense": "keysift.attention.strategy:Dense",
+    "flexprefill": "keysift.attention.strategies.flexprefill:FlexPrefill",
+    "oracle": "keysift.attention.strategies.oracle:Oracle",
+    "sift": "keysift.attention.strategies.sift:Sift",
     "streaming": "keysift.attention.strategies.streaming:Streaming",
 }
 GROUP = "keysift.strategies"
-LARGEST = 2**31 - 1
-"""Positions are int32 on the device."""
 
 
 class StrategyError(ValueError):
@@ -76,7 +77,9 @@ def _make_one(name: str, fields: dict[str, object]) -> Strategy:
     strategy = _find(name)
     own = {key.rpartition(".")[2]: value for key, value in fields.items() if key.rpartition(".")[0] in ("", name)}
     options: dict[str, Any] = {
-        field: hint for field, hint in get_type_hints(strategy).items() if field in _fields(strategy)
+        field: hint
+        for field, hint in get_type_hints(strategy, include_extras=True).items()
+        if field in _fields(strategy)
     }
     values: dict[str, Any] = {key: _coerce(name, key, value, options) for key, value in own.items()}
     try:
@@ -109,10 +112,10 @@ def _coerce(name: str, key: str, value: object, options: dict[str, Any]) -> obje
     if key not in options:
         raise StrategyError(f"{name}.{key}", f"no such option (known: {', '.join(sorted(options))})")
     try:
-        coerced = TypeAdapter(options[key]).validate_python(value)
+        coerced: object = TypeAdapter(options[key]).validate_python(value)
     except ValidationError as error:
-        raise StrategyError(f"{name}.{key}", f"{error.errors()[0]['msg']}, got {value!r}") from None
-    if isinstance(coerced, int) and abs(coerced) > LARGEST:
+        raise StrategyError(f"{name}.{key}", f"{error.errors()[0]['msg']}, got {str(value)[:40]!r}") from None
+    if isinstance(coerced, int) and abs(coerced) > LARGEST:  # a plug-in's option that states no bounds
         raise StrategyError(f"{name}.{key}", f"at most {LARGEST}, got {str(value)[:40]}")
     return coerced
 

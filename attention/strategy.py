@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, fields
+from typing import Annotated, get_type_hints
 
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from keysift.kvcache import Context, Phase, Selection
+
+LARGEST = 2**31 - 1
+"""Positions are int32 on the device."""
+
+Tokens = Annotated[int, Field(ge=0, le=LARGEST)]
+"""A number of tokens, pages or layers."""
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,8 +28,16 @@ class Strategy:
     does differently. Whatever it chooses must be ascending, unique and causal, and must contain the row's own pages.
     """
 
-    dense_below: int = 0
+    dense_below: Tokens = 0
     """Tokens of context up to which this strategy reads everything."""
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` naming the first field whose value is out of its bounds."""
+        for name, check in _checks(type(self)).items():  # type: ignore[arg-type]  # a class is hashable
+            try:
+                check.validate_python(value := getattr(self, name), strict=True)
+            except ValidationError as error:
+                raise ValueError(f"{name}: {error.errors()[0]['msg']}, got {value!r}") from None
 
     def prefill(self, q: Tensor, context: Context) -> Selection:
         """Pages for the rows of one prompt chunk, q [T, Hq, D] after rotary embedding."""
@@ -32,10 +51,17 @@ class Strategy:
         """The strategy that is responsible for a phase."""
         return self
 
-    def at(self, phase: Phase, context_len: int) -> Strategy:
-        """What runs for this many tokens of context: the part for the phase, or `Dense` below its crossover."""
+    def at(self, phase: Phase, context_len: int, queries: int = 1) -> Strategy:
+        """What runs for a step: the part for its phase, or `Dense` where choosing would cost more than it saves.
+
+        A generated token decides by its context. A prompt, or a chunk of one, decides by its work, queries x context,
+        against that of a prompt of `dense_below` tokens: a short chunk behind a long prefix may be worth choosing for.
+        """
         part = self.part(phase)
-        return part if context_len > part.dense_below else Dense()
+        work, least = context_len, part.dense_below
+        if phase is Phase.PREFILL:
+            work, least = queries * context_len, part.dense_below**2
+        return part if work > least else Dense()
 
     @property
     def name(self) -> str:
@@ -66,3 +92,11 @@ class Split(Strategy):
     @property
     def name(self) -> str:
         return f"{self.prompt.name}+{self.token.name}"
+
+
+@functools.cache
+def _checks(strategy: type[Strategy]) -> dict[str, TypeAdapter[object]]:
+    """A validator for each option; the parts of a `Split` have checked themselves."""
+    hints = get_type_hints(strategy, include_extras=True)
+    options = {field.name: hints[field.name] for field in fields(strategy)}
+    return {name: TypeAdapter(hint) for name, hint in options.items() if hint is not Strategy}

@@ -118,7 +118,7 @@ class Engine:
         """Names for the prompt's pages: what they hold depends on the strategy that really prefills them."""
         if not self.config.prefix_cache or request.bypass_prefix_cache:
             return None
-        effective = strategy.at(Phase.PREFILL, len(request.prompt))
+        effective = strategy.at(Phase.PREFILL, len(request.prompt), len(request.prompt))
         return PageKeys(f"{self.model.fingerprint}|{effective!r}|{request.cache_salt}", self.config.page_size)
 
     def _check_size(self, sequence: Sequence) -> None:

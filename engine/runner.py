@@ -66,7 +66,8 @@ class Runner:
 
     def _step(self, batch: Batch) -> Step:
         if batch.phase is Phase.PREFILL:
-            return self._cache.prefill(batch.spans[0], self._queries_per_row)
+            behind = batch.sequences[0].prompt_len - batch.spans[0].stop
+            return self._cache.prefill(batch.spans[0], self._queries_per_row, max(behind, 0))
         return self._cache.decode(batch.spans)
 
     def _input_ids(self, batch: Batch) -> torch.Tensor:

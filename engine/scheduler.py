@@ -111,7 +111,7 @@ class Scheduler:
         sequence = min(prefill, key=key)
         end = len(sequence.tokens) if sequence.exact else sequence.prompt_len
         length = min(self._chunk, end - sequence.computed)
-        return self._batch(Phase.PREFILL, self._effective(sequence, Phase.PREFILL), [sequence], length)
+        return self._batch(Phase.PREFILL, self._effective(sequence, Phase.PREFILL, length), [sequence], length)
 
     def _decode_batch(self, decode: list[Sequence]) -> Batch | None:
         ready = [sequence for sequence in sorted(decode, key=lambda s: s.order) if self._reserve_next(sequence)]
@@ -135,14 +135,11 @@ class Scheduler:
         spans = tuple(Span(_handle(sequence), sequence.computed, length) for sequence in sequences)
         return Batch(phase, strategy, tuple(sequences), spans)
 
-    def _effective(self, sequence: Sequence, phase: Phase) -> Strategy:
-        """What runs: the strategy's part for this phase, or dense below its crossover.
-
-        A prompt decides once, by its whole length; a generated token by its own context.
-        """
-        context_len = sequence.prompt_len if phase is Phase.PREFILL else sequence.computed + 1
-        chosen = sequence.strategy.at(phase, context_len)
-        sequence.fell_back |= chosen is not sequence.strategy.part(phase)
+    def _effective(self, sequence: Sequence, phase: Phase, queries: int = 1) -> Strategy:
+        """What runs next: the strategy's part for this phase, or dense where choosing is not worth it."""
+        part = sequence.strategy.part(phase)
+        chosen = sequence.strategy.at(phase, sequence.computed + queries, queries)
+        (sequence.chose if chosen == part else sequence.fell_back).add(phase)
         return chosen
 
     def _reserve_next(self, sequence: Sequence) -> bool:

@@ -37,7 +37,10 @@ class Sequence:
     last_token: float | None = None
     reads: dict[Phase, Reads] = field(default_factory=lambda: dict.fromkeys(Phase, Reads()))
     bytes_moved: int = 0
-    fell_back: bool = False
+    chose: set[Phase] = field(default_factory=set)
+    """Phases in which the strategy has chosen pages."""
+    fell_back: set[Phase] = field(default_factory=set)
+    """Phases in which some step ran dense because choosing was not worth it."""
     preemptions: int = 0
     reported: int = -1
     """Prompt tokens of the last progress report; -1: nothing was reported yet."""
@@ -133,7 +136,7 @@ class Sequence:
             prefill_density=prefill.density,
             decode_density=decode.density,
             coverage=1.0 if complete else None,
-            dense_fallback=self.fell_back,
+            dense_fallback=bool(self.fell_back - self.chose),
             kv_bytes_read=prefill.bytes + decode.bytes,
             kv_bytes_moved=self.bytes_moved,
         )

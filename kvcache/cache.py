@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -83,11 +84,12 @@ class PagedCache:
         for key, frame in zip(keys, held[first_page:], strict=False):
             self.prefix.insert(key, frame)
 
-    def prefill(self, span: Span, queries_per_row: int) -> Step:
-        """The step that runs a chunk of one sequence's prompt."""
+    def prefill(self, span: Span, queries_per_row: int, tokens_behind: int = 0) -> Step:
+        """The step that runs a chunk of one sequence's prompt, of which so many tokens come later."""
         starts = range(span.start, span.stop, queries_per_row)
         lasts = [min(start + queries_per_row, span.stop) - 1 for start in starts]
-        return self._step(Phase.PREFILL, (span,), list(starts), lasts, queries_per_row)
+        step = self._step(Phase.PREFILL, (span,), list(starts), lasts, queries_per_row)
+        return replace(step, rows_behind=-(-tokens_behind // queries_per_row))
 
     def decode(self, spans: Sequence[Span]) -> Step:
         """The step that runs one token of each sequence."""

@@ -18,6 +18,10 @@ class Selection:
     """[R, H, P] int32, page numbers of the row's sequence, -1 pads the end; the head axis may have stride 0."""
     complete: bool = False
     """Every page that a row may see is chosen: known to the host, so that nobody has to count."""
+    coverage: Tensor | None = None
+    """[B, H] fp32, share of the attention of each probe that the chosen pages hold; None: nothing measured it."""
+    widened: Tensor | None = None
+    """[B, H] bool, probes whose rows read everything because too little was covered."""
 
     @classmethod
     def all(cls, step: Step, heads: int) -> Selection:
@@ -40,12 +44,14 @@ class Selection:
         return cls(pages[:, None].expand(-1, heads, -1))
 
     @classmethod
-    def from_mask(cls, mask: Tensor) -> Selection:
+    def from_mask(cls, mask: Tensor, *, coverage: Tensor | None = None, widened: Tensor | None = None) -> Selection:
         """The true pages of mask [R, H, F]."""
-        every = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
-        last = torch.iinfo(torch.int32).max
-        pages = every.masked_fill(~mask, last).sort(dim=-1).values
-        return cls(pages.masked_fill(pages == last, -1))
+        width = mask.shape[-1]
+        every = torch.arange(width, dtype=torch.int32, device=mask.device)
+        place = (mask.cumsum(-1) - 1).masked_fill_(~mask, width)  # what is not chosen goes to one slot behind the end
+        pages = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int32, device=mask.device)
+        pages.scatter_(-1, place, every.expand(mask.shape))
+        return cls(pages[..., :width], coverage=coverage, widened=widened)
 
     @classmethod
     def top(cls, scores: Tensor, count: int) -> Selection:

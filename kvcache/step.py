@@ -53,6 +53,8 @@ class Step:
     queries_per_row: int
     max_pages: int
     """F, as a host integer."""
+    rows_behind: int = 0
+    """Rows of the same prompt that come after this step."""
 
     @property
     def num_rows(self) -> int:

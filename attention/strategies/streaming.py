@@ -8,7 +8,7 @@ from torch import Tensor
 
 from keysift.kvcache import Context, Selection
 
-from ..strategy import Strategy
+from ..strategy import Positive, Strategy, Tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,15 +19,10 @@ class Streaming(Strategy):
     Sinks", arXiv 2309.17453. Positions stay absolute here: the window slides over the true positions.
     """
 
-    sink: int = 128
+    sink: Tokens = 128
     """Tokens at the start that every query reads."""
-    window: int = 1024
+    window: Positive = 1024
     """Last tokens that every query reads, itself included."""
-
-    def __post_init__(self) -> None:
-        for field, least in (("sink", 0), ("window", 1)):
-            if getattr(self, field) < least:
-                raise ValueError(f"{field}: at least {least}, got {getattr(self, field)}")
 
     def prefill(self, q: Tensor, context: Context) -> Selection:
         return context.zones(sink=self.sink, window=self.window)

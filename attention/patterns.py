@@ -1,0 +1,101 @@
+"""Selection maths that strategies share: from attention masses to masks of pages, over all rows and heads at once."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from keysift.kvcache import Context, Step
+
+
+def pages(step: Step) -> Tensor:
+    """[F] int32, every page number."""
+    return torch.arange(step.max_pages, dtype=torch.int32, device=step.starts.device)
+
+
+def causal(step: Step) -> Tensor:
+    """[R, F] bool, the pages that some query of the row may see."""
+    return pages(step) <= step.last_pages[:, None]
+
+
+def zones(step: Step, sink: int, local: int | Tensor) -> Tensor:
+    """[R, F] bool: the first `sink` tokens and every query's last `local`, in whole pages, and the row's own pages.
+
+    `local` is one number for all rows or one for each, [R].
+    """
+    first = torch.minimum(step.starts, step.starts - local + 1).clamp(min=0) // step.page_size  # [R]
+    page = pages(step)
+    return causal(step) & ((page * step.page_size < sink) | (page >= first[:, None]))
+
+
+def cover(mass: Tensor, share: float, least: int = 0) -> Tensor:
+    """Of mass [..., F], the fewest entries that together hold `share` of it, but at least `least`; bool.
+
+    The entry that crosses the share is in; of equal entries the earlier ones are. A share of 1 takes everything, so
+    that rounding cannot lose a page.
+    """
+    if share >= 1.0:
+        return torch.ones_like(mass, dtype=torch.bool)
+    ordered = mass.double().sort(dim=-1, descending=True, stable=True)
+    total = ordered.values.cumsum(-1)
+    before = total - ordered.values
+    rank = torch.arange(mass.shape[-1], device=mass.device)
+    chosen = (before < share * total[..., -1:]) | (rank < least)
+    return torch.zeros_like(chosen).scatter_(-1, ordered.indices, chosen)
+
+
+def spread_bands(bands: Tensor, step: Step) -> Tensor:
+    """Diagonal bands [Hq, F] bool -> [R, Hq, F] bool: every page that a band crosses within the row.
+
+    Band b holds the keys ``b * S ... (b + 1) * S - 1`` tokens before a query. Over a row it crosses one page more than
+    the row and the band are long; dropping that one would lose ``r / S`` of a diagonal that lies r tokens off the
+    page grid.
+    """
+    size, page = step.page_size, pages(step).long()
+    nearest = (step.starts[:, None] - (page + 1) * size + 1).clamp(min=0) // size  # [R, F], band of the closest pair
+    furthest = (step.lasts[:, None] - page * size) // size  # negative: the page lies in the row's future
+    counts = torch.nn.functional.pad(bands.long().cumsum(-1), (1, 0))  # [Hq, F + 1], chosen bands before each
+    upto = counts[:, (furthest + 1).clamp(min=0)]  # [Hq, R, F]
+    return (upto > counts[:, nearest.clamp(max=step.max_pages)]).transpose(0, 1)
+
+
+def estimate(means: Tensor, ends: Tensor, context: Context) -> Tensor:
+    """[n, Hq, F] fp32: softmax of mean queries [n, Hq, D] over the mean keys of full pages.
+
+    Of those pages that begin by the position `ends` [n]; all zeros where there is none. It costs one score for a page,
+    and sees what whole pages have in common but not a single key.
+    """
+    step, spec = context.step, context.spec
+    keys = context.summaries()[0, :, :, 0].float()  # [F, Hkv, D]
+    grouped = torch.unflatten(means.float(), 1, (spec.num_kv_heads, -1)).permute(1, 2, 0, 3)  # [Hkv, G, n, D]
+    scores = grouped.flatten(1, 2) @ keys.permute(1, 2, 0) * spec.softmax_scale  # [Hkv, G * n, F]
+    begins, stops = pages(step) * step.page_size, (pages(step) + 1) * step.page_size
+    there = (begins <= ends[:, None]) & (stops <= step.lasts[-1] + 1)  # [n, F]
+    scores = torch.unflatten(scores, 1, grouped.shape[1:3]).masked_fill(~there, float("-inf"))
+    shares = scores.softmax(-1).masked_fill(~there.any(-1)[:, None], 0.0)
+    return shares.flatten(0, 1).transpose(0, 1)
+
+
+def pooled(q: Tensor, context: Context, group: int) -> Tensor:
+    """[R, Hq, F] fp32: the greatest `estimate` of each page by the mean of any `group` queries of the row.
+
+    A `group` that does not divide the row's width is cut to their common divisor; a short row repeats its last query.
+    """
+    step = context.step
+    group = math.gcd(group, step.queries_per_row)
+    index = torch.arange(step.num_rows * step.queries_per_row, device=q.device).clamp(max=q.shape[0] - 1)
+    means = torch.unflatten(q[index].float(), 0, (-1, group)).mean(1)  # [R * M / group, Hq, D]
+    shares = estimate(means, step.positions[index[group - 1 :: group]], context)
+    return torch.unflatten(shares, 0, (step.num_rows, -1)).amax(1)
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """[...], the square root of the Jensen-Shannon divergence in nats of distributions p and q [..., F]; 0 to 0.83.
+
+    Zero entries count as zero, and rounding cannot make it NaN.
+    """
+    middle = (p + q) / 2
+    terms = torch.xlogy(p, p) + torch.xlogy(q, q) - 2 * torch.xlogy(middle, middle)
+    return (terms.sum(-1) / 2).clamp(min=0).sqrt()

@@ -1,0 +1,97 @@
+"""Probes: a few queries of a prompt chunk whose attention is computed exactly, to choose pages by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from keysift.kvcache import Context, Step
+
+from .ops.column_scores import column_scores
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Exact attention masses, [B, Hq, F] fp32 as `column_scores` gives them; each probe stands within one row."""
+
+    mass: Tensor
+    peak: Tensor
+    bands: Tensor | None
+    rows: Tensor
+    """[B] int64, ascending: the row of the step that each probe's queries stand in; the last row has one."""
+    counts: Tensor
+    """[B] int64, queries of each probe."""
+
+    @property
+    def columns(self) -> Tensor:
+        """[Hq, F], mean mass of each page over all queries."""
+        return self._mean(self.mass)
+
+    @property
+    def diagonals(self) -> Tensor:
+        """[Hq, F], mean mass of each diagonal band over all queries; taken with ``bands=True``."""
+        assert self.bands is not None
+        return self._mean(self.bands)
+
+    def kept(self, mask: Tensor) -> Tensor:
+        """[B, Hq], the share of each probe's attention on the pages of mask [R, Hq, F]."""
+        return (self.mass * mask[self.rows]).sum(-1)
+
+    def spread(self, each: Tensor, num_rows: int) -> Tensor:
+        """A value per probe [B, ...] for every row [R, ...]: that of the next probe at or after the row."""
+        rows = torch.arange(num_rows, device=each.device)
+        return each[torch.searchsorted(self.rows, rows)]
+
+    def _mean(self, each: Tensor) -> Tensor:
+        return torch.einsum("bhf,b->hf", each, self.counts / self.counts.sum())
+
+
+def take(q: Tensor, context: Context, queries: Tensor, *, bands: bool = False) -> Probe:
+    """Exact attention of these queries of the chunk over all its keys so far.
+
+    Args:
+        q: [T, Hq, D], the chunk's queries.
+        queries: [B, m] int64, indices into the chunk; each probe's within one row, probes in ascending order; -1: none.
+    """
+    step = context.step
+    frames = context.fetch(context.all())
+    index, there = queries.clamp(min=0).flatten(), queries >= 0
+    scores = column_scores(
+        q[index],
+        frames.k,
+        frames.table[:1].expand(queries.shape[0], -1, -1),
+        torch.where(there.flatten(), step.positions[index], -1).int(),
+        queries_per_probe=queries.shape[1],
+        scale=context.spec.softmax_scale,
+        bands=bands,
+    )
+    return Probe(*scores, rows=queries.amax(1) // step.queries_per_row, counts=there.sum(1))
+
+
+def every_row(step: Step, count: int) -> Tensor:
+    """[R, count]: queries evenly spaced over each row, its last one among them."""
+    width = step.queries_per_row
+    picks = [(i + 1) * width // count - 1 for i in range(count)]
+    rows = torch.arange(step.num_rows, device=step.starts.device)[:, None] * width
+    return (rows + torch.tensor(picks, device=rows.device)).clamp(max=step.positions.shape[0] - 1)
+
+
+def tails(step: Step, count: int, segment: int = 0) -> Tensor:
+    """[B, count]: the last queries of every `segment` tokens, by absolute position, and those of the chunk.
+
+    A last row that is shorter than `count` is joined by the row before it. Segments are multiples of the row's width;
+    0: only the chunk's own end.
+    """
+    width, tokens, first = step.queries_per_row, step.positions.shape[0], step.spans[0].start
+    ends = [min(row * width, tokens) for row in range(1, step.num_rows + 1)]
+    short = tokens - (step.num_rows - 1) * width < count
+    chosen = [
+        end
+        for row, end in enumerate(ends)
+        if row >= step.num_rows - 1 - short or (segment and (first + end) % segment == 0)
+    ]
+    stops = torch.tensor(chosen, device=step.starts.device)[:, None]
+    queries = stops + torch.arange(-count, 0, device=stops.device)
+    return queries.masked_fill(queries < (stops - 1) // width * width, -1)

@@ -1,0 +1,67 @@
+"""FlexPrefill: each head's pattern and budget chosen by its last queries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from keysift.kvcache import Context
+
+from .. import patterns, probe
+from ..probe import Probe
+from ..prompt import PromptStrategy
+from ..strategy import Positive, Share, Tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlexPrefill(PromptStrategy):
+    """Columns and diagonals that hold `gamma` of the last queries' attention, or, per row, of a pooled estimate.
+
+    Lai et al., "FlexPrefill", arXiv 2502.20766. The last `block_size` queries of each chunk are the representatives.
+    A head whose pooled estimate agrees with their exact attention (square root of the Jensen-Shannon divergence below
+    `tau`) is query-aware: every row keeps the pages that hold `gamma` of its own estimate. Any other head is
+    vertical-slash: all rows keep the columns, and the diagonals, that hold `gamma` of the representatives' attention.
+
+    Other than the published code: masses are counted in pages, the unit that is read, so `gamma` is what is covered;
+    a diagonal keeps every page that it crosses; query-aware rows each cover `gamma` for themselves; the model's scale
+    is used throughout; a query-aware head that covers less than `gamma` of its representatives is vertical-slash too.
+    """
+
+    gamma: Share = 0.95
+    """Attention mass to keep. 1: everything."""
+    tau: Share = 0.1
+    """Largest divergence at which the pooled estimate is trusted; 0: never."""
+    min_budget: Tokens = 1024
+    """Tokens in columns, and in diagonals, that are kept at least."""
+    block_size: Positive = 64
+    """Representative queries, and tokens that share a mean query."""
+
+    def choose(self, q: Tensor, context: Context) -> tuple[Tensor, Probe]:
+        step = context.step
+        queries = probe.tails(step, min(self.block_size, step.queries_per_row))
+        evidence = probe.take(q, context, queries, bands=True)
+        least = -(-self.min_budget // step.page_size)
+        bands = patterns.cover(evidence.diagonals, self.gamma, least)  # [Hq, F]
+        mask = patterns.cover(evidence.columns, self.gamma, least) | patterns.spread_bands(bands, step)
+        trusted = self._divergence(q[queries[queries >= 0]], evidence, context) < self.tau  # [Hq]
+        if not q.is_cuda and not trusted.any():  # looking is free on the CPU only
+            return mask, evidence
+        return self._query_aware(q, context, evidence, trusted, mask, least), evidence
+
+    def _divergence(self, representatives: Tensor, evidence: Probe, context: Context) -> Tensor:
+        """[Hq], between the representatives' exact attention to full pages and its estimate by their mean."""
+        end = context.step.positions[-1:]
+        guess = patterns.estimate(representatives.float().mean(0, keepdim=True), end, context)[0]  # [Hq, F]
+        true = evidence.columns * (guess > 0)
+        return patterns.divergence(guess, true / true.sum(-1, keepdim=True).clamp(min=1e-30))
+
+    def _query_aware(
+        self, q: Tensor, context: Context, evidence: Probe, trusted: Tensor, slashes: Tensor, least: int
+    ) -> Tensor:
+        """Mask [R, Hq, F]: trusted heads by their rows' own estimates, where those cover enough; others as they are."""
+        guess = patterns.cover(patterns.pooled(q, context, context.step.queries_per_row), self.gamma, least)
+        guess = guess | self._forced(context.step)[:, None]
+        enough = (evidence.kept(guess) >= self.gamma).all(0)  # [Hq]
+        return torch.where((trusted & enough)[:, None], guess, slashes)
