@@ -3,10 +3,11 @@
 from .attend import Attend, bind
 from .registry import StrategyError, known, make, parse
 from .strategy import Dense, Split, Strategy
-from .telemetry import Reads, Telemetry
+from .telemetry import Coverage, Reads, Telemetry
 
 __all__ = [
     "Attend",
+    "Coverage",
     "Dense",
     "Reads",
     "Split",

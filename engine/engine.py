@@ -7,7 +7,7 @@ from collections.abc import Callable
 from keysift.attention import Strategy, StrategyError, parse
 from keysift.kvcache import PageKeys, Phase
 
-from . import metrics
+from . import calibration, metrics
 from .config import EngineConfig
 from .errors import DuplicateRequest, InvalidRequest, ResourceExhausted
 from .job import Job
@@ -35,8 +35,10 @@ class Engine:
             InvalidRequest, ModelNotFound, Unsupported: the configuration cannot run.
         """
         self.config = config
-        self._default = _strategy(config.strategy, config.strategy_args)
+        _strategy(config.strategy, config.strategy_args)  # a wrong name should not have to wait for a model
         self.model = load(config, report)
+        self._crossovers = calibration.crossovers(config, self.model)
+        self._default = self._strategy(config.strategy, config.strategy_args)
         self.tokenizer = self.model.tokenizer
         self.cache = make_cache(config, self.model)
         self.scheduler = Scheduler(
@@ -110,9 +112,13 @@ class Engine:
         check(request.params, self.model.vocab_size, self.model.eos_token_ids)
         strategy = self._default
         if request.strategy is not None or request.strategy_args:
-            strategy = _strategy(request.strategy or self.config.strategy, request.strategy_args)
+            strategy = self._strategy(request.strategy or self.config.strategy, request.strategy_args)
         keys = self._page_keys(request, strategy)
         return Sequence(request, strategy, min(request.params.max_new_tokens, limit - length), keys)
+
+    def _strategy(self, name: str, arguments: tuple[str, ...]) -> Strategy:
+        """With the `dense_below` that was measured here, where the arguments state none."""
+        return _strategy(name, calibration.calibrated(name, arguments, self._crossovers))
 
     def _page_keys(self, request: Request, strategy: Strategy) -> PageKeys | None:
         """Names for the prompt's pages: what they hold depends on the strategy that really prefills them."""
@@ -147,8 +153,9 @@ class Engine:
 
     def _commit(self, batch: Batch, result: StepResult) -> list[Output]:
         """Book what the step computed, then let every request that got a token speak."""
-        for sequence, reads in zip(batch.sequences, result.reads, strict=True):
+        for sequence, reads, coverage in zip(batch.sequences, result.reads, result.coverage, strict=True):
             sequence.reads[batch.phase] += reads
+            sequence.coverage[batch.phase] += coverage
             sequence.bytes_moved += result.bytes_moved // len(batch.sequences)
         sampled = batch.sampled
         self.scheduler.commit(batch, [token for token, _ in result.sampled])

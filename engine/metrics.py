@@ -38,7 +38,13 @@ DENSITY = {
     phase: Histogram(f"keysift_{phase.value}_density", "Share of the causal pairs read", _BY_STRATEGY, buckets=_SHARES)
     for phase in Phase
 }
-COVERAGE = Histogram("keysift_attention_coverage", "Attention mass kept", _BY_STRATEGY, buckets=_SHARES)
+COVERAGE = Histogram("keysift_attention_coverage", "Attention mass kept, mean", _BY_STRATEGY, buckets=_SHARES)
+COVERAGE_MIN = Histogram(
+    "keysift_attention_coverage_min", "Attention mass kept where least was", _BY_STRATEGY, buckets=_SHARES
+)
+WIDENED = Histogram(
+    "keysift_widened_share", "Share of the probes whose rows were widened to everything", _BY_STRATEGY, buckets=_SHARES
+)
 KV_BYTES_MOVED = _counter("kv_bytes_moved_total", "KV bytes moved between memories")
 DENSE_FALLBACK = _counter("dense_fallback_total", "Requests that ran dense below a strategy's crossover")
 
@@ -69,5 +75,7 @@ def observe_finish(finish: Finish, sequence: Sequence) -> None:
     if usage.completion_tokens > 1:
         INTER_TOKEN_LATENCY.labels(label).observe(timings.tpot_ms / 1e3)
         DENSITY[Phase.DECODE].labels(label).observe(sparsity.decode_density)
-    if sparsity.coverage is not None:
+    if sparsity.coverage is not None and sparsity.coverage_min is not None:
         COVERAGE.labels(label).observe(sparsity.coverage)
+        COVERAGE_MIN.labels(label).observe(sparsity.coverage_min)
+        WIDENED.labels(label).observe(sparsity.widened)

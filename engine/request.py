@@ -114,10 +114,17 @@ class Sparsity:
     prefill_density: float
     decode_density: float
     coverage: float | None
-    """Retained attention mass; None where no probe measured it."""
+    """Share of the attention that was kept: mean over tokens, layers, heads and probes; None where nothing measured it.
+
+    Of the phases in which the strategy chose; 1 where it did in none.
+    """
     dense_fallback: bool
     kv_bytes_read: int
     kv_bytes_moved: int
+    coverage_min: float | None
+    """The same of the probe and head that lost most."""
+    widened: float
+    """Share of the probes whose rows read everything because too little was covered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from itertools import accumulate
 import torch
 
 from keysift.attention import Dense, Reads, Telemetry, bind
+from keysift.attention.telemetry import Coverage
 from keysift.kvcache import PagedCache, Phase, Span, Step
 from keysift.kvcache.ops import BackendUnavailable, use_backend
 
@@ -21,10 +22,11 @@ from .scheduler import Batch
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step brought: one token for each sampled sequence, and what each sequence of the batch read."""
+    """What a step brought: one token for each sampled sequence, and what each sequence of the batch read and kept."""
 
     sampled: list[Sampled]
     reads: list[Reads]
+    coverage: list[Coverage]
     bytes_moved: int
 
 
@@ -62,7 +64,8 @@ class Runner:
         with torch.inference_mode(), use_backend(self._backend):
             logits = self._model.forward(self._input_ids(batch), step.positions, self._last(batch), attend)
             sampled = sample(logits, states)
-        return StepResult(sampled, telemetry.reads(), self._cache.tier.bytes_moved - moved)
+        reads = telemetry.reads()
+        return StepResult(sampled, reads, telemetry.covered(reads), self._cache.tier.bytes_moved - moved)
 
     def _step(self, batch: Batch) -> Step:
         if batch.phase is Phase.PREFILL:

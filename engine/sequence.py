@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from keysift.attention import Reads, Strategy
+from keysift.attention.telemetry import Coverage
 from keysift.kvcache import PageKeys, Phase
 
 from .request import PrefillProgress, PromptInfo, Request, Sparsity, Timings, Usage
@@ -36,6 +37,7 @@ class Sequence:
     first_token: float | None = None
     last_token: float | None = None
     reads: dict[Phase, Reads] = field(default_factory=lambda: dict.fromkeys(Phase, Reads()))
+    coverage: dict[Phase, Coverage] = field(default_factory=lambda: dict.fromkeys(Phase, Coverage()))
     bytes_moved: int = 0
     chose: set[Phase] = field(default_factory=set)
     """Phases in which the strategy has chosen pages."""
@@ -129,14 +131,21 @@ class Sequence:
         )
 
     def sparsity(self) -> Sparsity:
+        """What was read and kept. Coverage is that of the phases in which the strategy chose.
+
+        Within such a phase the steps and layers that ran dense count as 1: they are part of what its tokens kept. A
+        phase that was dense throughout is left out, so that many generated tokens cannot hide what their prompt lost.
+        """
         prefill, decode = self.reads[Phase.PREFILL], self.reads[Phase.DECODE]
-        complete = prefill.chosen == prefill.possible and decode.chosen == decode.possible
+        chose = sum((coverage for coverage in self.coverage.values() if coverage.chose), Coverage())
         return Sparsity(
             strategy=self.strategy.name,
             prefill_density=prefill.density,
             decode_density=decode.density,
-            coverage=1.0 if complete else None,
+            coverage=chose.mean,
             dense_fallback=bool(self.fell_back - self.chose),
             kv_bytes_read=prefill.bytes + decode.bytes,
             kv_bytes_moved=self.bytes_moved,
+            coverage_min=chose.least,
+            widened=chose.widened_share,
         )

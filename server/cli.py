@@ -12,10 +12,10 @@ import typer
 
 from keysift.engine.config import EngineConfig
 from keysift.engine.errors import InvalidRequest, KeysiftError, ModelNotFound, Unsupported
+from keysift.engine.version import keysift_version
 
 from .flags import from_fields, read_config
 from .options import Document, Remote, Sampling, ServerConfig
-from .version import keysift_version
 
 SPINS = "20000"
 """How long an idle OpenMP thread spins before it sleeps; libgomp's own default is 300,000.
@@ -26,6 +26,8 @@ three runs each), the default against this setting: alone (16 tokens) 25-27 agai
 loop 49-92 against 115-134; beside two 102-1,985 against 58-65; beside three 270-361 against 137-172. It bounds the
 worst case and costs a little beside a single neighbour.
 """
+CALIBRATED_FOR = {"page_size", "dtype", "device", "backend", "prefill_chunk", "queries_per_row", "max_model_len"}
+"""Fields of the engine that a calibration depends on or that loading the model may need, beside its name."""
 BAD_INPUT = (InvalidRequest, ModelNotFound, Unsupported)
 
 app = typer.Typer(
@@ -168,13 +170,31 @@ def strategies(json: Json = False) -> None:
 
 
 @app.command(rich_help_panel="Look around")
-def doctor(json: Json = False) -> None:
+@from_fields(engine=EngineConfig, skip=[f"engine.{name}" for name in set(EngineConfig.model_fields) - CALIBRATED_FOR])
+def doctor(
+    engine: EngineConfig,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="measure from which length on choosing pays")] = False,
+    model: Annotated[str | None, typer.Option(help="of the calibration", envvar="KEYSIFT_MODEL")] = None,
+    config: Config = None,
+    json: Json = False,
+) -> None:
     """Say what this machine and this installation can do; exit status 0 when Keysift is usable.
 
-    [bold]Example[/bold]
+    With --calibrate, measure for about a minute, on an otherwise idle machine, how long a prompt must be for each
+    prompt strategy to beat dense attention, and store it: engines of this machine, model and engine flags then take it
+    as the strategy's dense_below, unless a --strategy-arg states one.
+
+    [bold]Examples[/bold]
 
       keysift doctor
+
+      keysift doctor --calibrate --model ./my-model
     """
+    if calibrate:
+        from .calibrate import run
+
+        run(engine.model_copy(update={"model": model}), as_json=json)
+        return
     from .doctor import examine, print_json, print_table, usable
 
     findings = examine()

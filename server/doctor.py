@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import platform
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -15,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from keysift.attention.ops import paged_attention
+from keysift.engine import calibration
 from keysift.engine.embedded import NAME, cache_folder, package_file
 from keysift.engine.errors import ModelNotFound
+from keysift.engine.version import keysift_version
 from keysift.kvcache.ops.dispatch import Backend, BackendUnavailable, use_backend
-
-from .version import keysift_version
 
 PACKAGES = ("torch", "transformers", "tokenizers", "grpcio", "protobuf", "pydantic", "triton")
 GIB = 2**30
@@ -38,7 +37,8 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    return [_versions(), _processor(), _native_library(), _gpu(), _memory(), *_self_tests(), _embedded_model()]
+    machine = _versions(), _processor(), _native_library(), _gpu(), _memory()
+    return [*machine, *_self_tests(), _embedded_model(), _calibration()]
 
 
 def _versions() -> Finding:
@@ -54,8 +54,8 @@ def _version(package: str) -> str:
 
 
 def _processor() -> Finding:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Finding("processor", True, f"{torch.backends.cpu.get_cpu_capability()}, {usable} usable cores")
+    capability = torch.backends.cpu.get_cpu_capability()
+    return Finding("processor", True, f"{capability}, {calibration.usable_cores()} usable cores")
 
 
 def _gpu() -> Finding:
@@ -124,6 +124,29 @@ def _embedded_model() -> Finding:
     converted = any((cache_folder() / "models").glob(f"{NAME}-*"))
     state = f"converted, in {cache_folder()}" if converted else "will be converted at its first use, about 20 s"
     return Finding("embedded model", True, f"{file.name}, {state}")
+
+
+def _calibration() -> Finding:
+    """What is stored for this machine and this version, a model after the other."""
+    here = calibration.processor(), calibration.usable_cores(), keysift_version()
+    every = calibration.stored()
+    mine = [each for each in every if each.setting.place == here]
+    others = f"{len(every) - len(mine)} of another machine or version" if len(every) > len(mine) else ""
+    none = "none for this machine; keysift doctor --calibrate measures from which length on choosing pays"
+    return Finding("calibration", True, "; ".join(filter(None, [*map(_crossovers, mine), others])) if mine else none)
+
+
+def _crossovers(each: calibration.Calibration) -> str:
+    setting = each.setting
+    about = f"{each.model} on {setting.device} in {setting.dtype}, pages of {setting.page_size}"
+    found = ", ".join(f"{name} {_from(crossover)}" for name, crossover in each.crossovers.items())
+    return f"{about}, chunks of {setting.prefill_chunk}: {found}"
+
+
+def _from(crossover: calibration.Crossover) -> str:
+    if crossover.wins_from is None:
+        return f"not up to {crossover.chunks[-1].context:,} tokens"
+    return f"from {crossover.wins_from:,} tokens"
 
 
 def usable(findings: list[Finding]) -> bool:

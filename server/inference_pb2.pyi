@@ -701,19 +701,27 @@ class Sparsity(google.protobuf.message.Message):
     DENSE_FALLBACK_FIELD_NUMBER: builtins.int
     KV_BYTES_READ_FIELD_NUMBER: builtins.int
     KV_BYTES_MOVED_FIELD_NUMBER: builtins.int
+    COVERAGE_MIN_FIELD_NUMBER: builtins.int
+    WIDENED_FIELD_NUMBER: builtins.int
     strategy: builtins.str
     prefill_density: builtins.float
     """Fraction of the causal context that prompt tokens attended to, 0 to 1."""
     decode_density: builtins.float
     """The same for new tokens."""
     coverage: builtins.float
-    """Attention mass that the selections kept, 0 to 1. Not set where nothing measured it."""
+    """Attention mass that the selections kept, 0 to 1: the mean over what the strategy chose for, dense steps of the same
+    phase included. 1 where it chose nothing. Not set where nothing measured it.
+    """
     dense_fallback: builtins.bool
     """The context was so short that the strategy ran dense."""
     kv_bytes_read: builtins.int
     """Bytes of keys and values that attention read."""
     kv_bytes_moved: builtins.int
     """Bytes moved between memory tiers."""
+    coverage_min: builtins.float
+    """The same as coverage, of the probe and head that kept least. Not set where coverage is not."""
+    widened: builtins.float
+    """Fraction of the probes, 0 to 1, whose rows read everything because too little was covered."""
     def __init__(
         self,
         *,
@@ -724,10 +732,15 @@ class Sparsity(google.protobuf.message.Message):
         dense_fallback: builtins.bool = ...,
         kv_bytes_read: builtins.int = ...,
         kv_bytes_moved: builtins.int = ...,
+        coverage_min: builtins.float | None = ...,
+        widened: builtins.float = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_coverage", b"_coverage", "coverage", b"coverage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_coverage", b"_coverage", "coverage", b"coverage", "decode_density", b"decode_density", "dense_fallback", b"dense_fallback", "kv_bytes_moved", b"kv_bytes_moved", "kv_bytes_read", b"kv_bytes_read", "prefill_density", b"prefill_density", "strategy", b"strategy"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_coverage", b"_coverage", "_coverage_min", b"_coverage_min", "coverage", b"coverage", "coverage_min", b"coverage_min"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_coverage", b"_coverage", "_coverage_min", b"_coverage_min", "coverage", b"coverage", "coverage_min", b"coverage_min", "decode_density", b"decode_density", "dense_fallback", b"dense_fallback", "kv_bytes_moved", b"kv_bytes_moved", "kv_bytes_read", b"kv_bytes_read", "prefill_density", b"prefill_density", "strategy", b"strategy", "widened", b"widened"]) -> None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_coverage", b"_coverage"]) -> typing.Literal["coverage"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_coverage_min", b"_coverage_min"]) -> typing.Literal["coverage_min"] | None: ...
 
 Global___Sparsity: typing_extensions.TypeAlias = Sparsity
 

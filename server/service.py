@@ -12,6 +12,7 @@ import grpc
 from keysift.engine.engine import Engine
 from keysift.engine.errors import InvalidRequest, ModelNotFound
 from keysift.engine.request import Finish, FinishReason, Request
+from keysift.engine.version import keysift_version
 
 from . import inference_pb2 as pb
 from .convert import to_reply, to_request
@@ -19,7 +20,6 @@ from .errors import Internal, answering
 from .inference_pb2_grpc import InferenceServicer
 from .prompt import to_tokens
 from .stream import Stream
-from .version import keysift_version
 from .worker import Worker
 
 Context = grpc.aio.ServicerContext[Any, Any]

@@ -21,6 +21,7 @@ class Oracle(PromptStrategy):
     It computes everything to read little: for measuring how far a strategy is from the possible.
     """
 
+    yardstick = True
     threshold: Share = 0.01
     """Share of a query's attention that makes its row keep a page."""
 

@@ -57,13 +57,15 @@ SAMPLING = SamplingParams(
 )
 
 COUNTS = Usage(11, 3, 4), Timings(1.5, 2.5, 4.0, 8.0, 4.0)
-SPARSITY = Sparsity("streaming", 0.25, 0.125, None, True, 2**40, 7)
+SPARSITY = Sparsity("streaming", 0.25, 0.125, None, True, 2**40, 7, None, 0.0)
+MEASURED = Sparsity("sift", 0.25, 1.0, 0.875, False, 2**40, 0, 0.0, 0.5)
 OUTPUTS: list[Output] = [
     PromptInfo("r", 11, 4, "dense", 1.5),
     PrefillProgress("r", 11, 4, 8),
     TokenOutput("r", "Grüße", (1, 2), ((Logprob(1, -0.5, 1), Logprob(2, -1.5, 2)), (Logprob(2, -0.25, 1),))),
     Finish("r", FinishReason.STOP, *COUNTS, SPARSITY, matched_stop="end"),
     Finish("r", FinishReason.STOP, *COUNTS, SPARSITY, matched_stop=0),
+    Finish("r", FinishReason.LENGTH, *COUNTS, MEASURED),
     Finish("r", FinishReason.ERROR, *COUNTS, SPARSITY, error="broken"),
 ]
 
