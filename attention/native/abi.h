@@ -33,10 +33,25 @@ struct LinearCall {
   Type type;
 };
 
+struct ScoresCall {
+  const void* q;                  // [B * m, Hq, D]
+  const void* k;                  // [N, Hkv, S, D]
+  const std::int32_t* frames;     // [B, Hkv, F]
+  const std::int32_t* positions;  // [B * m], contiguous
+  float* mass;                    // [B, Hq, F], contiguous, zeros when the call begins; so are the next two
+  float* peak;
+  float* bands;  // or null
+  std::int64_t q_strides[2], k_strides[3], frames_strides[3];
+  std::int64_t probes, queries_per_probe, heads, kv_heads, dim, page_size, pages;
+  Type type;
+  float scale;
+};
+
 // What one instruction set offers.
 struct Kernels {
   void (*attention)(const AttentionCall&, int threads);
   void (*linear)(const LinearCall&, int threads);
+  void (*column_scores)(const ScoresCall&, int threads);
 };
 
 extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Bf16;

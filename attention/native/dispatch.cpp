@@ -41,3 +41,7 @@ KEYSIFT_EXPORT void keysift_paged_attention(const keysift::AttentionCall* call, 
 KEYSIFT_EXPORT void keysift_linear(const keysift::LinearCall* call, int level, int threads) {
   keysift::kernels(level).linear(*call, threads);
 }
+
+KEYSIFT_EXPORT void keysift_column_scores(const keysift::ScoresCall* call, int level, int threads) {
+  keysift::kernels(level).column_scores(*call, threads);
+}

@@ -9,6 +9,7 @@
 
 #include "abi.h"
 #include "plan.h"
+#include "scores_plan.h"
 #include "scratch.h"
 #include "threads.h"
 #include "types.h"

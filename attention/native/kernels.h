@@ -12,6 +12,8 @@
 #include "dots.h"
 #include "few_queries.h"
 #include "linear.h"
+#include "pool_scores.h"
+#include "column_scores.h"
 
 namespace keysift::KEYSIFT_ISA {
 
@@ -47,6 +49,17 @@ inline void linear(const LinearCall& call, int threads) {
   return linear<ArithmeticOf<bfloat16>::type>(call, threads);
 }
 
-constexpr Kernels kTable{attention, linear};
+inline void column_scores(const ScoresCall& call, int threads) {
+  switch (call.type) {
+    case kFloat32:
+      return column_scores_of<ArithmeticOf<float>::type>(call, threads);
+    case kBFloat16:
+      return column_scores_of<ArithmeticOf<bfloat16>::type>(call, threads);
+    case kFloat16:
+      return column_scores_of<ArithmeticOf<float16>::type>(call, threads);
+  }
+}
+
+constexpr Kernels kTable{attention, linear, column_scores};
 
 }  // namespace keysift::KEYSIFT_ISA

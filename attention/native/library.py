@@ -41,6 +41,19 @@ class LinearCall(ctypes.Structure):
     )
 
 
+class ScoresCall(ctypes.Structure):
+    """Mirrors `ScoresCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "frames", "positions", "mass", "peak", "bands")),
+        ("q_strides", c_int64 * 2),
+        *((f"{name}_strides", c_int64 * 3) for name in ("k", "frames")),
+        *((name, c_int64) for name in ("probes", "queries_per_probe", "heads", "kv_heads", "dim", "page_size")),
+        *((name, c_int64) for name in ("pages", "type")),
+        ("scale", c_float),
+    )
+
+
 def _load() -> ctypes.CDLL:
     folder = Path(__file__).parent
     for suffix in EXTENSION_SUFFIXES:
@@ -53,9 +66,8 @@ def _load() -> ctypes.CDLL:
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    library.keysift_paged_attention.argtypes = (c_void_p, c_int, c_int)
-    library.keysift_linear.argtypes = (c_void_p, c_int, c_int)
-    library.keysift_paged_attention.restype = library.keysift_linear.restype = None
+    for function in (library.keysift_paged_attention, library.keysift_linear, library.keysift_column_scores):
+        function.argtypes, function.restype = (c_void_p, c_int, c_int), None
     return library
 
 

@@ -101,23 +101,29 @@ void pack_values(const KeyTile<typename Math::Element>& tile, int dim, int colum
     }
 }
 
+// The vectors of one block of rows -> cells [channel / kPair, kRowBlock].
+template <class Math>
+KEYSIFT_INLINE void pack_block(const typename Math::Element* const (&queries)[kRowBlock], int cells, float* packed) {
+  for (int i = 0; i < cells; i += 4, packed += 4 * kRowBlock)
+    for (int first : {0, kRowBlock - 4}) {  // transposes of four rows that overlap cover all six
+      Quad quads[4];
+      for (int r = 0; r < 4; ++r) quads[r] = Math::four_cells(queries[first + r] + i * Math::kPair);
+      transpose(quads);
+      for (int j = 0; j < 4; ++j) store_quad(packed + j * kRowBlock + first, quads[j]);
+    }
+}
+
 // Queries -> cells [block of rows, channel / kPair, kRowBlock]; rows that only pad repeat the last one.
 template <class Math>
 void pack_queries(const AttentionCall& call, const Task& task, const Rows& rows, float* packed) {
   using T = typename Math::Element;
   const int cells = rows.dim / Math::kPair;
-  for (int row = 0; row < rows.padded; row += kRowBlock) {
+  for (int row = 0; row < rows.padded; row += kRowBlock, packed += cells * kRowBlock) {
     const T* queries[kRowBlock];
     for (int r = 0; r < kRowBlock; ++r) queries[r] = query_of<T>(call, task, rows, std::min(row + r, rows.count - 1));
     for (int r = 2 * kRowBlock; r < 3 * kRowBlock; ++r)
       prefetch(query_of<T>(call, task, rows, std::min(row + r, rows.count - 1)), rows.dim);
-    for (int i = 0; i < cells; i += 4, packed += 4 * kRowBlock)
-      for (int first : {0, kRowBlock - 4}) {  // transposes of four rows that overlap cover all six
-        Quad quads[4];
-        for (int r = 0; r < 4; ++r) quads[r] = Math::four_cells(queries[first + r] + i * Math::kPair);
-        transpose(quads);
-        for (int j = 0; j < 4; ++j) store_quad(packed + j * kRowBlock + first, quads[j]);
-      }
+    pack_block<Math>(queries, cells, packed);
   }
 }
 
