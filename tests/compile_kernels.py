@@ -6,6 +6,7 @@ block may have, or misses the tensor cores. The interpreter checks the results b
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INT32_POINTERS = {"frames", "pages", "starts"}
-FP32_POINTERS = {"lse", "pieces", "pieces_lse"}
-INT32_SCALARS = re.compile(r"window|T|P|PIECES?|stride.*")
+INT32_POINTERS = {"frames", "pages", "starts", "positions"}
+FP32_POINTERS = {"lse", "pieces", "pieces_lse", "mass", "peak", "halves", "bands"}
+INT32_SCALARS = re.compile(r"window|F|FIRST|M|N|T|P|PIECES?|stride.*")
 MULTIPLES_OF_16 = re.compile(r"stride_(q|k|v|ck|cv|u).*")
 TENSOR_CORES = re.compile(r"wgmma\.mma_async|mma\.sync|v_mfma")
 
@@ -76,11 +77,17 @@ def cases() -> Iterator[Case]:
             for dim in (16, 32, 64, 128, 256):
                 yield attend_case(target, dtype, dim, queries_per_row=64)
                 yield attend_case(target, dtype, dim, queries_per_row=1)
+            for dim, queries in itertools.product((128, 256), (1, 64)):
+                if dtype != "fp16":  # the tiles and the numbers of bf16
+                    yield from score_cases(target, dtype, dim, queries)
             merge = {"D": 128, "BLOCK_P": 16, "BLOCK_D": 128}
             store = {"H": 8, "S": 16, "D": 128, "BLOCK_H": 8, "BLOCK_D": 128}
             summarize = {"S": 16, "D": 128, "BLOCK_S": 16, "BLOCK_D": 128}
             for name, constants in (("merge", merge), ("store", store), ("summarize", summarize)):
                 yield Case(name, f"{name}_kernel", dtype, target, constants)
+        band = {"Hkv": 8, "G": 4, "S": 16, "BLOCK_T": 16, "BLOCK_F": 64}
+        yield Case("bands", "band_kernel", "fp32", target, band)
+        yield Case("join", "join_kernel", "fp32", target, {"BLOCK": 64, "BLOCK_P": 16})
 
 
 def attend_case(target: Target, dtype: str, dim: int, queries_per_row: int) -> Case:
@@ -99,6 +106,24 @@ def attend_case(target: Target, dtype: str, dim: int, queries_per_row: int) -> C
         {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
         wants_tensor_cores=dtype != "fp32",
     )
+
+
+def score_cases(target: Target, dtype: str, dim: int, queries: int) -> Iterator[Case]:
+    """Both passes over the keys for probes of `queries` queries, 32 heads over 8, as a launch configures them."""
+    from keysift.attention.ops.column_scores_triton import blocks, config
+
+    tile = config(target.shared_memory, dim, DTYPES[dtype], queries * 4)
+    heads = {"Hq": 32, "G": 4, "S": 16, "D": dim, "stride_fp": 1}
+    for name, constants in (("lse", {"PIECE": 1024}), ("mass", {"BANDS": True})):
+        yield Case(
+            f"{name}{queries} d={dim}",
+            f"{name}_kernel",
+            dtype,
+            target,
+            heads | constants | blocks(tile, 4, 16, dim),
+            {"num_warps": tile.num_warps, "num_stages": tile.num_stages},
+            wants_tensor_cores=dtype != "fp32",
+        )
 
 
 def compile_case(case: Case) -> Report:
@@ -122,10 +147,10 @@ def compile_case(case: Case) -> Report:
 
 
 def find_kernel(name: str) -> Any:
-    from keysift.attention.ops import paged_attention_triton
+    from keysift.attention.ops import column_scores_kernels, paged_attention_triton
     from keysift.kvcache.ops import store_triton, summarize_triton
 
-    modules = (paged_attention_triton, store_triton, summarize_triton)
+    modules = (paged_attention_triton, column_scores_kernels, store_triton, summarize_triton)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
