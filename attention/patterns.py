@@ -9,6 +9,8 @@ from torch import Tensor
 
 from keysift.kvcache import Context, Step
 
+from .ops.column_scores import ColumnScores, column_scores
+
 
 def pages(step: Step) -> Tensor:
     """[F] int32, every page number."""
@@ -61,21 +63,21 @@ def spread_bands(bands: Tensor, step: Step) -> Tensor:
     return (upto > counts[:, nearest.clamp(max=step.max_pages)]).transpose(0, 1)
 
 
-def estimate(means: Tensor, ends: Tensor, context: Context) -> Tensor:
-    """[n, Hq, F] fp32: softmax of mean queries [n, Hq, D] over the mean keys of full pages.
+def estimate(means: Tensor, ends: Tensor, context: Context, *, queries_per_probe: int) -> ColumnScores:
+    """As `column_scores`, of mean queries [n, Hq, D] over the mean keys of full pages that begin by `ends` [n].
 
-    Of those pages that begin by the position `ends` [n]; all zeros where there is none. It costs one score for a page,
-    and sees what whole pages have in common but not a single key.
+    It costs one score for a page, and sees what whole pages have in common but not a single key.
     """
-    step, spec = context.step, context.spec
-    keys = context.summaries()[0, :, :, 0].float()  # [F, Hkv, D]
-    grouped = torch.unflatten(means.float(), 1, (spec.num_kv_heads, -1)).permute(1, 2, 0, 3)  # [Hkv, G, n, D]
-    scores = grouped.flatten(1, 2) @ keys.permute(1, 2, 0) * spec.softmax_scale  # [Hkv, G * n, F]
-    begins, stops = pages(step) * step.page_size, (pages(step) + 1) * step.page_size
-    there = (begins <= ends[:, None]) & (stops <= step.lasts[-1] + 1)  # [n, F]
-    scores = torch.unflatten(scores, 1, grouped.shape[1:3]).masked_fill(~there, float("-inf"))
-    shares = scores.softmax(-1).masked_fill(~there.any(-1)[:, None], 0.0)
-    return shares.flatten(0, 1).transpose(0, 1)
+    step, frames = context.step, context.page_means()
+    last_full = (step.lasts[-1] + 1) // step.page_size - 1
+    return column_scores(
+        means.to(frames.k.dtype),
+        frames.k,
+        frames.table[:1].expand(means.shape[0] // queries_per_probe, -1, -1),
+        torch.minimum(ends // step.page_size, last_full).int(),
+        queries_per_probe=queries_per_probe,
+        scale=context.spec.softmax_scale,
+    )
 
 
 def pooled(q: Tensor, context: Context, group: int) -> Tensor:
@@ -84,11 +86,13 @@ def pooled(q: Tensor, context: Context, group: int) -> Tensor:
     A `group` that does not divide the row's width is cut to their common divisor; a short row repeats its last query.
     """
     step = context.step
-    group = math.gcd(group, step.queries_per_row)
-    index = torch.arange(step.num_rows * step.queries_per_row, device=q.device).clamp(max=q.shape[0] - 1)
-    means = torch.unflatten(q[index].float(), 0, (-1, group)).mean(1)  # [R * M / group, Hq, D]
-    shares = estimate(means, step.positions[index[group - 1 :: group]], context)
-    return torch.unflatten(shares, 0, (step.num_rows, -1)).amax(1)
+    width = step.queries_per_row
+    group = math.gcd(group, width)
+    if missing := step.num_rows * width - q.shape[0]:
+        q = torch.cat([q, q[-1:].expand(missing, -1, -1)])
+    means = torch.unflatten(q, 0, (-1, group)).mean(1, dtype=torch.float32)  # [R * M / group, Hq, D]
+    ends = (step.starts[:, None] + torch.arange(group - 1, width, group, device=q.device)).flatten()
+    return estimate(means, ends, context, queries_per_probe=width // group).peak
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:

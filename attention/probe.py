@@ -71,8 +71,9 @@ def take(q: Tensor, context: Context, queries: Tensor, *, bands: bool = False) -
 
 
 def every_row(step: Step, count: int) -> Tensor:
-    """[R, count]: queries evenly spaced over each row, its last one among them."""
+    """[R, count]: queries evenly spaced over each row, its last one among them; each at most once in a full row."""
     width = step.queries_per_row
+    count = min(count, width)
     picks = [(i + 1) * width // count - 1 for i in range(count)]
     rows = torch.arange(step.num_rows, device=step.starts.device)[:, None] * width
     return (rows + torch.tensor(picks, device=rows.device)).clamp(max=step.positions.shape[0] - 1)

@@ -17,9 +17,12 @@ from .strategy import LARGEST, Split, Strategy
 BUILT_IN = {
     "dense": "keysift.attention.strategy:Dense",
     "flexprefill": "keysift.attention.strategies.flexprefill:FlexPrefill",
+    "minference": "keysift.attention.strategies.minference:MInference",
     "oracle": "keysift.attention.strategies.oracle:Oracle",
+    "sampleattention": "keysift.attention.strategies.sampleattention:SampleAttention",
     "sift": "keysift.attention.strategies.sift:Sift",
     "streaming": "keysift.attention.strategies.streaming:Streaming",
+    "xattention": "keysift.attention.strategies.xattention:XAttention",
 }
 GROUP = "keysift.strategies"
 

@@ -45,6 +45,11 @@ class Context:
         heads = torch.arange(self.spec.num_kv_heads, device=table.device)[:, None]
         return self.tier.summaries(self.layer)[table, heads].transpose(1, 2)
 
+    def page_means(self) -> Frames:
+        """Every page as one token, its mean key and its mean value; the same pages carry them as `summaries`."""
+        means = self.tier.summaries(self.layer)[:, :, ::3]  # [N, Hkv, 2, D]
+        return Frames(means[:, :, :1], means[:, :, 1:], self.step.table)
+
     def fetch(self, selection: Selection) -> Frames:
         """The selected pages where an op can read them."""
         return self.tier.resident(self.layer, selection, self.step)

@@ -45,16 +45,17 @@ class FlexPrefill(PromptStrategy):
         least = -(-self.min_budget // step.page_size)
         bands = patterns.cover(evidence.diagonals, self.gamma, least)  # [Hq, F]
         mask = patterns.cover(evidence.columns, self.gamma, least) | patterns.spread_bands(bands, step)
-        trusted = self._divergence(q[queries[queries >= 0]], evidence, context) < self.tau  # [Hq]
+        trusted = self._divergence(_mean(q, queries), evidence, context) < self.tau  # [Hq]
         if not q.is_cuda and not trusted.any():  # looking is free on the CPU only
             return mask, evidence
         return self._query_aware(q, context, evidence, trusted, mask, least), evidence
 
-    def _divergence(self, representatives: Tensor, evidence: Probe, context: Context) -> Tensor:
-        """[Hq], between the representatives' exact attention to full pages and its estimate by their mean."""
-        end = context.step.positions[-1:]
-        guess = patterns.estimate(representatives.float().mean(0, keepdim=True), end, context)[0]  # [Hq, F]
-        true = evidence.columns * (guess > 0)
+    def _divergence(self, representative: Tensor, evidence: Probe, context: Context) -> Tensor:
+        """[Hq], between the representatives' attention to full pages and its estimate by their mean, [1, Hq, D]."""
+        step = context.step
+        guess = patterns.estimate(representative, step.positions[-1:], context, queries_per_probe=1).mass[0]  # [Hq, F]
+        full = (patterns.pages(step) + 1) * step.page_size <= step.lasts[-1] + 1
+        true = evidence.columns * full
         return patterns.divergence(guess, true / true.sum(-1, keepdim=True).clamp(min=1e-30))
 
     def _query_aware(
@@ -65,3 +66,10 @@ class FlexPrefill(PromptStrategy):
         guess = guess | self._forced(context.step)[:, None]
         enough = (evidence.kept(guess) >= self.gamma).all(0)  # [Hq]
         return torch.where((trusted & enough)[:, None], guess, slashes)
+
+
+def _mean(q: Tensor, queries: Tensor) -> Tensor:
+    """[1, Hq, D], mean of the queries at these indices [B, m]; -1 for none, by weight: picking waits for a device."""
+    there = (queries >= 0).flatten()
+    weights = there / there.sum()
+    return torch.einsum("n,nhd->hd", weights, q[queries.clamp(min=0).flatten()].float())[None]

@@ -34,6 +34,9 @@ ROWS = [
     Row("flexprefill", {"gamma": 0.5, "min_budget": 0, **SMALL}, {"gamma": 1.0}, True),
     Row("oracle", {"threshold": 0.1, **SMALL}, {"threshold": 0.0}, True),
     Row("sift", {"threshold": 0.1, "group": 2, **SMALL}, {"threshold": 0.0, "group": 4}, True),
+    Row("minference", {"vertical_size": 4, "slash_size": 4, "last_q": 8, **SMALL}, {"vertical_size": 10**6}, True),
+    Row("sampleattention", {"alpha": 0.5, **SMALL}, {"alpha": 1.0}, True),
+    Row("xattention", {"threshold": 0.5, **SMALL}, {"threshold": 1.0}, True),
     Row("dense+streaming", {"streaming.sink": 4, "streaming.window": 12}, {"streaming.window": 10**6}),
 ]
 IDS = [row.name for row in ROWS]
