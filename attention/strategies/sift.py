@@ -30,10 +30,10 @@ class Sift(PromptStrategy):
     """Largest share of a query's attention that a page may hold and be skipped, by what was seen. 0: nothing is."""
     looks: Positive = 4
     """Queries of each row whose attention is computed exactly, evenly spaced."""
-    group: Positive = 4
+    group: Positive = 8
     """Queries that share a mean in the estimate."""
     local: Tokens = 64
-    trust: Share = 0.5
+    trust: Share = 0.7
     """Weight of an estimated share against an exact one: means of keys flatten the softmax and claim too much."""
 
     def choose(self, q: Tensor, context: Context) -> tuple[Tensor, Probe]:
