@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from .strategy import LARGEST, Split, Strategy
 
 BUILT_IN = {
+    "ashape": "keysift.attention.strategies.ashape:AShape",
     "dense": "keysift.attention.strategy:Dense",
     "flexprefill": "keysift.attention.strategies.flexprefill:FlexPrefill",
     "minference": "keysift.attention.strategies.minference:MInference",

@@ -31,6 +31,7 @@ SMALL = {"sink": 4, "local": 4, "last_rows_dense": 0}
 ROWS = [
     Row("dense", {}, {}),
     Row("streaming", {"sink": 4, "window": 12}, {"sink": 0, "window": 10**6}),
+    Row("ashape", SMALL, {"local": 10**6}, True),
     Row("flexprefill", {"gamma": 0.5, "min_budget": 0, **SMALL}, {"gamma": 1.0}, True),
     Row("oracle", {"threshold": 0.1, **SMALL}, {"threshold": 0.0}, True),
     Row("sift", {"threshold": 0.1, "group": 2, **SMALL}, {"threshold": 0.0, "group": 4}, True),
