@@ -32,14 +32,18 @@ def zones(step: Step, sink: int, local: int | Tensor) -> Tensor:
     return causal(step) & ((page * step.page_size < sink) | (page >= first[:, None]))
 
 
-def cover(mass: Tensor, share: float, least: int = 0) -> Tensor:
+def cover(mass: Tensor, share: float, least: int = 0, unit: int = 1) -> Tensor:
     """Of mass [..., F], the fewest entries that together hold `share` of it, but at least `least`; bool.
 
-    The entry that crosses the share is in; of equal entries the earlier ones are. A share of 1 takes everything, so
-    that rounding cannot lose a page.
+    Entries are chosen in blocks of `unit` neighbours. The entry that crosses the share is in; of equal entries the
+    earlier ones are. A share of 1 takes everything, so that rounding cannot lose a page.
     """
     if share >= 1.0:
         return torch.ones_like(mass, dtype=torch.bool)
+    if unit > 1:
+        whole = torch.nn.functional.pad(mass, (0, -mass.shape[-1] % unit))
+        blocks = cover(torch.unflatten(whole, -1, (-1, unit)).sum(-1), share, -(-least // unit))
+        return blocks.repeat_interleave(unit, -1)[..., : mass.shape[-1]]
     ordered = mass.double().sort(dim=-1, descending=True, stable=True)
     total = ordered.values.cumsum(-1)
     before = total - ordered.values

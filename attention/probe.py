@@ -74,9 +74,9 @@ def every_row(step: Step, count: int) -> Tensor:
     """[R, count]: queries evenly spaced over each row, its last one among them; each at most once in a full row."""
     width = step.queries_per_row
     count = min(count, width)
-    picks = [(i + 1) * width // count - 1 for i in range(count)]
+    picks = torch.arange(1, count + 1, device=step.starts.device) * width // count - 1
     rows = torch.arange(step.num_rows, device=step.starts.device)[:, None] * width
-    return (rows + torch.tensor(picks, device=rows.device)).clamp(max=step.positions.shape[0] - 1)
+    return (rows + picks).clamp(max=step.positions.shape[0] - 1)
 
 
 def tails(step: Step, count: int, segment: int = 0) -> Tensor:
@@ -93,6 +93,11 @@ def tails(step: Step, count: int, segment: int = 0) -> Tensor:
         for row, end in enumerate(ends)
         if row >= step.num_rows - 1 - short or (segment and (first + end) % segment == 0)
     ]
-    stops = torch.tensor(chosen, device=step.starts.device)[:, None]
+    stops = on_device(chosen, step)[:, None]
     queries = stops + torch.arange(-count, 0, device=stops.device)
     return queries.masked_fill(queries < (stops - 1) // width * width, -1)
+
+
+def on_device(values: list[int] | list[list[int]], step: Step) -> Tensor:
+    """Host integers as an int64 tensor where the step computes, without waiting for the device."""
+    return torch.tensor(values).to(step.starts.device, non_blocking=True)

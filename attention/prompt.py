@@ -11,7 +11,7 @@ from keysift.kvcache import Context, Phase, Selection, Step
 
 from . import patterns, probe
 from .probe import Probe
-from .strategy import Dense, Share, Strategy, Tokens
+from .strategy import Count, Dense, Share, Strategy, Tokens
 
 SLACK = 1e-4
 """Coverage is a sum of many rounded shares; less than this below its target is not below it."""
@@ -24,20 +24,20 @@ class PromptStrategy(Strategy):
     A subclass says in `choose` which pages it wants and by which exact evidence. What is the same for all happens
     here: sinks, a local window, dense layers and dense last rows, and the coverage: the share of the evidence's
     attention that is kept is measured, reported, and, where it falls short of `coverage`, the rows behind it read
-    everything.
+    everything. Methods whose publication promises no coverage have no target by default.
     """
 
     dense_below: Tokens = 2048
-    """A chunk runs dense unless queries x context exceeds the square of this: shorter prompts are not worth choosing
-    for. `keysift doctor --calibrate` measures it."""
     sink: Tokens = 64
     """Tokens at the start that every query reads."""
     local: Tokens = 256
     """Last tokens that every query reads, itself included."""
-    dense_layers: Tokens = 0
+    min_budget: Tokens = 0
+    """Tokens that are kept at least, by head: those that a row's probe reads most, as far as the row may see them."""
+    dense_layers: Count = 0
     """First layers that read everything."""
-    last_rows_dense: Tokens = 1
-    """Rows at the end of the prompt, 64 tokens each, that read everything: the question is often there."""
+    last_rows_dense: Count = 1
+    """Rows of queries at the end of the prompt that read everything: the question is often there."""
     coverage: Share = 0.0
     """Least share of a probe's attention to keep; rows whose probe keeps less read everything. 0: it is only told."""
 
@@ -51,10 +51,12 @@ class PromptStrategy(Strategy):
     def prefill(self, q: Tensor, context: Context) -> Selection:
         if context.layer < self.dense_layers:
             return context.all()
+        step, causal = context.step, patterns.causal(context.step)[:, None]
         mask, evidence = self.choose(q, context)
-        evidence = evidence or probe.take(q, context, probe.every_row(context.step, 1))
-        mask = (mask | self._forced(context.step)[:, None]) & patterns.causal(context.step)[:, None]
-        return self._settle(mask, evidence, context.step)
+        evidence = evidence or probe.take(q, context, probe.every_row(step, 1))
+        mask = (self._fill(mask, evidence, step) | patterns.zones(step, self.sink, self.local)[:, None]) & causal
+        mask, kept, short = self._widen(mask, evidence, causal)
+        return Selection.from_mask(mask | (self._dense_rows(step) & causal), coverage=kept, widened=short)
 
     def decode(self, q: Tensor, context: Context) -> Selection:
         return context.all()
@@ -62,17 +64,30 @@ class PromptStrategy(Strategy):
     def part(self, phase: Phase) -> Strategy:
         return self if phase is Phase.PREFILL else Dense()
 
-    def _forced(self, step: Step) -> Tensor:
-        """[R, F] bool"""
-        dense = max(self.last_rows_dense - step.rows_behind, 0)
-        row = torch.arange(step.num_rows, device=step.starts.device)
-        return patterns.zones(step, self.sink, self.local) | (row >= step.num_rows - dense)[:, None]
+    @property
+    def rows_at_the_end(self) -> int:
+        return self.last_rows_dense
 
-    def _settle(self, mask: Tensor, evidence: Probe, step: Step) -> Selection:
+    def _fill(self, mask: Tensor, evidence: Probe, step: Step) -> Tensor:
+        """The mask with at least `min_budget` tokens of what the probes read most."""
+        if self.min_budget == 0:
+            return mask
+        best = patterns.cover(evidence.mass, 0.0, -(-self.min_budget // step.page_size))
+        return mask | evidence.spread(best, step.num_rows)
+
+    def _widen(self, mask: Tensor, evidence: Probe, causal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The mask with all pages for rows whose probe keeps too little; what each probe keeps, and which did not.
+
+        Rows that are dense because they are the last do not count: their probe stands for the rows before it, too.
+        """
         kept = evidence.kept(mask)  # [B, Hq]
         short = kept < self.coverage - SLACK
-        if self.coverage > 0:
-            wide = evidence.spread(short, step.num_rows)[..., None]  # [R, Hq, 1]
-            mask = mask | (wide & patterns.causal(step)[:, None])
-            kept = kept.masked_fill(short, 1.0)
-        return Selection.from_mask(mask, coverage=kept, widened=short)
+        if self.coverage == 0:
+            return mask, kept, short
+        wide = evidence.spread(short, mask.shape[0])[..., None]  # [R, Hq, 1]
+        return mask | (wide & causal), kept.masked_fill(short, 1.0), short
+
+    def _dense_rows(self, step: Step) -> Tensor:
+        """[R, 1, 1] bool, rows at the end of the prompt that read everything."""
+        row = torch.arange(step.num_rows, device=step.starts.device)
+        return (row >= step.num_rows + min(step.rows_behind - self.last_rows_dense, 0))[:, None, None]

@@ -15,7 +15,8 @@ LARGEST = 2**31 - 1
 """Positions are int32 on the device."""
 
 Tokens = Annotated[int, Field(ge=0, le=LARGEST)]
-"""A number of tokens, pages or layers."""
+"""A number of tokens."""
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -29,7 +30,7 @@ class Strategy:
     """
 
     dense_below: Tokens = 0
-    """Tokens of context up to which this strategy reads everything."""
+    """Length up to which a prompt reads everything, because choosing would cost more than it saves; see `at`."""
     yardstick: ClassVar[bool] = False
     """It is there to measure others by and never saves time, so nothing asks from which length on it does."""
 
@@ -53,7 +54,12 @@ class Strategy:
         """The strategy that is responsible for a phase."""
         return self
 
-    def at(self, phase: Phase, context_len: int, queries: int = 1) -> Strategy:
+    @property
+    def rows_at_the_end(self) -> int:
+        """Rows at the end of a prompt that are treated as such; inside a longer prompt they would read less."""
+        return 0
+
+    def at(self, phase: Phase, context_len: int, queries: int) -> Strategy:
         """What runs for a step: the part for its phase, or `Dense` where choosing would cost more than it saves.
 
         A generated token decides by its context. A prompt, or a chunk of one, decides by its work, queries x context,

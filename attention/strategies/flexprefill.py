@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from keysift.kvcache import Context
+from keysift.kvcache import Context, Step
 
 from .. import patterns, probe
 from ..probe import Probe
-from ..prompt import PromptStrategy
+from ..prompt import SLACK, PromptStrategy
 from ..strategy import Positive, Share, Tokens
 
 
@@ -24,9 +24,10 @@ class FlexPrefill(PromptStrategy):
     `tau`) is query-aware: every row keeps the pages that hold `gamma` of its own estimate. Any other head is
     vertical-slash: all rows keep the columns, and the diagonals, that hold `gamma` of the representatives' attention.
 
-    Other than the published code: masses are counted in pages, the unit that is read, so `gamma` is what is covered;
-    a diagonal keeps every page that it crosses; query-aware rows each cover `gamma` for themselves; the model's scale
-    is used throughout; a query-aware head that covers less than `gamma` of its representatives is vertical-slash too.
+    Other than the published code: what is covered is the mass of what is read, so `gamma` is what every probe keeps; a
+    diagonal keeps every page that it crosses; query-aware rows each cover `gamma` for themselves; the model's scale is
+    used throughout; a query-aware head that covers less than `gamma` of its representatives is vertical-slash too. The
+    pattern follows from the end of each chunk: results belong to a chunk size.
     """
 
     gamma: Share = 0.95
@@ -34,21 +35,30 @@ class FlexPrefill(PromptStrategy):
     tau: Share = 0.1
     """Largest divergence at which the pooled estimate is trusted; 0: never."""
     min_budget: Tokens = 1024
-    """Tokens in columns, and in diagonals, that are kept at least."""
+    """Tokens in columns, and in diagonals, that are kept at least, as published."""
     block_size: Positive = 64
-    """Representative queries, and tokens that share a mean query."""
+    """Representative queries, at most a row's, and tokens of a block: columns, diagonals and the pages of a
+    query-aware row are chosen in whole ones."""
 
     def choose(self, q: Tensor, context: Context) -> tuple[Tensor, Probe]:
         step = context.step
         queries = probe.tails(step, min(self.block_size, step.queries_per_row))
         evidence = probe.take(q, context, queries, bands=True)
-        least = -(-self.min_budget // step.page_size)
-        bands = patterns.cover(evidence.diagonals, self.gamma, least)  # [Hq, F]
-        mask = patterns.cover(evidence.columns, self.gamma, least) | patterns.spread_bands(bands, step)
+        assert evidence.bands is not None
+        bands = self._cover(evidence.bands, step).any(0)  # [Hq, F]
+        mask = self._cover(evidence.mass, step).any(0) | patterns.spread_bands(bands, step)
         trusted = self._divergence(_mean(q, queries), evidence, context) < self.tau  # [Hq]
         if not q.is_cuda and not trusted.any():  # looking is free on the CPU only
             return mask, evidence
-        return self._query_aware(q, context, evidence, trusted, mask, least), evidence
+        return self._query_aware(q, context, evidence, trusted, mask), evidence
+
+    def _fill(self, mask: Tensor, evidence: Probe, step: Step) -> Tensor:
+        return mask  # columns and diagonals have had their budgets
+
+    def _cover(self, mass: Tensor, step: Step) -> Tensor:
+        """Blocks of mass [..., F] that hold `gamma` of it."""
+        unit = max(self.block_size // step.page_size, 1)
+        return patterns.cover(mass, self.gamma, -(-self.min_budget // step.page_size), unit)
 
     def _divergence(self, representative: Tensor, evidence: Probe, context: Context) -> Tensor:
         """[Hq], between the representatives' attention to full pages and its estimate by their mean, [1, Hq, D]."""
@@ -58,13 +68,11 @@ class FlexPrefill(PromptStrategy):
         true = evidence.columns * full
         return patterns.divergence(guess, true / true.sum(-1, keepdim=True).clamp(min=1e-30))
 
-    def _query_aware(
-        self, q: Tensor, context: Context, evidence: Probe, trusted: Tensor, slashes: Tensor, least: int
-    ) -> Tensor:
+    def _query_aware(self, q: Tensor, context: Context, evidence: Probe, trusted: Tensor, slashes: Tensor) -> Tensor:
         """Mask [R, Hq, F]: trusted heads by their rows' own estimates, where those cover enough; others as they are."""
-        guess = patterns.cover(patterns.pooled(q, context, context.step.queries_per_row), self.gamma, least)
-        guess = guess | self._forced(context.step)[:, None]
-        enough = (evidence.kept(guess) >= self.gamma).all(0)  # [Hq]
+        guess = self._cover(patterns.pooled(q, context, context.step.queries_per_row), context.step)
+        guess = guess | patterns.zones(context.step, self.sink, self.local)[:, None]
+        enough = (evidence.kept(guess) >= self.gamma - SLACK).all(0)  # [Hq]
         return torch.where((trusted & enough)[:, None], guess, slashes)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -38,7 +37,7 @@ class SampleAttention(PromptStrategy):
     window_ratio: Share = 0.08
     """Window of each row, as a share of its own context. 0.25 where quality counts."""
     row_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05
-    """Share of the queries that are computed exactly."""
+    """Share of the queries that are computed exactly, rounded to one of every so many."""
     sampling: Literal["stride", "tail"] = "stride"
     """Which: every ``1 / row_ratio``-th, or whole rows, each the tail of a segment of ``1 / row_ratio`` rows. By
     absolute position; the end of each chunk is looked at too."""
@@ -77,4 +76,4 @@ def strided(step: Step, every: int) -> Tensor:
         rows.setdefault(pick // width, []).append(pick)
     most = max(map(len, rows.values()))
     padded = [row + [-1] * (most - len(row)) for row in rows.values()]
-    return torch.tensor(padded, device=step.starts.device)
+    return probe.on_device(padded, step)

@@ -21,9 +21,8 @@ class Sift(PromptStrategy):
 
     Published selections look at a chunk's last queries and lose the rows whose copies those never saw. This one looks
     at every row: `looks` of its queries exactly, and all of them, `group` at a time, through the means of the pages'
-    keys. What a row reads follows from its own queries alone, not from the chunk that it came in nor from what is
-    behind it, so prefix reuse changes nothing. The looks cost ``looks / M`` of the score half of dense attention, the
-    estimate ``1 / (group * S)`` of it.
+    keys. What a row reads follows from its own queries alone, whatever chunk it comes in. The looks cost ``looks / M``
+    of the score half of dense attention, the estimate ``1 / (group * S)`` of it.
     """
 
     threshold: Share = 0.005
@@ -33,6 +32,7 @@ class Sift(PromptStrategy):
     group: Positive = 8
     """Queries that share a mean in the estimate."""
     local: Tokens = 64
+    coverage: Share = 0.8
     trust: Share = 0.7
     """Weight of an estimated share against an exact one: means of keys flatten the softmax and claim too much."""
 

@@ -173,17 +173,23 @@ def flexprefill(
     prompt: Prompt, slack: float, *, gamma: float, tau: float, min_budget: int, block_size: int, sink: int, local: int
 ) -> Tensor:
     least, reps = -(-min_budget // prompt.page), last_queries(prompt, block_size)
+    probes = [mine for row in prompt.rows if (mine := [query for query in reps if query in row])]
+
+    def blocks(masses: list[float]) -> Pages:
+        """Pages of the fewest blocks that hold gamma."""
+        size = max(block_size // prompt.page, 1)
+        sums = [sum(masses[page : page + size]) for page in range(0, len(masses), size)]
+        kept = fewest(sums, gamma + slack, -(-least // size))
+        return {page for page in range(len(masses)) if page // size in kept}
 
     def slashes(head: int) -> list[Pages]:
-        kept = fewest(columns(prompt, head, reps), gamma + slack, least)
-        bands = fewest(diagonals(prompt, head, reps), gamma + slack, least)
+        kept = set().union(*(blocks(columns(prompt, head, mine)) for mine in probes))
+        bands = set().union(*(blocks(diagonals(prompt, head, mine)) for mine in probes))
         return [prompt.with_bands(kept, bands, r) for r in range(len(prompt.rows))]
 
     def estimates(head: int) -> list[Pages]:
-        return [
-            fewest(pooled(prompt, head, filled(prompt, row), prompt.start + row[-1]), gamma + slack, least)
-            for row in prompt.rows
-        ]
+        ends = ((filled(prompt, row), prompt.start + row[-1]) for row in prompt.rows)
+        return [blocks(pooled(prompt, head, queries, end)) for queries, end in ends]
 
     def enough(head: int, mask: Tensor) -> bool:
         """The representatives of each row keep gamma."""

@@ -13,7 +13,7 @@ from keysift.attention import make
 from .prompts import kept, mask
 from .selection_oracles import Prompt
 
-BARE: dict[str, object] = {"sink": 0, "local": 0, "last_rows_dense": 0}
+BARE: dict[str, object] = {"coverage": 0.0, "sink": 0, "local": 0, "last_rows_dense": 0}
 PAGE, ROW, START, DIM = 16, 64, 384, 64
 
 
@@ -101,11 +101,11 @@ def blocks(loudness: Tensor) -> tuple[Prompt, Tensor]:
 
 def test_a_head_that_pages_explain_is_chosen_row_by_row() -> None:
     prompt, asked = blocks(torch.full((4,), 16.0))
-    chosen = mask(make("flexprefill", gamma=0.9, tau=0.1, min_budget=0, **BARE), prompt)[:, 0]
+    chosen = mask(make("flexprefill", gamma=0.9, tau=0.1, min_budget=0, block_size=PAGE, **BARE), prompt)[:, 0]
     for row, page in enumerate(asked.tolist()):
         assert chosen[row, page]
         assert not chosen[row, [other for other in asked.tolist() if other != page]].any()
-    never = mask(make("flexprefill", gamma=0.9, tau=0.0, min_budget=0, **BARE), prompt)[:, 0]
+    never = mask(make("flexprefill", gamma=0.9, tau=0.0, min_budget=0, block_size=PAGE, **BARE), prompt)[:, 0]
     assert never[:, asked[-1]].all()  # vertical-slash: what the last row reads
     assert not never[0, asked[0]]
 
@@ -122,7 +122,7 @@ def test_a_head_that_pages_do_not_explain_is_vertical_slash() -> None:
 def test_every_query_aware_row_keeps_gamma_for_itself() -> None:
     """Published code spends one budget on all rows: loud ones take it, and flat ones, which come late, go without."""
     prompt, _ = blocks(torch.tensor([20.0, 18.0, 2.0, 1.0]))
-    chosen = mask(make("flexprefill", gamma=0.8, tau=0.3, min_budget=0, **BARE), prompt)
+    chosen = mask(make("flexprefill", gamma=0.8, tau=0.3, min_budget=0, block_size=PAGE, **BARE), prompt)
     counts = chosen[:, 0].sum(-1)
     assert counts[0] <= 6  # its own four, and those that it asks for
     assert (kept(prompt, chosen) > 0.75).all()
@@ -135,7 +135,7 @@ def test_a_short_row_and_a_page_in_the_making_do_not_hide_that_pages_explain_a_h
     q[2 * ROW :] = q[2 * ROW]
     k[-8:] = q[-1] / 4
     prompt = prompt_of(q, k)
-    chosen = mask(make("flexprefill", gamma=0.9, tau=0.1, min_budget=0, **BARE), prompt)[:, 0]
+    chosen = mask(make("flexprefill", gamma=0.9, tau=0.1, min_budget=0, block_size=PAGE, **BARE), prompt)[:, 0]
     assert chosen[0, asked[0]]
     assert not chosen[3, asked[0]]
 
@@ -145,32 +145,35 @@ def test_a_key_that_its_page_hides_makes_the_estimate_untrustworthy() -> None:
     prompt, asked = blocks(torch.full((4,), 200.0))
     hidden = int(asked[-1]) * PAGE - 1
     prompt.k[hidden] = prompt.k[int(asked[-1]) * PAGE] * (1 + math.log(16 * 0.075) / 200)
-    chosen = mask(make("flexprefill", gamma=0.9, tau=0.1, min_budget=0, **BARE), prompt)[:, 0]
+    chosen = mask(make("flexprefill", gamma=0.9, tau=0.1, min_budget=0, block_size=PAGE, **BARE), prompt)[:, 0]
     assert chosen[0, asked[-1]]
     assert not chosen[0, asked[0]]
 
 
-def test_an_estimate_that_loses_what_the_representatives_read_is_not_used() -> None:
-    """However far apart it may be from their attention."""
+@pytest.mark.parametrize("last_rows_dense", [0, 1])
+def test_an_estimate_that_loses_what_the_representatives_read_is_not_used(last_rows_dense: int) -> None:
+    """However far apart it may be from their attention, and though their own row may be dense."""
     k = directions(START + 128, 1)
     k[160:176] = 0.5 * k[160]
     q = (60 * (k[160] + k[37]))[None].expand(128, 1, DIM)
-    chosen = mask(make("flexprefill", gamma=0.9, tau=1.0, min_budget=0, **BARE), prompt_of(q, k))
+    options = BARE | {"last_rows_dense": last_rows_dense}
+    chosen = mask(make("flexprefill", gamma=0.9, tau=1.0, min_budget=0, **options), prompt_of(q, k))
     assert chosen[:, :, 37 // PAGE].all()
 
 
-@pytest.mark.parametrize("block_size", [1, 16, 24, 64, 128])
+@pytest.mark.parametrize("block_size", [1, 16, 24, 32, 64])
 def test_budgets_are_tokens_whatever_the_block_size(block_size: int) -> None:
-    """Nothing but the budget chooses: 48 tokens are three columns and three bands, for one and the same query."""
+    """Nothing but the budget chooses: 48 tokens are three columns and three bands, or the blocks that hold so many."""
     k = directions(START + 64, 1)
     q = torch.cat([directions(63, 1), 8 * k[[40]] + 7 * k[[90]] + 6 * k[[140]]])
     q[:-1] = q[-1]
     chosen = mask(
         make("flexprefill", gamma=0.0, tau=0.0, min_budget=48, block_size=block_size, **BARE), prompt_of(q, k)
     )
-    assert chosen[0, 0, [2, 5, 8]].all()
-    bands = 3 * (ROW // PAGE + 1)
-    assert chosen.sum() <= 3 + bands + ROW // PAGE
+    unit = max(block_size // PAGE, 1)
+    units, own = -(-3 // unit), ROW // PAGE
+    assert chosen[0, 0, [2, 5, 8][:units]].all()
+    assert chosen.sum() <= units * unit + units * (unit + own) + own
 
 
 @pytest.mark.parametrize("tokens", [256, 512])

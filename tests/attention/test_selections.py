@@ -31,13 +31,13 @@ class Choice:
         return ",".join([self.name, *(f"{key}={value}" for key, value in self.options.items())])
 
     def chosen(self, prompt: Prompt, **edges: int) -> Tensor:
-        return mask(make(self.name, last_rows_dense=0, **EDGES | edges, **self.options), prompt)
+        return mask(make(self.name, last_rows_dense=0, coverage=0.0, **EDGES | edges, **self.options), prompt)
 
     def expected(self, prompt: Prompt, slack: float, **edges: int) -> Tensor:
         return self.oracle(prompt, slack, **EDGES | edges, **self.options)
 
 
-def flexprefill(gamma: float, tau: float, min_budget: int = 0, block_size: int = 64) -> Choice:
+def flexprefill(gamma: float, tau: float, min_budget: int = 0, block_size: int = 8) -> Choice:
     options = {"gamma": gamma, "tau": tau, "min_budget": min_budget, "block_size": block_size}
     return Choice("flexprefill", oracles.flexprefill, options)
 
@@ -62,9 +62,9 @@ def sift(threshold: float, looks: int, group: int, trust: float = 0.5) -> Choice
 
 
 CHOICES = [
-    flexprefill(0.7, 0.0),
+    flexprefill(0.7, 0.0, block_size=4),
     flexprefill(0.6, 0.4, min_budget=8, block_size=5),
-    flexprefill(0.5, 0.8, block_size=64),
+    flexprefill(0.5, 0.8, block_size=12),
     flexprefill(0.0, 0.0, min_budget=13, block_size=3),
     flexprefill(0.0, 0.8, min_budget=13, block_size=7),
     sampleattention(0.6, 0.0, 0.05),

@@ -191,9 +191,17 @@ def test_streaming_reads_what_arithmetic_says() -> None:
 
 def test_short_contexts_fall_back_to_dense_part_by_part() -> None:
     strategy = make("dense+streaming", **{"streaming.dense_below": 100})
-    assert strategy.at(Phase.DECODE, 100) == make("dense")
-    assert strategy.at(Phase.DECODE, 101) == make("streaming", dense_below=100)
-    assert strategy.at(Phase.PREFILL, 50) == make("dense")
+    assert strategy.at(Phase.DECODE, 100, 1) == make("dense")
+    assert strategy.at(Phase.DECODE, 101, 1) == make("streaming", dense_below=100)
+    assert strategy.at(Phase.PREFILL, 50, 50) == make("dense")
+
+
+def test_a_prompt_chunk_is_sparse_by_its_work() -> None:
+    strategy = make("streaming", dense_below=100)
+    assert strategy.at(Phase.PREFILL, 100, 100) == make("dense")
+    assert strategy.at(Phase.PREFILL, 101, 101) == strategy
+    assert strategy.at(Phase.PREFILL, 5000, 2) == make("dense"), "a short chunk behind a prefix"
+    assert strategy.at(Phase.PREFILL, 5001, 2) == strategy, "a longer prefix"
 
 
 @pytest.mark.parametrize("window", [10**6, 2**31 - 1])

@@ -1,0 +1,75 @@
+"""Options that all prompt strategies share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from keysift.attention import make
+from keysift.kvcache import CacheSpec, PagedCache, Span
+
+from .prompts import random_prompt, select
+
+SPARSE: dict[str, dict[str, object]] = {
+    "ashape": {},
+    "flexprefill": {"gamma": 0.3, "min_budget": 0},
+    "minference": {"vertical_size": 4, "slash_size": 4, "last_q": 8},
+    "sampleattention": {"alpha": 0.3},
+    "sift": {"threshold": 0.2, "coverage": 0.0},
+    "xattention": {"threshold": 0.3},
+}
+FEW = {"sink": 4, "local": 4, "last_rows_dense": 0}
+PAGES, ROWS = 160, 5
+PROMPT = random_prompt(640, 40, page=4, row=8, scale=0.05)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_a_budget_fills_up_what_a_strategy_would_leave_out(name: str) -> None:
+    before = select(make(name, **SPARSE[name], **FEW), PROMPT).mask(PAGES)
+    after = select(make(name, **{**SPARSE[name], **FEW, "min_budget": 400}), PROMPT).mask(PAGES)
+    assert bool((before[-1].sum(-1) < 100).all()), "nothing would show"
+    assert bool((after[-1].sum(-1) >= 100).all()), "the last row has a probe of its own"
+    assert not bool((before & ~after).any())
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_rows_that_cover_too_little_read_everything_and_say_so(name: str) -> None:
+    loose = select(make(name, **SPARSE[name], **FEW), PROMPT)
+    strict = select(make(name, **{**SPARSE[name], **FEW, "coverage": 0.9}), PROMPT)
+    assert loose.coverage is not None
+    assert strict.coverage is not None
+    assert strict.widened is not None
+    assert bool((loose.coverage < 0.9).any()), "nothing would show"
+    assert torch.equal(strict.widened, loose.coverage < 0.9 - 1e-4)
+    assert bool((strict.coverage >= 0.9 - 1e-4).all())
+    assert bool((strict.coverage[strict.widened] == 1.0).all())
+    full = strict.mask(PAGES).sum(-1) == torch.arange(PAGES - ROWS * 2 + 2, PAGES + 1, 2)[:, None]  # [R, Hq]
+    per_row = strict.widened.expand(ROWS, -1) if len(strict.widened) == 1 else strict.widened
+    if len(per_row) == ROWS:  # a probe of each row, or one for all
+        assert torch.equal(full, per_row)
+    assert torch.equal(strict.mask(PAGES)[~full], loose.mask(PAGES)[~full])
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_dense_last_rows_do_not_hide_what_the_rows_before_them_lose(name: str) -> None:
+    options = {**SPARSE[name], **FEW}
+    told = [select(make(name, **{**options, "last_rows_dense": rows}), PROMPT).coverage for rows in (0, 1)]
+    assert torch.equal(*told)  # type: ignore[arg-type]
+
+
+def test_without_a_target_coverage_is_told_and_nothing_is_widened() -> None:
+    selection = select(make("sift", **SPARSE["sift"], **FEW), PROMPT)
+    assert selection.widened is not None
+    assert not bool(selection.widened.any())
+
+
+def test_the_first_layers_read_everything() -> None:
+    cache = PagedCache(CacheSpec(2, 1, 8, page_size=4), 16, max_sequences=1, max_len=64)
+    sequence = cache.open()
+    cache.reserve(sequence, 64)
+    step = cache.prefill(Span(sequence, 0, 64), 8)
+    q = torch.randn(64, 2, 8)
+    strategy = make("ashape", **FEW, dense_layers=1)
+    for layer, complete in ((0, True), (1, False)):
+        cache.append(layer, q[:, :1], q[:, 1:], step)
+        assert strategy.prefill(q, cache.context(layer, step)).complete is complete
