@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -31,14 +31,19 @@ from timing import QUIET, machine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
-from keysift.engine import Engine, EngineConfig, Request, SamplingParams, TokenOutput
+from keysift.engine import Engine, EngineConfig, Finish, Output, Request, SamplingParams, TokenOutput
 from keysift.engine.embedded import embedded
 from keysift.engine.tokenizer import Tokenizer
 
 SIDES = ("transformers float32", "transformers bfloat16", "keysift dense")
 ATTEMPTS = 6
-Times = list[float]
-"""Seconds from the start of a request to each of its tokens."""
+
+
+class Run(NamedTuple):
+    """Seconds from the start of a request to each of its tokens, and the density of its prompt."""
+
+    times: list[float]
+    density: float
 
 
 def main() -> None:
@@ -77,23 +82,24 @@ def run_side(side: str, length: int, new: int, runs: int) -> dict[str, float]:
             once()  # whatever is slow only once
         attempts = [undisturbed(once) for _ in range(runs)]
     return {
-        "ttft_s": statistics.median(times[0] for times, _ in attempts),
-        "tpot_ms": 1e3 * statistics.median(gap for times, _ in attempts for gap in gaps(times)),
+        "ttft_s": statistics.median(run.times[0] for run, _ in attempts),
+        "tpot_ms": 1e3 * statistics.median(gap for run, _ in attempts for gap in gaps(run.times)),
+        "density": attempts[0][0].density,
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "others_share": max(share for _, share in attempts),
     }
 
 
-def undisturbed(once: Callable[[], Times]) -> tuple[Times, float]:
+def undisturbed(once: Callable[[], Run]) -> tuple[Run, float]:
     """One run during which the rest of the machine was quiet, and the share of the cores that the rest had."""
     for _ in range(ATTEMPTS):
         busy, own, wall = busy_seconds(), time.process_time(), time.perf_counter()
-        times = once()
+        run = once()
         cores = (time.perf_counter() - wall) * (psutil.cpu_count() or 1)
         others = (busy_seconds() - busy - (time.process_time() - own)) / cores
         if others <= 1 - QUIET:
             break
-    return times, others
+    return run, others
 
 
 def busy_seconds() -> float:
@@ -102,7 +108,7 @@ def busy_seconds() -> float:
     return float(spent.user + spent.nice + spent.system)
 
 
-def gaps(times: Times) -> Iterator[float]:
+def gaps(times: list[float]) -> Iterator[float]:
     yield from (later - earlier for earlier, later in pairwise(times))
 
 
@@ -125,16 +131,16 @@ def folder(length: int) -> Iterator[Path]:
         yield Path(name)
 
 
-def transformers(path: Path, dtype: str, length: int, new: int) -> Callable[[], Times]:
+def transformers(path: Path, dtype: str, length: int, new: int) -> Callable[[], Run]:
     tokenizer = Tokenizer(AutoTokenizer.from_pretrained(path))
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     prompt = torch.tensor([tokens(tokenizer, length)])
 
-    def once() -> Times:
+    def once() -> Run:
         clock = Clock()
         with torch.inference_mode():
             model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=clock)
-        return clock.times
+        return Run(clock.times, 1.0)
 
     return once
 
@@ -144,7 +150,7 @@ class Clock(BaseStreamer):
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
-        self.times: Times = []
+        self.times: list[float] = []
         self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
@@ -156,18 +162,21 @@ class Clock(BaseStreamer):
         pass
 
 
-def keysift(path: Path, strategy: str, length: int, new: int) -> Callable[[], Times]:
+def keysift(path: Path, strategy: str, length: int, new: int) -> Callable[[], Run]:
     engine = Engine(EngineConfig(model=str(path), strategy=strategy, dtype="bfloat16"))
     prompt = tuple(tokens(engine.tokenizer, length))
     params = SamplingParams(max_new_tokens=new, ignore_eos=True)
 
-    def once() -> Times:
-        start, times = time.perf_counter(), []
+    def once() -> Run:
+        start, outputs = time.perf_counter(), list[Output]()
+        times: list[float] = []
         engine.add(Request("benchmark", prompt, params, bypass_prefix_cache=True))
         while engine.has_work:
-            arrived = [output for output in engine.step() if isinstance(output, TokenOutput)]
-            times += [time.perf_counter() - start for _ in arrived]
-        return times
+            outputs += engine.step()
+            times += [time.perf_counter() - start] * (sum(isinstance(o, TokenOutput) for o in outputs) - len(times))
+        finish = outputs[-1]
+        assert isinstance(finish, Finish)
+        return Run(times, finish.sparsity.prefill_density)
 
     return once
 
@@ -177,7 +186,7 @@ SIDE = {"keysift": keysift, "transformers": transformers}
 
 def table(report: dict[str, Any]) -> Table:
     title = ", ".join(f"{name} {value}" for name, value in report["machine"].items())
-    columns = ("TTFT s", "TTFT ratio", "TPOT ms", "TPOT ratio", "peak memory MB", "memory ratio")
+    columns = ("density", "TTFT s", "TTFT ratio", "TPOT ms", "TPOT ratio", "peak memory MB", "memory ratio")
     result = Table("prompt", "side", *columns, title=f"{title}; {report['new_tokens']} new tokens")
     for row in report["rows"]:
         peers = [
@@ -186,7 +195,7 @@ def table(report: dict[str, Any]) -> Table:
             if r["prompt_tokens"] == row["prompt_tokens"] and r["side"].startswith("transformers")
         ]
         same = [r for r in report["rows"] if r["prompt_tokens"] == row["prompt_tokens"]][:1]
-        cells = [f"{row['prompt_tokens']:,}", row["side"]]
+        cells = [f"{row['prompt_tokens']:,}", row["side"], f"{row['density']:.3f}"]
         for key, digits in (("ttft_s", 2), ("tpot_ms", 1), ("peak_memory_mb", 0)):
             best = min(peer[key] for peer in peers or same)
             cells += [f"{row[key]:.{digits}f}", f"{row[key] / best:.2f}x"]

@@ -12,6 +12,7 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ CURVES: dict[str, list[dict[str, object]]] = {
     "sift": [{"threshold": threshold} for threshold in (0.002, 0.004, 0.008, 0.016)],
     "oracle": [{"threshold": threshold, "local": 64} for threshold in (0.004, 0.008, 0.016, 0.032)],
 }
+LONGEST = 8000
+"""The model's 8,192 tokens less a question."""
 LONG, LONG_CURVES = 6000, ("streaming", "flexprefill", "sampleattention, 25 %", "sift", "oracle")
 """Above so many tokens a point takes minutes: only these curves are measured, and of each its two middle points."""
 COLUMNS = (
@@ -63,6 +66,10 @@ def main() -> None:
     parser.add_argument("--file", type=Path, default=Path("prefill_quality.jsonl"), help="where readings are kept")
     parser.add_argument("--plot", type=Path, help="draw the curves into this file (.svg, .png); needs matplotlib")
     options = parser.parse_args()
+    if wrong := [length for length in options.lengths if length % 64 or not 2048 <= length <= LONGEST]:
+        parser.error(f"--lengths: multiples of 64 from 2048 to {LONGEST}, got {wrong[0]}")
+    if options.plot:
+        import matplotlib  # noqa: F401  # says at once that it is missing, not after an hour
     rows = list(measure(options))
     console = Console(width=150)
     console.print(", ".join(f"{name} {value}" for name, value in machine().items()), highlight=False)
@@ -72,12 +79,8 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
-    """All readings asked for, from the file where it has them."""
-    known = (
-        {key(row): row for row in map(json.loads, options.file.read_text().splitlines())}
-        if options.file.exists()
-        else {}
-    )
+    """All readings asked for, from the file where it has them of the same strategy with the same options."""
+    known = {key(row): row for row in readings(options.file)}
     asked = list(points(options))
     bench: Bench | None = None
     with _progress() as bar, options.file.open("a") as file:
@@ -86,11 +89,18 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
             bar.update(task, description=f"{row['text']} {row['length']} {row['curve']} {row['options']}")
             if (found := known.get(key(row))) is None:
                 bench = bench or Bench.open(options.chunk)
-                found = {**row, **bench.compare(row["text"], row["length"], strategy(row))}
+                found = {**row, **bench.compare(row["text"], row["length"], strategy(row)), "date": machine()["date"]}
                 file.write(json.dumps(found) + "\n")
                 file.flush()
             bar.advance(task)
             yield found
+
+
+def readings(file: Path) -> Iterator[Row]:
+    """What the file holds; a last line that was cut off is skipped."""
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
 
 
 def points(options: argparse.Namespace) -> Iterator[Row]:
@@ -100,17 +110,19 @@ def points(options: argparse.Namespace) -> Iterator[Row]:
                 knobs = CURVES[curve]
                 middle = max(len(knobs) // 2 - 1, 0)
                 for fields in knobs if length <= LONG else knobs[middle : middle + 2]:
-                    yield {"text": text, "length": length, "curve": curve, "options": fields, "chunk": options.chunk}
+                    row = {"text": text, "length": length, "curve": curve, "options": fields, "chunk": options.chunk}
+                    yield {**row, "strategy": repr(strategy(row))}
 
 
 def key(row: Row) -> str:
-    return json.dumps([row[name] for name in ("text", "length", "curve", "options", "chunk")])
+    """What a reading depends on, all options of its strategy included. Changed code it cannot see: begin a new file."""
+    return json.dumps([row[name] for name in ("text", "length", "strategy", "chunk")])
 
 
 def strategy(row: Row) -> Strategy:
     name = row["curve"].replace(",", "").split()[0]
     common = {} if name == "streaming" else {"last_rows_dense": 0, "sink": 64}
-    return make(name, **common, **row["options"])
+    return make(name, dense_below=0, **common, **row["options"])
 
 
 def curves_table(rows: Iterable[Row]) -> Table:
@@ -130,8 +142,15 @@ def curves_table(rows: Iterable[Row]) -> Table:
 
 def matched_table(rows: list[Row]) -> Table:
     """KL of the curves at the densities that sift reached, on log-linear lines through their points."""
-    others = ("oracle", "flexprefill", "xattention", "streaming")
-    table = Table("tokens", "text", "density", "sift", *others, title="KL at the density of sift; - where a curve ends")
+    others = [curve for curve in CURVES if curve != "sift"]
+    table = Table(
+        "tokens",
+        "text",
+        "density",
+        "sift",
+        *others,
+        title="KL at sift's density, and as a multiple of sift's; - where a curve has no point near",
+    )
     for row in (row for row in rows if row["curve"] == "sift"):
         near = [other for other in rows if (other["text"], other["length"]) == (row["text"], row["length"])]
         cells = [at_density([other for other in near if other["curve"] == curve], row["density"]) for curve in others]

@@ -129,7 +129,8 @@ class Bench:
 
     def encode(self, content: str, length: int) -> list[int]:
         tokens = self.model.tokenizer.encode(content[: 8 * length])[:length]
-        assert len(tokens) == length, "the text is too short"
+        if len(tokens) < length:
+            raise ValueError(f"the text has {len(tokens)} tokens, {length} are needed")
         return tokens
 
     def followers(self, kind: str, length: int) -> Tensor:

