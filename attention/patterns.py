@@ -52,6 +52,21 @@ def cover(mass: Tensor, share: float, least: int = 0, unit: int = 1) -> Tensor:
     return torch.zeros_like(chosen).scatter_(-1, ordered.indices, chosen)
 
 
+def level(mass: Tensor, share: float) -> Tensor:
+    """Of mass [..., F], all entries above some level, as high as one of four tries, that hold `share` of it; bool.
+
+    Cheaper than `cover`, as nothing is sorted, and a little more generous. The lowest level cannot fail: what lies
+    below ``(1 - share) / F`` of the whole adds up to less than ``1 - share``.
+    """
+    whole = mass.sum(-1, keepdim=True)
+    least = (1.0 - share) / mass.shape[-1] * whole
+    keep = mass >= least
+    for factor in (4.0, 16.0, 64.0):
+        higher = mass >= factor * least
+        keep = torch.where((mass * higher).sum(-1, keepdim=True) >= share * whole, higher, keep)
+    return keep
+
+
 def spread_bands(bands: Tensor, step: Step) -> Tensor:
     """Diagonal bands [Hq, F] bool -> [R, Hq, F] bool: every page that a band crosses within the row.
 

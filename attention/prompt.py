@@ -24,10 +24,15 @@ class PromptStrategy(Strategy):
     A subclass says in `choose` which pages it wants and by which exact evidence. What is the same for all happens
     here: sinks, a local window, dense layers and dense last rows, and the coverage: the share of the evidence's
     attention that is kept is measured, reported, and, where it falls short of `coverage`, the rows behind it read
-    everything. Methods whose publication promises no coverage have no target by default.
+    more. Methods whose publication promises no coverage have no target by default.
     """
 
-    dense_below: Tokens = 2048
+    dense_below: Tokens = 1536
+    """A chunk of Nq queries is sparse when its context exceeds dense_below**2 / Nq: 2,304 tokens for chunks of 1,024.
+
+    Measured on two cores with chunks of 1,024: sift, sampleattention and xattention win from a context of 2,048 on,
+    flexprefill from 3,072. `keysift doctor --calibrate` measures it anew.
+    """
     sink: Tokens = 64
     """Tokens at the start that every query reads."""
     local: Tokens = 256
@@ -39,7 +44,7 @@ class PromptStrategy(Strategy):
     last_rows_dense: Count = 1
     """Rows of queries at the end of the prompt that read everything: the question is often there."""
     coverage: Share = 0.0
-    """Least share of a probe's attention to keep; rows whose probe keeps less read everything. 0: it is only told."""
+    """Least share of a probe's attention to keep; rows whose probe keeps less read more. 0: it is only told."""
 
     def choose(self, q: Tensor, context: Context) -> tuple[Tensor, Probe | None]:
         """Mask [R, Hq, F] of wanted pages, anything where the row sees nothing, and the probes that it came from.
@@ -76,7 +81,7 @@ class PromptStrategy(Strategy):
         return mask | evidence.spread(best, step.num_rows)
 
     def _widen(self, mask: Tensor, evidence: Probe, causal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The mask with all pages for rows whose probe keeps too little; what each probe keeps, and which did not.
+        """The mask, wider for rows whose probe keeps too little; what each probe keeps then, and which were widened.
 
         Rows that are dense because they are the last do not count: their probe stands for the rows before it, too.
         """
@@ -84,8 +89,9 @@ class PromptStrategy(Strategy):
         short = kept < self.coverage - SLACK
         if self.coverage == 0:
             return mask, kept, short
-        wide = evidence.spread(short, mask.shape[0])[..., None]  # [R, Hq, 1]
-        return mask | (wide & causal), kept.masked_fill(short, 1.0), short
+        more = patterns.level(evidence.mass, self.coverage) & short[..., None]  # [B, Hq, F]
+        mask = mask | (evidence.spread(more, mask.shape[0]) & causal)
+        return mask, evidence.kept(mask), short
 
     def _dense_rows(self, step: Step) -> Tensor:
         """[R, 1, 1] bool, rows at the end of the prompt that read everything."""

@@ -35,7 +35,7 @@ CURVES: dict[str, list[dict[str, object]]] = {
     "sampleattention, 25 %": [{"alpha": alpha, "window_ratio": 0.25} for alpha in (0.9, 0.95)],
     "minference": [{"vertical_size": 512, "slash_size": 1024}],
     "xattention": [{"threshold": threshold} for threshold in (0.8, 0.9)],
-    "sift": [{"threshold": threshold} for threshold in (0.002, 0.004, 0.008, 0.016)],
+    "sift": [{"threshold": threshold} for threshold in (0.002, 0.003, 0.006, 0.012)],
     "oracle": [{"threshold": threshold, "local": 64} for threshold in (0.004, 0.008, 0.016, 0.032)],
 }
 LONGEST = 8000

@@ -21,7 +21,7 @@ class Selection:
     coverage: Tensor | None = None
     """[B, H] fp32, share of the attention of each probe that the chosen pages hold; None: nothing measured it."""
     widened: Tensor | None = None
-    """[B, H] bool, probes whose rows read everything because too little was covered."""
+    """[B, H] bool, probes whose rows read more than was chosen because too little was covered."""
 
     @classmethod
     def all(cls, step: Step, heads: int) -> Selection:

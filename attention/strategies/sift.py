@@ -25,7 +25,7 @@ class Sift(PromptStrategy):
     of the score half of dense attention, the estimate ``1 / (group * S)`` of it.
     """
 
-    threshold: Share = 0.005
+    threshold: Share = 0.003
     """Largest share of a query's attention that a page may hold and be skipped, by what was seen. 0: nothing is."""
     looks: Positive = 4
     """Queries of each row whose attention is computed exactly, evenly spaced."""

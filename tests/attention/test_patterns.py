@@ -148,3 +148,12 @@ def test_divergence_of_equal_distributions_is_zero_with_zeros_among_them(weights
 def test_divergence_is_largest_between_distributions_that_share_nothing() -> None:
     p, q = torch.tensor([[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]), torch.tensor([0.0, 0.0, 0.25, 0.75])
     torch.testing.assert_close(patterns.divergence(p, q), torch.full((2,), math.sqrt(math.log(2))))
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40).filter(any), st.floats(0.1, 0.99))
+def test_a_level_keeps_the_share_and_everything_above_the_least_it_keeps(masses: list[float], share: float) -> None:
+    mass = torch.tensor(masses, dtype=torch.float64)
+    keep = patterns.level(mass, share)
+    assert float(mass[keep].sum()) >= share * float(mass.sum()) * (1 - 1e-9)
+    if bool((~keep).any()):
+        assert float(mass[~keep].max()) < float(mass[keep].min())
