@@ -46,7 +46,8 @@ def column_scores(
         frames: [B, Hkv, F] int32, page -> frame of each probe's sequence; axes may have stride 0. Pages that none of a
             probe's queries sees may hold anything that is a frame.
         positions: [B * m] int32, where each query stands, at most F * S - 1; it sees all keys up to there. -1: there
-            is no such query.
+            is no such query. Those of a probe ascend, absent ones anywhere: a twin may sum by position, and only in
+            this order are a probe's bits the same whatever the other probes are.
         queries_per_probe: m.
         scale: factor of the scores.
         bands: compute the diagonal bands too.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .column_scores import ColumnScores
 from .column_scores_kernels import band_kernel, join_kernel, lse_kernel, mass_kernel
-from .paged_attention_triton import INTERPRETED, Tile, _shared_memory
+from .tiles import INTERPRETED, Tile, shared_memory_of
 
 PIECE_TOKENS = 1024
 HALVES_BYTES = 1 << 26
@@ -112,7 +112,7 @@ def _constants(q: Tensor, k: Tensor, queries_per_probe: int) -> tuple[dict[str, 
     """The constants that the kernels over keys share, and how they are built."""
     (_, heads, dim), (_, kv_heads, page_size, _) = q.shape, k.shape
     group = heads // kv_heads
-    tile = config(_shared_memory(q.device), dim, q.dtype, queries_per_probe * triton.next_power_of_2(group))
+    tile = config(shared_memory_of(q.device), dim, q.dtype, queries_per_probe * triton.next_power_of_2(group))
     constants = {"Hq": heads, "G": group, "S": page_size, "D": dim} | blocks(tile, group, page_size, dim)
     return constants, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 

@@ -3,27 +3,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret
+from .tiles import INTERPRETED, Tile, shared_memory_of
+
 PIECE_TOKENS = 512
 LN2 = tl.constexpr(math.log(2))
-
-
-class Tile(NamedTuple):
-    """Shape of a program's work and what it asks of a multiprocessor."""
-
-    queries: int
-    keys: int
-    num_warps: int
-    num_stages: int
 
 
 def config(shared_memory: int, head_dim: int, dtype: torch.dtype, queries: int) -> Tile:
@@ -236,7 +226,7 @@ def _attend(
     tokens, heads, dim = q.shape
     page_size, max_pages = k.shape[2], pages.shape[2]
     pack = heads // pages.shape[1]
-    tile = config(_shared_memory(q.device), dim, q.dtype, queries_per_row * pack)
+    tile = config(shared_memory_of(q.device), dim, q.dtype, queries_per_row * pack)
     size = max(1, PIECE_TOKENS // page_size) if queries_per_row * pack <= 16 else max(1, max_pages)
     pieces = max(1, triton.cdiv(max_pages, size))
     out = q.new_empty(pieces, tokens, heads, dim, dtype=q.dtype if pieces == 1 else torch.float32)
@@ -274,12 +264,3 @@ def _merge(pieces: Tensor, pieces_lse: Tensor, dtype: torch.dtype) -> tuple[Tens
         num_warps=4,
     )
     return out, lse
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that one block may use; the interpreter takes the tiles of the middle tier."""
-    if device.type == "cpu":
-        return 101_376
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    return int(properties["max_shared_mem"])

@@ -196,6 +196,27 @@ def test_short_contexts_fall_back_to_dense_part_by_part() -> None:
     assert strategy.at(Phase.PREFILL, 50, 50) == make("dense")
 
 
+def test_each_part_of_a_pair_says_what_it_runs_itself() -> None:
+    """Sift chooses for prompts only: as the part for tokens it is dense, which is no fallback."""
+    strategy = make("dense+sift")
+    assert strategy.part(Phase.DECODE) == strategy.at(Phase.DECODE, 5, 1) == make("dense")
+    assert make("sift+dense").part(Phase.PREFILL) == make("sift")
+
+
+def test_dense_does_not_fall_back_to_dense() -> None:
+    strategy = make("dense", dense_below=100)
+    for phase, context in ((Phase.PREFILL, 50), (Phase.DECODE, 50), (Phase.PREFILL, 500)):
+        assert strategy.at(phase, context, 1) == strategy.part(phase) == make("dense")
+
+
+@pytest.mark.parametrize(("queries", "context"), [(1024, 2304), (512, 4608), (2048, 1152)])
+def test_prompts_are_sparse_from_a_context_by_chunk(queries: int, context: int) -> None:
+    """By default: 1536**2 / queries."""
+    strategy = make("sift")
+    assert strategy.at(Phase.PREFILL, context, queries) == make("dense")
+    assert strategy.at(Phase.PREFILL, context + 1, queries) == strategy
+
+
 def test_a_prompt_chunk_is_sparse_by_its_work() -> None:
     strategy = make("streaming", dense_below=100)
     assert strategy.at(Phase.PREFILL, 100, 100) == make("dense")

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from keysift.attention import Telemetry, bind, make
 from keysift.attention.telemetry import Coverage
 from keysift.kvcache import CacheSpec, PagedCache, Selection, Span, Step
 
+from .devices import NoWaiting
+
 PAGE, ROW, HEADS, KV_HEADS = 4, 8, 4, 2
 
 
-def cache_of(layers: int, windows: tuple[int, ...] = ()) -> PagedCache:
+def cache_of(layers: int, windows: tuple[int, ...] = (), device: str = "cpu") -> PagedCache:
     spec = CacheSpec(num_layers=layers, num_kv_heads=KV_HEADS, head_dim=8, page_size=PAGE, windows=windows)
-    return PagedCache(spec, 64, max_sequences=4, max_len=100)
+    return PagedCache(spec, 64, max_sequences=4, max_len=100, device=device)
 
 
 def chunk(cache: PagedCache, tokens: int = 32) -> Step:
@@ -37,7 +37,7 @@ def tokens_of(cache: PagedCache, lengths: Sequence[int]) -> Step:
 
 def some(step: Step, coverage: Tensor | None, widened: Tensor | None = None) -> Selection:
     """Each row's own pages and no others."""
-    page = torch.arange(step.max_pages)
+    page = torch.arange(step.max_pages, device=step.starts.device)
     mask = (page >= (step.starts // PAGE)[:, None]) & (page <= step.last_pages[:, None])
     return Selection.from_mask(mask[:, None].expand(-1, HEADS, -1), coverage=coverage, widened=widened)
 
@@ -149,30 +149,16 @@ def test_coverage_by_layer_and_head() -> None:
     assert bool(found[2].isnan().all())
 
 
-class Waiting(TorchDispatchMode):
-    """Notes every operation that would wait for a device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket.__name__ in ("_local_scalar_dense", "item", "_to_copy", "nonzero", "equal"):
-            self.seen.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_noting_a_selection_waits_for_nothing() -> None:
-    cache = cache_of(2)
+    cache = cache_of(2, device="meta")
     telemetry = Telemetry(cache.spec, step := chunk(cache))
-    selections = [some(step, torch.ones(1, HEADS), torch.ones(1, HEADS, dtype=torch.bool)), some(step, None)]
-    with Waiting() as waiting:
+    coverage, widened = torch.ones(3, HEADS, device="meta"), torch.ones(3, HEADS, dtype=torch.bool, device="meta")
+    selections = [some(step, coverage, widened), some(step, None)]
+    with NoWaiting():
         for layer, selection in enumerate(selections):
             telemetry.record(layer, selection)
-    assert waiting.seen == []
-    with Waiting() as waiting:
-        bool(torch.ones(1).any())
-    assert waiting.seen, "the check itself sees what waits"
+        with pytest.raises(NotImplementedError, match="meta"):
+            telemetry.reads()  # which does wait
 
 
 def test_a_page_counts_alike_whether_heads_list_it_apart_or_together() -> None:
