@@ -1,11 +1,12 @@
 """Strategies choose pages, ops compute over them."""
 
 from .attend import Attend, bind
-from .registry import StrategyError, known, make, parse
+from .registry import DEFAULT, StrategyError, known, make, parse
 from .strategy import Dense, Split, Strategy
 from .telemetry import Coverage, Reads, Telemetry
 
 __all__ = [
+    "DEFAULT",
     "Attend",
     "Coverage",
     "Dense",

@@ -30,7 +30,10 @@ class Strategy:
     """
 
     dense_below: Tokens = 0
-    """Length up to which a prompt reads everything, because choosing would cost more than it saves; see `at`."""
+    """Tokens up to which reading everything is faster than choosing: of a prompt that is one chunk, or of the context.
+
+    A chunk of Nq queries of a longer prompt is sparse once its context exceeds dense_below**2 / Nq; see `at`.
+    """
     yardstick: ClassVar[bool] = False
     """It is there to measure others by and never saves time, so nothing asks from which length on it does."""
 
@@ -63,7 +66,8 @@ class Strategy:
         """What runs for a step: the part for its phase, or `Dense` where choosing would cost more than it saves.
 
         A generated token decides by its context. A prompt, or a chunk of one, decides by its work, queries x context,
-        against that of a prompt of `dense_below` tokens: a short chunk behind a long prefix may be worth choosing for.
+        against that of a prompt of `dense_below` tokens: a chunk of Nq queries is sparse when its context, itself
+        included, exceeds dense_below**2 / Nq. So a short chunk behind a long prefix may be worth choosing for.
         """
         part = self.part(phase)
         work, least = context_len, part.dense_below
@@ -80,6 +84,10 @@ class Strategy:
 class Dense(Strategy):
     """Every page: exact attention, the reference of all others."""
 
+    def part(self, phase: Phase) -> Strategy:
+        """Without its options, which change nothing: dense below some length is no fallback of dense."""
+        return Dense()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split(Strategy):
@@ -95,7 +103,7 @@ class Split(Strategy):
         return self.token.decode(q, context)
 
     def part(self, phase: Phase) -> Strategy:
-        return self.prompt if phase is Phase.PREFILL else self.token
+        return (self.prompt if phase is Phase.PREFILL else self.token).part(phase)
 
     @property
     def name(self) -> str:

@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from pydantic import ByteSize, Field
 
+from keysift.attention import DEFAULT
+
 from .checked import Checked
 from .errors import InvalidRequest
 
@@ -23,7 +25,7 @@ class EngineConfig(Checked):
         None, description="folder of safetensors, GGUF file or hub name; none: the embedded smollm2-135m"
     )
     served_model_name: str | None = Field(None, description="name that requests use; none: the model's own")
-    strategy: str = Field("dense", description="attention strategy, or PROMPT+TOKEN for one each")
+    strategy: str = Field(DEFAULT, description="attention strategy, or PROMPT+TOKEN for one each; dense: exact")
     strategy_args: tuple[str, ...] = Field((), description="NAME.FIELD=VALUE, repeatable")
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt + completion in tokens; none: the model's own"

@@ -17,9 +17,10 @@ from keysift.attention.prompt import PromptStrategy
 from keysift.kvcache import PagedCache, Span, Step
 from keysift.kvcache.ops import use_backend
 
-from .calibration import Calibration, Chunk, Crossover, fit, setting
+from .calibration import Calibration, options, setting
 from .config import EngineConfig
 from .errors import Unsupported
+from .fit import Chunk, Crossover, fit
 from .memory import cache_spec
 from .model import LoadedModel
 
@@ -48,12 +49,11 @@ def measure(config: EngineConfig, model: LoadedModel, progress: Progress) -> Cal
     """
     tokens = text(config, model)
     chunks = _prefill(config, model, tokens, progress)
-    return Calibration(
-        setting=setting(config, model),
-        model=model.name,
-        measured=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
-        crossovers={name: _crossover(name, chunks) for name in prompt_strategies()},
-    )
+    crossovers = {
+        name: _crossover(options(strategy), [_chunk(name, *chunk) for chunk in chunks], config.prefill_chunk)
+        for name, strategy in prompt_strategies().items()
+    }
+    return Calibration(setting=setting(config, model), model=model.name, crossovers=crossovers)
 
 
 def prompt_strategies() -> dict[str, Strategy]:
@@ -163,15 +163,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _crossover(name: str, chunks: list[tuple[Step, Times]]) -> Crossover:
-    return fit(
-        [
-            Chunk(
-                queries=step.spans[0].length,
-                context=step.spans[0].stop,
-                dense_ms=times[BASE],
-                strategy_ms=times[name],
-            )
-            for step, times in chunks
-        ]
-    )
+def _chunk(name: str, step: Step, times: Times) -> Chunk:
+    span = step.spans[0]
+    return Chunk(queries=span.length, context=span.stop, dense_ms=times[BASE], strategy_ms=times[name])
+
+
+def _crossover(options: str, chunks: list[Chunk], prefill_chunk: int) -> Crossover:
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M")
+    return Crossover(options=options, measured=now, chunks=tuple(chunks), **dict(fit(chunks, prefill_chunk)))

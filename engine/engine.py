@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from keysift.attention import Strategy, StrategyError, parse
-from keysift.kvcache import PageKeys, Phase
+from keysift.kvcache import PageKeys
 
 from . import calibration, metrics
 from .config import EngineConfig
@@ -39,6 +39,7 @@ class Engine:
         self.model = load(config, report)
         self._crossovers = calibration.crossovers(config, self.model)
         self._default = self._strategy(config.strategy, config.strategy_args)
+        calibration.tell(config, self._crossovers, report)
         self.tokenizer = self.model.tokenizer
         self.cache = make_cache(config, self.model)
         self.scheduler = Scheduler(
@@ -113,19 +114,24 @@ class Engine:
         strategy = self._default
         if request.strategy is not None or request.strategy_args:
             strategy = self._strategy(request.strategy or self.config.strategy, request.strategy_args)
-        keys = self._page_keys(request, strategy)
-        return Sequence(request, strategy, min(request.params.max_new_tokens, limit - length), keys)
+        sequence = Sequence(request, strategy, min(request.params.max_new_tokens, limit - length))
+        sequence.keys = self._page_keys(sequence)
+        return sequence
 
     def _strategy(self, name: str, arguments: tuple[str, ...]) -> Strategy:
         """With the `dense_below` that was measured here, where the arguments state none."""
         return _strategy(name, calibration.calibrated(name, arguments, self._crossovers))
 
-    def _page_keys(self, request: Request, strategy: Strategy) -> PageKeys | None:
-        """Names for the prompt's pages: what they hold depends on the strategy that really prefills them."""
+    def _page_keys(self, sequence: Sequence) -> PageKeys | None:
+        """Names for the prompt's pages: what they hold depends on what prefills the prompt, all its options included.
+
+        Those decide about each chunk, so prompts that share a chunk decided alike.
+        """
+        request = sequence.request
         if not self.config.prefix_cache or request.bypass_prefix_cache:
             return None
-        effective = strategy.at(Phase.PREFILL, len(request.prompt), len(request.prompt))
-        return PageKeys(f"{self.model.fingerprint}|{effective!r}|{request.cache_salt}", self.config.page_size)
+        root = f"{self.model.fingerprint}|{sequence.prompt_strategy!r}|{request.cache_salt}"
+        return PageKeys(root, self.config.page_size)
 
     def _check_size(self, sequence: Sequence) -> None:
         tokens = sequence.prompt_len + sequence.max_new_tokens

@@ -8,8 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from keysift.attention import Dense, Reads, Telemetry, bind
-from keysift.attention.telemetry import Coverage
+from keysift.attention import Coverage, Dense, Reads, Telemetry, bind
 from keysift.kvcache import PagedCache, Phase, Span, Step
 from keysift.kvcache.ops import BackendUnavailable, use_backend
 

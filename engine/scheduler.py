@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
-from keysift.attention import Dense, Strategy
+from keysift.attention import Strategy
 from keysift.kvcache import OutOfFrames, PagedCache, Phase, Span
 
 from .sequence import Sequence
@@ -34,6 +34,9 @@ class Scheduler:
     Prompt chunks and decode steps take turns, so neither starves the other; among unfinished prompts the oldest and the
     shortest take turns. When pages run out while decoding, the sequence that would run last gives its pages back and is
     computed again later.
+
+    A prompt runs in chunks of the same tokens under the same strategy, however much of it was there already and
+    however often it was preempted; unless it is dense, for then it does not matter how it is cut.
     """
 
     def __init__(self, cache: PagedCache, *, max_running: int, chunk: int, queries_per_row: int) -> None:
@@ -47,7 +50,7 @@ class Scheduler:
         self._last_phase = Phase.DECODE
         self._oldest_turn = True
         self._serial = 0
-        self._last_strategy: Strategy = Dense()
+        self._last_strategy: Strategy | None = None
 
     def add(self, sequence: Sequence) -> None:
         self._serial += 1
@@ -89,8 +92,9 @@ class Scheduler:
     def _admit_one(self, sequence: Sequence) -> bool:
         """Open the sequence with the prefix that is cached and pages for all its known tokens and one more."""
         spec, known = self._cache.spec, len(sequence.tokens)
-        shared = self._cache.prefix.match(sequence.page_keys()[: self._reusable(known)])
-        aligned = len(shared) * spec.page_size // self._align * self._align // spec.page_size
+        shared = self._cache.prefix.match(sequence.page_keys()[: self._reusable(sequence)])
+        grain = (self._align if sequence.dense else self._chunk) // spec.page_size
+        aligned = len(shared) // grain * grain
         handle = self._cache.open()
         self._cache.share(handle, shared[:aligned])
         try:
@@ -101,16 +105,27 @@ class Scheduler:
         sequence.handle, sequence.computed, sequence.kept = handle, aligned * spec.page_size, aligned
         return True
 
-    def _reusable(self, known: int) -> int:
+    def _reusable(self, sequence: Sequence) -> int:
         """Pages of a prefix that may be reused: the last token must run to yield its successor."""
-        return (known - 1) // self._cache.spec.page_size
+        known = len(sequence.tokens)
+        return min(self._shareable(sequence, known), known - 1) // self._cache.spec.page_size
+
+    def _shareable(self, sequence: Sequence, tokens: int) -> int:
+        """So many of the first `tokens` as hold what every prompt computes that begins with them.
+
+        Where pages are chosen, what a token holds may follow from all of its chunk, and from whether the prompt ends
+        near: whole chunks only, and none with rows that are treated as the prompt's end.
+        """
+        if sequence.dense:
+            return tokens
+        inside = sequence.prompt_len - sequence.prompt_strategy.rows_at_the_end * self._align
+        return max(min(tokens, inside), 0) // self._chunk * self._chunk
 
     def _prefill_batch(self, prefill: list[Sequence]) -> Batch:
         key = (lambda s: s.order) if self._oldest_turn else (lambda s: (s.remaining, s.order))
         self._oldest_turn = not self._oldest_turn
         sequence = min(prefill, key=key)
-        end = len(sequence.tokens) if sequence.exact else sequence.prompt_len
-        length = min(self._chunk, end - sequence.computed)
+        length = min(self._chunk, sequence.in_chunks - sequence.computed)
         return self._batch(Phase.PREFILL, self._effective(sequence, Phase.PREFILL, length), [sequence], length)
 
     def _decode_batch(self, decode: list[Sequence]) -> Batch | None:
@@ -136,10 +151,12 @@ class Scheduler:
         return Batch(phase, strategy, tuple(sequences), spans)
 
     def _effective(self, sequence: Sequence, phase: Phase, queries: int = 1) -> Strategy:
-        """What runs next: the strategy's part for this phase, or dense where choosing is not worth it."""
-        part = sequence.strategy.part(phase)
-        chosen = sequence.strategy.at(phase, sequence.computed + queries, queries)
-        (sequence.chose if chosen == part else sequence.fell_back).add(phase)
+        """What runs next, noted down: whether the strategy got to choose or not."""
+        chosen = sequence.runs(phase, queries)
+        if chosen == sequence.strategy.part(phase):
+            sequence.chose.add(phase)
+        elif phase is Phase.DECODE or sequence.dense:  # a short chunk at the end of a long prompt is no fallback
+            sequence.fell_back.add(phase)
         return chosen
 
     def _reserve_next(self, sequence: Sequence) -> bool:
@@ -165,8 +182,8 @@ class Scheduler:
         sequence.handle = None
 
     def _keep(self, sequence: Sequence) -> None:
-        """Offer the pages that have become full to the prefix cache."""
-        full = sequence.computed // self._cache.spec.page_size
+        """Offer the pages that have become full to the prefix cache, as far as others may share them."""
+        full = self._shareable(sequence, sequence.computed) // self._cache.spec.page_size
         if full > sequence.kept:
             self._cache.keep(_handle(sequence), sequence.page_keys()[sequence.kept : full], sequence.kept)
             sequence.kept = full

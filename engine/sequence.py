@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from keysift.attention import Reads, Strategy
-from keysift.attention.telemetry import Coverage
+from keysift.attention import Coverage, Dense, Reads, Strategy
 from keysift.kvcache import PageKeys, Phase
 
 from .request import PrefillProgress, PromptInfo, Request, Sparsity, Timings, Usage
@@ -22,6 +21,8 @@ class Sequence:
     """The request's own limit or what the model's length leaves, whichever is less."""
     keys: PageKeys | None = None
     """Names of its pages in the prefix cache; None: it neither uses nor feeds that cache."""
+    prompt_strategy: Strategy = field(init=False)
+    """What its prompt runs under, taken as a whole; where that is dense, each of its chunks is."""
     serial: int = 0
     """Tells requests apart that arrived at the same time."""
     tokens: list[int] = field(default_factory=list)
@@ -49,6 +50,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
+        self.prompt_strategy = self.strategy.at(Phase.PREFILL, self.prompt_len, self.prompt_len)
 
     @property
     def prompt_len(self) -> int:
@@ -64,15 +66,18 @@ class Sequence:
         return len(self.tokens) - self.computed
 
     @property
-    def phase(self) -> Phase:
-        """Prompt tokens are computed in chunks, generated ones one by one.
+    def in_chunks(self) -> int:
+        """Tokens that are computed in chunks: those of the prompt, the others one by one.
 
-        After a preemption generated tokens may come in chunks too, if they read everything the first time; otherwise
+        After a preemption generated tokens may come in chunks too, if everything was read the first time; otherwise
         they are decoded once more, so that they find what they found.
         """
-        in_chunks = len(self.tokens) if self.exact else self.prompt_len
+        return len(self.tokens) if self.exact else self.prompt_len
+
+    @property
+    def phase(self) -> Phase:
         alone = self.remaining == 1 and self.num_generated > 0
-        return Phase.PREFILL if self.computed < in_chunks and not alone else Phase.DECODE
+        return Phase.PREFILL if self.computed < self.in_chunks and not alone else Phase.DECODE
 
     @property
     def order(self) -> tuple[int, float, int]:
@@ -80,12 +85,26 @@ class Sequence:
         return self.request.priority, self.request.arrival, self.serial
 
     @property
+    def dense(self) -> bool:
+        """Its prompt reads everything, however it is cut into chunks."""
+        return isinstance(self.prompt_strategy, Dense)
+
+    @property
     def exact(self) -> bool:
-        """Every token so far has read all of its context."""
-        return all(reads.chosen == reads.possible for reads in self.reads.values())
+        """Its prompt is dense, and every token so far has read all of its context."""
+        return self.dense and all(reads.chosen == reads.possible for reads in self.reads.values())
+
+    def runs(self, phase: Phase, queries: int) -> Strategy:
+        """What the next tokens run under: the strategy's part for the phase, or dense where choosing is not worth it.
+
+        What follows a dense prompt in chunks is dense as well, however long it has grown: it was the first time.
+        """
+        if phase is Phase.PREFILL and self.dense:
+            return self.prompt_strategy
+        return self.strategy.at(phase, self.computed + queries, queries)
 
     def page_keys(self) -> list[bytes]:
-        """Keys of the known full pages that others may share.
+        """Keys of the known full pages that others may share; the scheduler holds back some of a sparse prompt's.
 
         Pages of generated tokens are among them only while everything is exact: a prompt with the same tokens would
         otherwise get other content than its own prefill yields.

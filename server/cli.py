@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,7 @@ from keysift.engine.config import EngineConfig
 from keysift.engine.errors import InvalidRequest, KeysiftError, ModelNotFound, Unsupported
 from keysift.engine.version import keysift_version
 
-from .flags import from_fields, read_config
+from .flags import from_fields, given, read_config, read_config_later, refuse_config
 from .options import Document, Remote, Sampling, ServerConfig
 
 SPINS = "20000"
@@ -28,6 +29,7 @@ worst case and costs a little beside a single neighbour.
 """
 CALIBRATED_FOR = {"page_size", "dtype", "device", "backend", "prefill_chunk", "queries_per_row", "max_model_len"}
 """Fields of the engine that a calibration depends on or that loading the model may need, beside its name."""
+ONLY_CALIBRATING = (*CALIBRATED_FOR, "model", "config")
 BAD_INPUT = (InvalidRequest, ModelNotFound, Unsupported)
 
 app = typer.Typer(
@@ -143,12 +145,13 @@ def generate(
 
 
 def _refuse_flags_of_an_engine(context: typer.Context) -> None:
-    for name in set(EngineConfig.model_fields) - {"model", "strategy", "strategy_args"}:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            flag = "--" + name.replace("_", "-")
-            problem = f"{flag} is for an engine of this process; a server at --address takes {Remote.TAKES}"
-            raise InvalidRequest(name, problem)
+    for name in given(context, set(EngineConfig.model_fields) - {"model", "strategy", "strategy_args"}):
+        problem = f"{_flag(name)} is for an engine of this process; a server at --address takes {Remote.TAKES}"
+        raise InvalidRequest(name, problem)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _was_given(context: typer.Context, name: str) -> bool:
@@ -170,19 +173,41 @@ def strategies(json: Json = False) -> None:
 
 
 @app.command(rich_help_panel="Look around")
-@from_fields(engine=EngineConfig, skip=[f"engine.{name}" for name in set(EngineConfig.model_fields) - CALIBRATED_FOR])
+@from_fields(
+    calibration=EngineConfig,
+    skip=[f"calibration.{name}" for name in set(EngineConfig.model_fields) - CALIBRATED_FOR],
+    later=["calibration"],
+)
 def doctor(
-    engine: EngineConfig,
+    context: typer.Context,
+    calibration: Callable[[], EngineConfig],
     calibrate: Annotated[bool, typer.Option("--calibrate", help="measure from which length on choosing pays")] = False,
-    model: Annotated[str | None, typer.Option(help="of the calibration", envvar="KEYSIFT_MODEL")] = None,
-    config: Config = None,
+    forget: Annotated[bool, typer.Option("--forget", help="delete everything that --calibrate has stored")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(help="what the engine is to serve", envvar="KEYSIFT_MODEL", rich_help_panel="Calibration"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML file: flag names and values",
+            envvar="KEYSIFT_CONFIG",
+            is_eager=True,
+            callback=read_config_later,
+            rich_help_panel="Calibration",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Say what this machine and this installation can do; exit status 0 when Keysift is usable.
 
     With --calibrate, measure for about a minute, on an otherwise idle machine, how long a prompt must be for each
-    prompt strategy to beat dense attention, and store it: engines of this machine, model and engine flags then take it
-    as the strategy's dense_below, unless a --strategy-arg states one.
+    prompt strategy to beat dense attention, and store it. The flags of the panel Calibration are for this only.
+
+    What is stored changes from which length on prompts are sparse: every engine of this machine, model and engine flags
+    takes it as the strategy's dense_below, where the strategy's other options are as measured. To ignore it, state one
+    yourself: --strategy-arg NAME.dense_below=N. To delete it, use --forget. It is in calibration.json in $KEYSIFT_CACHE
+    or the user's cache folder; a plain keysift doctor names the file.
 
     [bold]Examples[/bold]
 
@@ -190,10 +215,20 @@ def doctor(
 
       keysift doctor --calibrate --model ./my-model
     """
+    if calibrate and forget:
+        raise InvalidRequest("forget", "either --calibrate or --forget, got both")
     if calibrate:
         from .calibrate import run
 
-        run(engine.model_copy(update={"model": model}), as_json=json)
+        refuse_config(context)
+        run(calibration().model_copy(update={"model": model}), as_json=json)
+        return
+    for name in given(context, ONLY_CALIBRATING):
+        raise InvalidRequest(name, f"{_flag(name)} is for --calibrate only")
+    if forget:
+        from .calibrate import delete
+
+        delete(as_json=json)
         return
     from .doctor import examine, print_json, print_table, usable
 

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from keysift.attention.native.cores import num_threads
 from keysift.attention.ops import paged_attention
 from keysift.engine import calibration
 from keysift.engine.embedded import NAME, cache_folder, package_file
@@ -55,7 +56,7 @@ def _version(package: str) -> str:
 
 def _processor() -> Finding:
     capability = torch.backends.cpu.get_cpu_capability()
-    return Finding("processor", True, f"{capability}, {calibration.usable_cores()} usable cores")
+    return Finding("processor", True, f"{capability}; threads that compute: {num_threads()}")
 
 
 def _gpu() -> Finding:
@@ -127,26 +128,21 @@ def _embedded_model() -> Finding:
 
 
 def _calibration() -> Finding:
-    """What is stored for this machine and this version, a model after the other."""
-    here = calibration.processor(), calibration.usable_cores(), keysift_version()
-    every = calibration.stored()
-    mine = [each for each in every if each.setting.place == here]
+    """What is stored for this machine and this version, a model after the other, and where."""
+    here, every = calibration.machine(), calibration.stored()
+    mine = [each for each in every if each.setting.machine == here]
     others = f"{len(every) - len(mine)} of another machine or version" if len(every) > len(mine) else ""
     none = "none for this machine; keysift doctor --calibrate measures from which length on choosing pays"
-    return Finding("calibration", True, "; ".join(filter(None, [*map(_crossovers, mine), others])) if mine else none)
+    where = f"stored in {calibration.store_file()}" if every else ""
+    told = [_told(each) for each in mine] or [none]
+    return Finding("calibration", True, "; ".join(filter(None, [*told, others, where])))
 
 
-def _crossovers(each: calibration.Calibration) -> str:
+def _told(each: calibration.Calibration) -> str:
     setting = each.setting
-    about = f"{each.model} on {setting.device} in {setting.dtype}, pages of {setting.page_size}"
-    found = ", ".join(f"{name} {_from(crossover)}" for name, crossover in each.crossovers.items())
-    return f"{about}, chunks of {setting.prefill_chunk}: {found}"
-
-
-def _from(crossover: calibration.Crossover) -> str:
-    if crossover.wins_from is None:
-        return f"not up to {crossover.chunks[-1].context:,} tokens"
-    return f"from {crossover.wins_from:,} tokens"
+    about = f"{each.model} on {setting.device} ({setting.backend}) in {setting.dtype}, pages of {setting.page_size}"
+    found = "; ".join(f"{name} {crossover.told}" for name, crossover in each.crossovers.items())
+    return f"{about}, chunks of {setting.prefill_chunk}: in tokens, {found}"
 
 
 def usable(findings: list[Finding]) -> bool:

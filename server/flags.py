@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -23,11 +24,18 @@ WITH_SPACES = ("stop_strings",)
 """Lists that a variable holds one value of; others are split at spaces."""
 
 
-def from_fields(*, skip: Collection[str] = (), **models: type[BaseModel]) -> Callable[[Command], Command]:
+PROBLEM = "keysift.config"
+
+
+def from_fields(
+    *, skip: Collection[str] = (), later: Collection[str] = (), **models: type[BaseModel]
+) -> Callable[[Command], Command]:
     """Gives a command one flag for each field of `models`, and hands it the models themselves under these names.
 
     `skip` leaves out fields, spelled ``name.field``. A value comes from the command line, else from
-    ``KEYSIFT_<FIELD>``, else from ``--config``, else from the field's default.
+    ``KEYSIFT_<FIELD>``, else from ``--config``, else from the field's default. Of a model that is in `later` the
+    command gets a function that makes it: nothing looks at these values before it is called. It has no switches and no
+    lists.
     """
     names = {name: [key for key in models[name].model_fields if f"{name}.{key}" not in skip] for name in models}
 
@@ -37,11 +45,13 @@ def from_fields(*, skip: Collection[str] = (), **models: type[BaseModel]) -> Cal
             fields = {name: {key: values.pop(key) for key in keys} for name, keys in names.items()}
             for name, model in models.items():
                 _refuse_empty_secrets(model, fields[name])
-            command(**{name: model(**fields[name]) for name, model in models.items()}, **values)
+            made: dict[str, Any] = {name: functools.partial(model, **fields[name]) for name, model in models.items()}
+            command(**{name: make if name in later else make() for name, make in made.items()}, **values)
 
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in models]
-        made = [_parameter(name, models[name], key) for name, keys in names.items() for key in keys]
+        made = [_parameter(name, models[name], key, name in later) for name, keys in names.items() for key in keys]
         _set_signature(run, [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*made, *own)])
+        run.__doc__ = _flowing(command)
         return run
 
     return decorate
@@ -61,16 +71,32 @@ def _set_signature(command: Command, parameters: list[inspect.Parameter]) -> Non
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
-def _parameter(panel: str, model: type[BaseModel], name: str) -> inspect.Parameter:
+def _flowing(command: Command) -> str:
+    """The docstring with one line for each paragraph: the help would keep the others' ends, however wide it is."""
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command) or "")
+
+
+def _parameter(panel: str, model: type[BaseModel], name: str, as_text: bool) -> inspect.Parameter:
     field = model.model_fields[name]
     # `read_config` looks for lists itself: the command line's library splits every list at its spaces.
     variable = None if _repeats(field) else PREFIX + name.upper()
     common: dict[str, Any] = {"help": field.description or "", "envvar": variable, "show_envvar": False}
+    kind, default_value = _type(field), _default(field)
+    if as_text:
+        common["metavar"] = _metavar(kind)
+        kind, default_value = str | None, None if default_value is None else str(default_value)
     if name == "model":
-        default = typer.Argument(_default(field), metavar="MODEL", **common)
+        default = typer.Argument(default_value, **{**common, "metavar": "MODEL"})
     else:
-        default = typer.Option(_default(field), *_flags(name, field), rich_help_panel=panel.capitalize(), **common)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_type(field))
+        default = typer.Option(default_value, *_flags(name, field), rich_help_panel=panel.capitalize(), **common)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def _metavar(kind: Any) -> str:
+    """How the help spells a type that the command line does not check."""
+    if get_origin(kind) is Literal:
+        return f"<{'|'.join(get_args(kind))}>"
+    return f"<{next(a for a in (*get_args(kind), kind) if a is not type(None)).__name__}>"
 
 
 def _flags(name: str, field: FieldInfo) -> list[str]:
@@ -115,6 +141,26 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     found |= {name: values for key, name in names.items() if name in lists and (values := _from_environment(key, name))}
     context.default_map = {**(context.default_map or {}), **found}
     return path
+
+
+def read_config_later(context: typer.Context, path: Path | None) -> Path | None:
+    """As `read_config`, but what is wrong with the file is an error only once `refuse_config` is called."""
+    try:
+        return read_config(context, path)
+    except typer.BadParameter as error:
+        context.meta[PROBLEM] = error
+        return path
+
+
+def refuse_config(context: typer.Context) -> None:
+    if (problem := context.meta.get(PROBLEM)) is not None:
+        raise problem
+
+
+def given(context: typer.Context, names: Collection[str]) -> list[str]:
+    """Those of the parameters `names` that stand on the command line."""
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return sorted(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
 
 
 def _spellings(parameter: Any) -> list[str]:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..ops.column_scores import ColumnScores
-from .library import DTYPES, ScoresCall, kernels, level, num_threads
+from .cores import num_threads
+from .library import DTYPES, ScoresCall, kernels, level
 
 
 def column_scores(

@@ -101,9 +101,3 @@ def use_isa(name: str) -> Iterator[None]:
 def level() -> int:
     """The number that the library knows `isa` by."""
     return _level.get()
-
-
-def num_threads() -> int:
-    """The cores that this process may use, but no more than torch uses."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, torch.get_num_threads())

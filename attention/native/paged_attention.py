@@ -7,7 +7,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from .library import DTYPES, AttentionCall, kernels, level, num_threads
+from .cores import num_threads
+from .library import DTYPES, AttentionCall, kernels, level
 
 
 def paged_attention(

@@ -66,8 +66,9 @@ def make(tiny_llama: Path) -> Iterator[Make]:
     engines: list[Engine] = []
 
     def build(**config: Any) -> Engine:
-        fields = {"model": str(tiny_llama), "dtype": "float32", "prefill_chunk": 64, "kv_memory": 2**22}
-        engines.append(Engine(EngineConfig(**fields | config)))
+        fields = {"model": str(tiny_llama), "strategy": "dense", "dtype": "float32"}
+        sizes = {"prefill_chunk": 64, "kv_memory": 2**22}
+        engines.append(Engine(EngineConfig(**fields | sizes | config)))
         return engines[-1]
 
     yield build

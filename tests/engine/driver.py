@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from keysift.engine import Engine, Finish, Output, SamplingParams, TokenOutput
+from keysift.kvcache.tiers import DeviceTier
 
 Make = Callable[..., Engine]
 
@@ -36,3 +38,14 @@ def said(outputs: list[Output], request_id: str) -> list[int]:
 def finish_of(outputs: list[Output], request_id: str) -> Finish:
     (finish,) = (output for output in outputs if isinstance(output, Finish) and output.request_id == request_id)
     return finish
+
+
+def keys_and_values(engine: Engine, request_id: str) -> Tensor:
+    """[2, L, n, Hkv, D], what the cache holds of a running request's prompt of n tokens."""
+    (sequence,) = (running for running in engine.scheduler.running if running.request.request_id == request_id)
+    assert sequence.handle is not None
+    tier = engine.cache.tier
+    assert isinstance(tier, DeviceTier)
+    frames = engine.cache._frames[sequence.handle]
+    pages = torch.stack([tier.k[:, frames], tier.v[:, frames]])  # [2, L, F, Hkv, S, D]
+    return pages.transpose(3, 4).flatten(2, 3)[:, :, : sequence.prompt_len]

@@ -122,20 +122,39 @@ def test_sampling_does_not_depend_on_the_company(make: Make) -> None:
     assert said(drain(engine), "together") == alone
 
 
-def test_sparse_strategies_say_the_same_with_preemption(make: Make) -> None:
-    page = make().status.page_bytes
-    for strategy in ("streaming", "dense+streaming", "streaming+dense"):
-        args = ("streaming.sink=0", "streaming.window=16")
-        fields = {"strategy": strategy, "strategy_args": args}
-        roomy, cramped = make(prefix_cache=False), make(kv_memory=14 * page, prefix_cache=False)
-        answers = []
-        for engine in (roomy, cramped):
-            for index in range(3):
-                engine.add(Request(str(index), tokens(60, index), greedy(40), **fields))  # type: ignore[arg-type]
-            outputs = drain(engine)
-            answers.append([said(outputs, str(index)) for index in range(3)])
-        assert cramped.scheduler.preemptions > 0
-        assert answers[0] == answers[1], strategy
+WINDOW = ("streaming.sink=0", "streaming.window=16")
+SIFT = ("sink=0", "local=16", "last_rows_dense=0", "threshold=0.3", "coverage=0")
+FLEX = ("sink=0", "local=16", "last_rows_dense=0", "gamma=0.2", "min_budget=0", "block_size=16")
+
+
+@pytest.mark.parametrize("prefix_cache", [False, True], ids=["without prefixes", "with prefixes"])
+@pytest.mark.parametrize(
+    ("strategy", "args"),
+    [
+        ("streaming", WINDOW),
+        ("dense+streaming", WINDOW),
+        ("streaming+dense", WINDOW),
+        ("sift", (*SIFT, "dense_below=60")),
+        ("sift", (*SIFT, "dense_below=0")),
+        ("flexprefill", (*FLEX, "dense_below=60")),
+        ("flexprefill", (*FLEX, "dense_below=0")),
+    ],
+)
+def test_sparse_strategies_say_the_same_with_preemption(
+    make: Make, strategy: str, args: tuple[str, ...], prefix_cache: bool
+) -> None:
+    """With `dense_below=60` the prompt is dense; a chunk of what it has grown to by a preemption would not be."""
+    fields = {"strategy": strategy, "strategy_args": args, "queries_per_row": 16, "prefix_cache": prefix_cache}
+    roomy = make(**fields)
+    cramped = make(**fields, kv_memory=14 * roomy.status.page_bytes)
+    answers = []
+    for engine in (roomy, cramped):
+        for index in range(3):
+            engine.add(Request(str(index), tokens(60, index), greedy(60)))
+        outputs = drain(engine)
+        answers.append([said(outputs, str(index)) for index in range(3)])
+    assert cramped.scheduler.preemptions > 0
+    assert answers[0] == answers[1]
 
 
 def test_every_request_is_announced_once_and_reported_to_its_end(make: Make) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
+import torch
+from torch import Tensor
 
-from keysift.engine import Request
-from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
+from keysift.engine import Engine, Finish, Output, Request, TokenOutput
+from tests.engine.driver import Make, drain, finish_of, greedy, keys_and_values, said, tokens
 
 
 def test_a_prefix_hit_changes_nothing_but_what_is_computed(make: Make, expected: Callable) -> None:
@@ -51,29 +54,84 @@ def test_generated_pages_are_reused_while_decoding_is_exact(
     assert finish_of(drain(engine), "next").usage.cached_tokens == cached
 
 
-@pytest.mark.parametrize(
-    ("strategy", "args", "first", "second"),
-    [
-        ("streaming", ("dense_below=130", "window=16"), 129, 140),
-        ("streaming+dense", ("streaming.window=16",), 100, 150),
-    ],
-)
-def test_a_prefix_hit_brings_what_the_own_prefill_would(
-    make: Make, strategy: str, args: tuple[str, ...], first: int, second: int
+SMALL = ("sink=16", "local=16")
+OPTIONS = {
+    "ashape": SMALL,
+    "flexprefill": (*SMALL, "gamma=0.4", "min_budget=16", "block_size=16"),
+    "minference": (*SMALL, "vertical_size=16", "slash_size=16"),
+    "sampleattention": (*SMALL, "alpha=0.4"),
+    "sift": (*SMALL, "threshold=0.1", "coverage=0"),
+    "streaming": ("sink=16", "window=32"),
+    "xattention": (*SMALL, "threshold=0.4"),
+}
+"""Options with which a prompt of 200 tokens leaves pages out."""
+BETWEEN = 110
+"""A `dense_below` whose work lies between that of a prompt's second chunk and its third: 64 x 128 and 64 x 192."""
+BASE = tokens(300)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt that leaves pages behind and one that finds them."""
+
+    first: tuple[int, ...]
+    second: tuple[int, ...]
+    cached: tuple[int, int]
+    """Tokens of the second one that are there, with no dense rows at a prompt's end and with some."""
+    answer: int = 0
+    """The second one is what comes after the first one and so many generated tokens; 0: it stands alone."""
+
+    def prompt(self, answer: list[int]) -> tuple[int, ...]:
+        return (*self.first, *answer, *self.second) if self.answer else self.second
+
+
+PAIRS = {
+    "another question": Pair((*BASE[:150], *tokens(60, 1)), (*BASE[:150], *tokens(70, 2)), (128, 128)),
+    "a longer prompt": Pair(BASE[:192], BASE[:250], (192, 128)),
+    "a shorter prompt": Pair(BASE, BASE[:200], (192, 128)),
+    "the next turn": Pair(BASE[:165], tokens(20, 3), (128, 128), answer=30),
+}
+
+
+@pytest.mark.parametrize("strategy", OPTIONS)
+@pytest.mark.parametrize(("rows", "dense_below"), [(0, BETWEEN), (1, 0), (2, BETWEEN)])
+def test_a_sparse_prompt_holds_and_says_the_same_with_a_prefix_hit(
+    make: Make, strategy: str, rows: int, dense_below: int
 ) -> None:
-    answers = []
-    for warm in (False, True):
-        engine = make(strategy=strategy, strategy_args=args)
-        prompt = tokens(first)
-        if warm:
-            engine.add(Request("first", prompt, greedy(50)))
-            prompt += tuple(said(drain(engine), "first"))
-        else:
-            engine.add(Request("first", prompt, greedy(50), bypass_prefix_cache=True))
-            prompt += tuple(said(drain(engine), "first"))
-        engine.add(Request("second", (*prompt, *tokens(9, 5))[:second], greedy(20)))
-        answers.append(said(drain(engine), "second"))
-    assert answers[0] == answers[1]
+    args = (*OPTIONS[strategy], f"dense_below={dense_below}", f"last_rows_dense={rows}")
+    if strategy == "streaming":
+        rows, args = 0, args[:-1]
+    engine = make(strategy=strategy, strategy_args=args, queries_per_row=16, prefill_chunk=64)
+    for name, pair in PAIRS.items():
+        engine.add(Request("first", pair.first, greedy(max(pair.answer, 1)), cache_salt=name))
+        prompt = pair.prompt(said(drain(engine), "first"))
+        cold = witness(engine, Request("cold", prompt, greedy(3, logprobs=20), bypass_prefix_cache=True))
+        warm = witness(engine, Request("warm", prompt, greedy(3, logprobs=20), cache_salt=name))
+        assert cold.finish.usage.cached_tokens == 0
+        assert warm.finish.usage.cached_tokens == pair.cached[rows > 0], name
+        assert cold.finish.sparsity.prefill_density < 0.99, name
+        assert torch.equal(warm.held, cold.held), name
+        assert warm.spoken == cold.spoken, name
+
+
+@dataclass(frozen=True)
+class Witness:
+    finish: Finish
+    held: Tensor
+    """Keys and values of the prompt."""
+    spoken: list[object]
+    """Tokens, and the log probabilities of the likeliest."""
+
+
+def witness(engine: Engine, request: Request) -> Witness:
+    engine.add(request)
+    outputs: list[Output] = []
+    while not said(outputs, request.request_id):
+        outputs += engine.step()
+    held = keys_and_values(engine, request.request_id)
+    outputs += drain(engine)
+    spoken: list[object] = [(each.token_ids, each.logprobs) for each in outputs if isinstance(each, TokenOutput)]
+    return Witness(finish_of(outputs, request.request_id), held, spoken)
 
 
 def test_pairs_share_the_prefixes_of_their_prompt_strategy(make: Make) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -43,35 +44,70 @@ def run(scheduler: Scheduler, batch: Batch) -> list[Sequence]:
 
 
 def check(batch: Batch) -> None:
-    strategies = {member.strategy for member in batch.sequences}
-    assert len(strategies) == 1
     for member, span in zip(batch.sequences, batch.spans, strict=True):
+        assert member.runs(batch.phase, span.length) == batch.strategy
         assert span.start == member.computed
         assert span.stop <= len(member.tokens)
         if batch.phase is Phase.PREFILL:
-            assert span.start % ROW == 0
+            assert span.start % (ROW if member.dense else CHUNK) == 0
             assert span.length <= CHUNK
             assert len(batch.spans) == 1
         else:
             assert span.length == 1
 
 
+Content = tuple[int, int, Strategy, int]
+"""What the keys of a page follow from: its chunk's start and stop, what that ran under, its rows that are the end."""
+
+
+def content(member: Sequence, start: int, stop: int, strategy: Strategy) -> Content:
+    behind = -(-(member.prompt_len - stop) // ROW)
+    return start, stop, strategy, max(member.prompt_strategy.rows_at_the_end - behind, 0)
+
+
+def write(scheduler: Scheduler, batch: Batch, written: dict[int, Content]) -> None:
+    """Note what the batch puts into the frames of its prompt's pages."""
+    for member, span in zip(batch.sequences, batch.spans, strict=True):
+        frames = scheduler._cache._frames[span.sequence]
+        for frame in frames[span.start // PAGE : -(-span.stop // PAGE)]:
+            written[frame] = content(member, span.start, span.stop, batch.strategy)
+
+
+def check_content(scheduler: Scheduler, member: Sequence, written: dict[int, Content]) -> None:
+    """A finished prompt holds what it holds when it runs alone; dense pages are alike however they were cut."""
+    frames = scheduler._cache._frames[member.handle or 0][: member.prompt_len // PAGE]
+    for page, frame in enumerate(frames):
+        start = page * PAGE // CHUNK * CHUNK
+        stop = min(start + CHUNK, member.prompt_len)
+        expected = content(member, start, stop, member.strategy.at(Phase.PREFILL, stop, stop - start))
+        assert written[frame] == expected or (member.dense and written[frame][2] == expected[2] == Dense())
+
+
+STRATEGIES = [
+    Dense(),
+    make("streaming"),
+    make("ashape", dense_below=0, last_rows_dense=1),
+    make("ashape", dense_below=20, last_rows_dense=2),  # the third chunk of 16 is the first to be sparse
+]
 prompts = st.lists(
-    st.tuples(st.integers(1, 60), st.integers(1, 12), st.integers(0, 1), st.booleans()), min_size=1, max_size=9
+    st.tuples(st.integers(1, 60), st.integers(1, 12), st.integers(0, 1), st.sampled_from(STRATEGIES)),
+    min_size=1,
+    max_size=9,
 )
 
 
 @settings(deadline=None, max_examples=60)
 @given(prompts, st.data())
 def test_everybody_finishes_and_every_page_comes_back(
-    rows: list[tuple[int, int, int, bool]], data: st.DataObject
+    rows: list[tuple[int, int, int, Strategy]], data: st.DataObject
 ) -> None:
     scheduler = make_scheduler()
     pending = [
-        sequence(str(index), prompt, new, make("streaming") if sparse else None, priority, salt="shared")
-        for index, (prompt, new, priority, sparse) in enumerate(rows)
+        sequence(str(index), prompt, new, strategy, priority, salt=repr(strategy.at(Phase.PREFILL, prompt, prompt)))
+        for index, (prompt, new, priority, strategy) in enumerate(rows)
     ]
     live: list[Sequence] = []
+    written: dict[int, Content] = {}
     for _ in range(3000):
         if pending and (not live or data.draw(st.booleans())):
             live.append(pending.pop())
@@ -80,6 +116,10 @@ def test_everybody_finishes_and_every_page_comes_back(
             scheduler.finish(live.pop(data.draw(st.integers(0, len(live) - 1))))
         if (batch := scheduler.next_batch()) is not None:
             check(batch)
+            write(scheduler, batch, written)
+            for member, span in zip(batch.sequences, batch.spans, strict=True):
+                if batch.phase is Phase.DECODE or span.stop >= member.prompt_len:
+                    check_content(scheduler, member, written)
             for done in run(scheduler, batch):
                 live.remove(done)
         held = {frame for frames in scheduler._cache._frames.values() for frame in frames}
@@ -139,6 +179,29 @@ def test_a_prefix_is_shared_in_whole_rows_and_never_the_whole_prompt() -> None:
     while again.num_generated < 1 or other.num_generated < 1:
         run(scheduler, _next(scheduler))
     assert (first.cached, again.cached, other.cached) == (0, 24, 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "rows", "cached"),
+    [
+        (60, 60, 0, 48),
+        (48, 60, 0, 48),
+        (48, 60, 1, 32),
+        (60, 48, 0, 32),  # its last token has to run
+        (60, 50, 0, 48),
+        (60, 50, 1, 32),
+        (60, 40, 1, 32),
+        (60, 40, 2, 16),
+        (60, 5, 9, 0),
+    ],
+)
+def test_a_sparse_prompt_shares_whole_chunks_before_its_end(first: int, again: int, rows: int, cached: int) -> None:
+    scheduler, sparse = make_scheduler(), make("ashape", dense_below=0, last_rows_dense=rows)
+    for name, length in (("first", first), ("again", again)):
+        scheduler.add(member := sequence(name, length, 4, sparse, salt="same"))
+        while member.num_generated < 4:
+            run(scheduler, _next(scheduler))
+    assert member.cached == cached
 
 
 def test_strategies_decode_in_turns() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 
 from keysift.engine import Engine, EngineConfig, Output
+from keysift.server import cli
 from keysift.server.client import Client
 from keysift.server.options import ServerConfig
 from keysift.server.server import Server
 from tests.models import llama, save
 
 MAX_LEN = 2048
+Run = Callable[..., tuple[int, str, str]]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
 
 
@@ -125,3 +128,21 @@ def slow(start: Callable[..., Running], engine_config: EngineConfig) -> Running:
 def client(running: Running) -> Iterator[Client]:
     with Client(running.address) as client:
         yield client
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Exit status, standard output and standard error of a command."""
+
+    def call(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["keysift", *map(str, arguments)])
+        monkeypatch.setenv("COLUMNS", "200")
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call

@@ -7,42 +7,20 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from keysift.engine import Finish, FinishReason, SamplingParams, TokenOutput
-from keysift.kvcache.ops.dispatch import Backend
-from keysift.server import cli, doctor, flags
+from keysift.server import flags
 from keysift.server.client import Client
 
-from .conftest import Running
+from .conftest import Run, Running
 
-Run = Callable[..., tuple[int, str, str]]
 SPARSITY = (
     "strategy prefill_density decode_density coverage dense_fallback kv_bytes_read kv_bytes_moved coverage_min widened"
 )
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit status, standard output and standard error of a command."""
-
-    def call(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["keysift", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "200")
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            status = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def generate(run: Run, model: Path | str, *arguments: str | Path) -> dict[str, Any]:
@@ -217,81 +195,6 @@ def test_strategies(run: Run) -> None:
     assert listed["streaming"]["fields"]["window"] > 0
     assert all(strategy["about"] for strategy in listed.values())
     assert "streaming.window" in run("strategies")[1]
-
-
-def test_doctor(run: Run) -> None:
-    status, out, _ = run("doctor", "--json")
-    report = json.loads(out)
-    assert (status, report["usable"]) == (0, True)
-    assert {"versions", "native library", "memory", "embedded model"} <= {check["name"] for check in report["checks"]}
-    assert run("doctor")[0] == 0
-
-
-def test_doctor_calibrates_and_engines_take_it(
-    run: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KEYSIFT_CACHE", str(tmp_path))
-    setting = ("--prefill-chunk", "512", "--dtype", "float32")
-    status, out, err = run("doctor", "--calibrate", "--model", model_folder, "--json", *setting)
-    found = json.loads(out)
-    assert (status, err) == (0, f"loading {model_folder.name}\n")
-    assert found["file"] == str(tmp_path / "calibration.json")
-    assert found["setting"]["prefill_chunk"] == 512
-    assert [chunk["context"] for chunk in found["crossovers"]["sift"]["chunks"]] == [512, 1024, 1536, 2048]
-    below = found["crossovers"]["sift"]["dense_below"]
-    assert 500 < below <= 1024
-    assert _calibration(run).startswith(f"{model_folder.name} on cpu in float32, pages of 16, chunks of 512: ")
-    _edit(tmp_path / "calibration.json", f'"dense_below": {below}', '"dense_below": 100')
-    asked = ("generate", model_folder, "--json", "--kv-memory", "8MiB", "--max-new-tokens", "1", "--prompt", "x" * 200)
-    sift = (*asked, "--strategy", "sift")
-    assert not json.loads(run(*sift, *setting)[1])["sparsity"]["dense_fallback"]
-    assert json.loads(run(*sift, *setting, "--page-size", "32")[1])["sparsity"]["dense_fallback"]
-    stated = (*setting, "--strategy-arg", "sift.dense_below=300")
-    assert json.loads(run(*sift, *stated)[1])["sparsity"]["dense_fallback"]
-    _edit(tmp_path / "calibration.json", '"cores": ', '"cores": 9')
-    assert _calibration(run).startswith("none for this machine")
-
-
-def _calibration(run: Run) -> str:
-    (told,) = (
-        check["detail"] for check in json.loads(run("doctor", "--json")[1])["checks"] if "calib" in check["name"]
-    )
-    return str(told)
-
-
-def _edit(file: Path, old: str, new: str) -> None:
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new))
-
-
-def test_a_calibration_is_shown_as_a_table(
-    run: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("KEYSIFT_CACHE", str(tmp_path))
-    file = tmp_path / "config.yaml"
-    file.write_text(f"model: {model_folder}\nprefill-chunk: 512\nport: 50051\n")
-    status, out, _ = run("doctor", "--calibrate", "--config", file)
-    assert status == 0
-    assert re.search(r"^sift +([\d.]+x +){4}(nowhere|[\d,]+) +[\d,]+", out, re.MULTILINE), out
-    assert str(tmp_path / "calibration.json") in out
-    assert run("doctor", "--calibrate", "--model", "/no/such/model")[0] == 2
-
-
-@pytest.mark.parametrize("broken", ["native", "reference"])
-def test_doctor_reports_a_backend_that_crashes(run: Run, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    attention = doctor._attention
-
-    def crash(backend: Backend) -> torch.Tensor:
-        if backend == broken:
-            raise RuntimeError("illegal instruction")
-        return attention(backend)
-
-    monkeypatch.setattr(doctor, "_attention", crash)
-    status, out, _ = run("doctor", "--json")
-    (found,) = [check for check in json.loads(out)["checks"] if check["name"] == f"self-test {broken}"]
-    assert (status, found["ok"]) == (1, False)
-    assert "illegal instruction" in found["detail"]
 
 
 FLAG_LINES = {
