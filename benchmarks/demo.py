@@ -27,7 +27,7 @@ from rich.table import Table
 from keysift.engine import Finish, PrefillProgress, SamplingParams, TokenOutput
 from keysift.server.client import Client
 
-STRATEGIES = ("dense", "streaming")
+STRATEGIES = ("dense", "sift")
 DOCUMENT = ("assignment", "import", "naming", "class")
 ABOUT = "assert"
 CHARACTERS = 28_000
