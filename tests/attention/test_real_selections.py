@@ -60,7 +60,7 @@ def share(part: Tensor, whole: Tensor) -> float:
 def test_sift_finds_nearly_what_every_query_would_point_at(prompts: dict[int, Prompt], layer: int) -> None:
     prompt = prompts[layer]
     wanted = mask(make("oracle", sink=0, local=0, last_rows_dense=0), prompt)
-    chosen = mask(make("sift", last_rows_dense=0), prompt)
+    chosen = mask(make("sift", threshold=0.006, coverage=0.0, last_rows_dense=0), prompt)
     assert share(chosen, wanted) > 0.82
     assert chosen.sum() < 1.5 * wanted.sum()
     assert kept(prompt, chosen).mean(1).min() > 0.9
@@ -82,7 +82,7 @@ def test_flexprefill_keeps_its_gamma(prompts: dict[int, Prompt], layer: int) -> 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_the_worst_query_fares_better_than_by_a_window_of_the_same_size(prompts: dict[int, Prompt], layer: int) -> None:
     prompt = prompts[layer]
-    chosen = mask(make("sift", last_rows_dense=0), prompt)
+    chosen = mask(make("sift", threshold=0.006, coverage=0.0, last_rows_dense=0), prompt)
     blind = mask(make("streaming", sink=128, window=640), prompt).repeat_interleave(3, 1)
     assert chosen.sum() < blind.sum()
     assert kept(prompt, chosen).min() > kept(prompt, blind).min() + 0.03
