@@ -44,9 +44,14 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/python tests/compile_kernels.py
 
+# About two hours on two cores, most of it for the quality of prompts.
 bench: install
+	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/prefill.py
+	$(BIN)/python benchmarks/recall.py
+	$(BIN)/python benchmarks/prefill_quality.py --plot benchmarks/prefill_quality.svg
 
 # The generator needs an older protobuf than the product runs with: an environment of its own.
 proto: $(TYPES)

@@ -106,7 +106,7 @@ def readings(file: Path) -> Iterator[Row]:
 def points(options: argparse.Namespace) -> Iterator[Row]:
     for length in options.lengths:
         for text in options.texts:
-            for curve in options.curves if length <= LONG else LONG_CURVES:
+            for curve in options.curves if length <= LONG else [name for name in options.curves if name in LONG_CURVES]:
                 knobs = CURVES[curve]
                 middle = max(len(knobs) // 2 - 1, 0)
                 for fields in knobs if length <= LONG else knobs[middle : middle + 2]:
