@@ -42,7 +42,7 @@ class Coverage:
     lowest: float = 1.0
     """The least that a probe kept of one head's attention, as far as it was measured."""
     widened: float = 0.0
-    """Share of the probes whose rows read everything because too little was covered, times the tokens."""
+    """Share of the probes whose rows read more because too little was covered, times the tokens."""
     chose: bool = False
     """Some layer was asked to choose, whatever it chose."""
 

@@ -124,7 +124,7 @@ class Sparsity:
     coverage_min: float | None
     """The same of the probe and head that lost most."""
     widened: float
-    """Share of the probes whose rows read everything because too little was covered."""
+    """Share of the probes whose rows read more because too little was covered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -709,8 +709,9 @@ class Sparsity(google.protobuf.message.Message):
     decode_density: builtins.float
     """The same for new tokens."""
     coverage: builtins.float
-    """Attention mass that the selections kept, 0 to 1: the mean over what the strategy chose for, dense steps of the same
-    phase included. 1 where it chose nothing. Not set where nothing measured it.
+    """Attention mass that the selections kept, 0 to 1, for the tokens that this request computed: the mean over what the
+    strategy chose for, dense steps of the same phase included. 1 where it chose nothing. Not set where nothing
+    measured it.
     """
     dense_fallback: builtins.bool
     """The context was so short that the strategy ran dense."""
@@ -721,7 +722,7 @@ class Sparsity(google.protobuf.message.Message):
     coverage_min: builtins.float
     """The same as coverage, of the probe and head that kept least. Not set where coverage is not."""
     widened: builtins.float
-    """Fraction of the probes, 0 to 1, whose rows read everything because too little was covered."""
+    """Fraction of the probes, 0 to 1, whose rows read more because too little was covered."""
     def __init__(
         self,
         *,

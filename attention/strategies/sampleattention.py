@@ -26,8 +26,7 @@ class SampleAttention(PromptStrategy):
 
     Other than the papers: masses are counted in pages, the unit that is read; sinks are kept always, not left to the
     sample; the window is never shorter than `local`; each chunk takes a sample of its own. A window of 8 % loses what
-    was copied from a little further back: at 4k tokens the output distribution moves 8 times as far as with 25 %,
-    which is nearly lossless.
+    was copied from a little further back; benchmarks/README.md tells how much more than one of 25 %.
     """
 
     alpha: Share = 0.95
