@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ SLACK = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptStrategy(Strategy):
+class PromptStrategy(Strategy, ABC):
     """Chooses pages for each row and query head of a prompt chunk; generated tokens read everything.
 
     A subclass says in `choose` which pages it wants and by which exact evidence. What is the same for all happens
@@ -46,12 +47,12 @@ class PromptStrategy(Strategy):
     coverage: Share = 0.0
     """Least share of a probe's attention to keep; rows whose probe keeps less read more. 0: it is only told."""
 
+    @abstractmethod
     def choose(self, q: Tensor, context: Context) -> tuple[Tensor, Probe | None]:
         """Mask [R, Hq, F] of wanted pages, anything where the row sees nothing, and the probes that it came from.
 
         None: it came from no exact attention; one query of each row is probed then, to know the coverage.
         """
-        raise NotImplementedError
 
     def prefill(self, q: Tensor, context: Context) -> Selection:
         if context.layer < self.dense_layers:

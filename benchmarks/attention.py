@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from timing import machine, measure
+from timing import machine, measure, show
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 from torch.nn.functional import scaled_dot_product_attention
@@ -154,11 +153,6 @@ def rows(what: list[str], shapes: list[str], dtypes: list[str]) -> Iterator[dict
             yield from linears(dtype, inputs, outputs)
 
 
-def show(row: dict[str, object]) -> str:
-    cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values())
-    return " | ".join(f"{cell:>12}" for cell in cells)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
@@ -169,16 +163,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     args = parser.parse_args()
     torch.manual_seed(0)
-    about = {**machine(), "isa": isa()}
-    results = rows(args.what, args.shape, args.dtype)
-    if args.json:
-        print(json.dumps({"machine": about, "rows": list(results)}))
-        return
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    for i, row in enumerate(results):
-        if i == 0:
-            print(" | ".join(f"{name:>12}" for name in row))
-        print(show(row), flush=True)
+    show({**machine(), "isa": isa()}, rows(args.what, args.shape, args.dtype), as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ and page means into the cache, which dense does too, is not timed.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from structured import structured
-from timing import Timing, machine, measure
+from timing import Timing, machine, measure, show
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -141,15 +140,7 @@ def main() -> None:
         for tokens in options.tokens
         for row in rows(shape, tokens, options.chunk, names, options.runs, not options.no_torch)
     )
-    about = {**machine(), "isa": isa(), "chunk": options.chunk}
-    if options.json:
-        print(json.dumps({"machine": about, "rows": list(results)}))
-        return
-    print(", ".join(f"{name} {value}" for name, value in about.items()))
-    for i, row in enumerate(results):
-        if i == 0:
-            print(" | ".join(f"{name:>12}" for name in row))
-        print(" | ".join(f"{f'{x:.3f}' if isinstance(x, float) else x!s:>12}" for x in row.values()), flush=True)
+    show({**machine(), "isa": isa(), "chunk": options.chunk}, results, as_json=options.json)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -70,3 +71,15 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def show(about: dict[str, object], rows: Iterable[dict[str, object]], *, as_json: bool) -> None:
+    """Print the machine, then each row as soon as it is measured; or all of it as one JSON object."""
+    if as_json:
+        print(json.dumps({"machine": about, "rows": list(rows)}))
+        return
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    for i, row in enumerate(rows):
+        if i == 0:
+            print(" | ".join(f"{name:>12}" for name in row))
+        print(" | ".join(f"{f'{x:.3f}' if isinstance(x, float) else x!s:>12}" for x in row.values()), flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from dataclasses import dataclass
 
@@ -150,3 +151,12 @@ def dense_attention(problem: Problem) -> tuple[Tensor, Tensor]:
     future = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
     scores = scores.masked_fill(future, -torch.inf)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values), scores.logsumexp(-1).T
+
+
+def built(module: str) -> bool:
+    """Whether a twin's compiler or package was there."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True

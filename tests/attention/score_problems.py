@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from keysift.attention.ops import ColumnScores, column_scores
 from keysift.kvcache.ops import use_backend
 from keysift.kvcache.ops.dispatch import Backend
-from tests.problems import scatter
+from tests.problems import built, scatter
 
 Probe = tuple[int, tuple[int, ...]]
 """A sequence and where the queries stand, -1: no query; shorter probes are padded with -1."""
@@ -91,14 +90,6 @@ CASES = {
     "pages-of-100": Case(((0, (230, 99, 100)), (1, (163, 164))), page_size=100),
     "pages-of-1100": Case(((0, (2300, 1099, 1100)), (1, (1023, 1024))), page_size=1100, heavy=True),
 }
-
-
-def built(module: str) -> bool:
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        return False
-    return True
 
 
 TWINS: dict[Backend, bool] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import replace
 
 import pytest
@@ -12,15 +11,7 @@ from torch import Tensor
 from keysift.attention.ops import paged_attention
 from keysift.kvcache.ops import BackendUnavailable, use_backend
 from keysift.kvcache.ops.dispatch import Backend
-from tests.problems import Case, Problem, dense_attention, keep, make_problem, written_out
-
-
-def built(module: str) -> bool:
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        return False
-    return True
+from tests.problems import Case, Problem, built, dense_attention, keep, make_problem, written_out
 
 
 TWINS: dict[Backend, bool] = {
