@@ -31,8 +31,8 @@ class PromptStrategy(Strategy, ABC):
     dense_below: Tokens = 1536
     """A chunk of Nq queries is sparse when its context exceeds dense_below**2 / Nq: 2,304 tokens for chunks of 1,024.
 
-    Measured on two cores with chunks of 1,024: sift, sampleattention and xattention win from a context of 2,048 on,
-    flexprefill from 3,072. `keysift doctor --calibrate` measures it anew.
+    `keysift doctor --calibrate` measures it; on two cores of an AMD EPYC with chunks of 1,024 (2026-11-22, table in
+    benchmarks/README.md) sift, sampleattention and xattention win from a context of 2,048 on, flexprefill from 3,072.
     """
     sink: Tokens = 64
     """Tokens at the start that every query reads."""

@@ -13,7 +13,6 @@ from keysift.kvcache.ops import BackendUnavailable, use_backend
 from keysift.kvcache.ops.dispatch import Backend
 from tests.problems import Case, Problem, built, dense_attention, keep, make_problem, written_out
 
-
 TWINS: dict[Backend, bool] = {
     "native": built("keysift.attention.native.paged_attention"),
     "triton": built("keysift.attention.ops.paged_attention_triton"),
