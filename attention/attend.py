@@ -22,11 +22,14 @@ def bind(strategy: Strategy, cache: PagedCache, step: Step, telemetry: Telemetry
     Layers with a sliding window read that window exactly; no strategy is asked about them.
     """
     spec = cache.spec
+    which = strategy.make_index()
+    index = None if which is None else cache.index(which)
     choose = strategy.prefill if step.phase is Phase.PREFILL else strategy.decode
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.append(layer, k, v, step)
-        context = cache.context(layer, step)
+        cache.observe(layer, q, step)
+        context = cache.context(layer, step, index)
         window = spec.window(layer)
         selection = context.zones(sink=0, window=window) if window else choose(q, context)
         if telemetry is not None and not window:

@@ -20,6 +20,7 @@ BUILT_IN = {
     "flexprefill": "keysift.attention.strategies.flexprefill:FlexPrefill",
     "minference": "keysift.attention.strategies.minference:MInference",
     "oracle": "keysift.attention.strategies.oracle:Oracle",
+    "retrieval": "keysift.attention.strategies.retrieval:Retrieval",
     "sampleattention": "keysift.attention.strategies.sampleattention:SampleAttention",
     "sift": "keysift.attention.strategies.sift:Sift",
     "streaming": "keysift.attention.strategies.streaming:Streaming",

@@ -10,6 +10,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from keysift.kvcache import Context, Phase, Selection
+from keysift.kvcache.index import IndexSpec
 
 LARGEST = 2**31 - 1
 """Positions are int32 on the device."""
@@ -52,6 +53,10 @@ class Strategy:
     def decode(self, q: Tensor, context: Context) -> Selection:
         """Pages for one token of each sequence, q [B, Hq, D]; by default as for a prompt."""
         return self.prefill(q, context)
+
+    def make_index(self) -> IndexSpec | None:
+        """The index over cached keys that it searches, if any; a pair's is that of its part for tokens."""
+        return None
 
     def part(self, phase: Phase) -> Strategy:
         """The strategy that is responsible for a phase."""
@@ -101,6 +106,9 @@ class Split(Strategy):
 
     def decode(self, q: Tensor, context: Context) -> Selection:
         return self.token.decode(q, context)
+
+    def make_index(self) -> IndexSpec | None:
+        return self.token.make_index()
 
     def part(self, phase: Phase) -> Strategy:
         return (self.prompt if phase is Phase.PREFILL else self.token).part(phase)

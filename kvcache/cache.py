@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .allocator import FrameAllocator
 from .context import Context
+from .index.protocol import IndexSpec, PageIndex
 from .prefix import PrefixCache
 from .spec import CacheSpec
 from .step import Phase, Span, Step
@@ -34,6 +35,7 @@ class PagedCache:
         shape = (max_sequences, spec.pages_for(max_len))
         self._tables = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._frames: dict[int, list[int]] = {}
+        self._indexes: dict[IndexSpec, PageIndex] = {}
         self._closed = list(range(max_sequences - 1, -1, -1))
 
     @property
@@ -101,6 +103,9 @@ class PagedCache:
         max_pages = max(self.spec.pages_for(span.stop) for span in spans)
         sequences = torch.tensor([span.sequence for span in spans], device=self.device)
         table = self._tables[:, :max_pages].index_select(0, sequences)[:, None]  # [B, 1, F]
+        filled = [frame for span in spans for frame in self._filled(span)]
+        for index in self._indexes.values():
+            index.forget(filled)
         last = torch.tensor(lasts, dtype=torch.int32, device=self.device)
         return Step(
             phase=phase,
@@ -111,12 +116,11 @@ class PagedCache:
             starts=torch.tensor(starts, dtype=torch.int32, device=self.device),
             lasts=last,
             last_pages=last // page_size,
-            filled=torch.tensor(
-                [f for span in spans for f in self._filled(span)], dtype=torch.int64, device=self.device
-            ),
+            filled=torch.tensor(filled, dtype=torch.int64, device=self.device),
             page_size=page_size,
             queries_per_row=width,
             max_pages=max_pages,
+            held=tuple(self._frames[span.sequence] for span in spans),
         )
 
     def _slots(self, span: Span) -> list[int]:
@@ -131,6 +135,21 @@ class PagedCache:
         """Write the step's keys and values [T, Hkv, D] of one layer."""
         self.tier.write(layer, k, v, step)
 
-    def context(self, layer: int, step: Step) -> Context:
+    def index(self, which: IndexSpec) -> PageIndex:
+        """The cache's one index of this kind and with these options; from now on it observes every step.
+
+        Raises:
+            ValueError: it does not fit the cache.
+        """
+        if which not in self._indexes:
+            self._indexes[which] = which.make(self.spec)
+        return self._indexes[which]
+
+    def observe(self, layer: int, q: Tensor, step: Step) -> None:
+        """Show the step's queries [T, Hq, D] of one layer, whose keys are written, to all indexes."""
+        for index in self._indexes.values():
+            index.observe(q, self.context(layer, step))
+
+    def context(self, layer: int, step: Step, index: PageIndex | None = None) -> Context:
         """One layer as the strategies see it."""
-        return Context(layer, self.spec, step, self.tier)
+        return Context(layer, self.spec, step, self.tier, index)

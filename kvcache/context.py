@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .index.protocol import PageIndex
 from .selection import Selection
 from .spec import CacheSpec
 from .step import Step
@@ -21,6 +22,7 @@ class Context:
     spec: CacheSpec
     step: Step
     tier: Tier
+    index: PageIndex | None = None
 
     @property
     def num_pages(self) -> Tensor:
@@ -34,6 +36,16 @@ class Context:
     def zones(self, *, sink: int, window: int) -> Selection:
         """The first `sink` tokens and every query's last `window`, in whole pages."""
         return Selection.zones(self.step, self.spec.num_kv_heads, sink=sink, window=window)
+
+    def own(self) -> Selection:
+        """The page of each row's last query alone."""
+        own = self.step.last_pages[:, None, None]
+        return Selection(own.expand(-1, self.spec.num_kv_heads, 1))
+
+    def page_mass(self, q: Tensor) -> Tensor:
+        """[R, Hq, F] fp32, log mass of each page by the index: see `PageIndex.masses`."""
+        assert self.index is not None, "the strategy names an index"
+        return self.index.masses(q, self)
 
     def summaries(self) -> Tensor:
         """[B, F, Hkv, 4, D]: mean, least and greatest key (after rotary embedding) and mean value of each page.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
+WORD_BITS = 32
+"""Codes are packed into int32."""
 SUMMARIES = 4
 """Vectors that summarise a page: mean key, least key, greatest key, mean value."""
 
@@ -23,6 +26,15 @@ class CacheSpec:
     """Factor of the scores; None: ``head_dim ** -0.5``."""
     windows: tuple[int, ...] = ()
     """Tokens that each layer's queries see, themselves included; 0: all. Empty: no layer has a window."""
+    code_bits: Literal[2, 4] | None = 4
+    """Bits that a code spends on each channel of a key; None: keys have no codes."""
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` where the codes of a key do not fill whole words."""
+        if self.code_bits and self.head_dim * self.code_bits % WORD_BITS:
+            raise ValueError(
+                f"code_bits: {self.code_bits} bits x head_dim {self.head_dim} is no multiple of {WORD_BITS}"
+            )
 
     @property
     def softmax_scale(self) -> float:
@@ -30,9 +42,15 @@ class CacheSpec:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page: keys, values and summaries of all layers."""
-        vectors = 2 * self.page_size + SUMMARIES
-        return self.num_layers * self.num_kv_heads * vectors * self.head_dim * self.dtype.itemsize
+        """Bytes of one page: keys, values, summaries and codes of all layers."""
+        vectors = (2 * self.page_size + SUMMARIES) * self.head_dim * self.dtype.itemsize
+        codes = self.page_size * self.code_words * WORD_BITS // 8 + (2 * self.head_dim + 8 if self.code_bits else 0)
+        return self.num_layers * self.num_kv_heads * (vectors + codes)
+
+    @property
+    def code_words(self) -> int:
+        """Words of a key's code."""
+        return self.head_dim * (self.code_bits or 0) // WORD_BITS
 
     @property
     def read_bytes(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -53,6 +54,8 @@ class Step:
     queries_per_row: int
     max_pages: int
     """F, as a host integer."""
+    held: tuple[Sequence[int], ...] = ()
+    """Frames of each span's sequence as host integers, page by page."""
     rows_behind: int = 0
     """Rows of the same prompt that come after this step."""
 

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .ops.encode import Codes, encode
 from .ops.store import store
 from .ops.summarize import summarize
 from .selection import Selection
@@ -31,13 +32,16 @@ class Tier(Protocol):
     """Holds the pages of all layers and brings those that a selection names where an op can read them."""
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
-        """Put the step's keys and values [T, Hkv, D] into their slots and summarise the pages that become full."""
+        """Put the step's keys and values [T, Hkv, D] into their slots; summarise and encode pages that become full."""
 
     def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
         """The selected pages, readable now."""
 
     def summaries(self, layer: int) -> Tensor:
         """[N, Hkv, 4, D]: mean, least and greatest key and mean value of each full frame."""
+
+    def codes(self, layer: int) -> Codes:
+        """The keys of each full frame in a few bits; without a word where the spec has no codes."""
 
     @property
     def bytes_moved(self) -> int:
@@ -54,14 +58,29 @@ class DeviceTier:
         self.k = torch.empty(*shape, spec.page_size, spec.head_dim, dtype=spec.dtype, device=device)
         self.v = torch.empty_like(self.k)
         self._summaries = torch.empty(*shape, SUMMARIES, spec.head_dim, dtype=spec.dtype, device=device)
+        self._codes = _empty_codes(shape, spec, device)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         store(self.k[layer], self.v[layer], k, v, step.slots)
         if step.filled.shape[0]:
             summarize(self._summaries[layer], self.k[layer], self.v[layer], step.filled)
+            if self._codes.levels.numel():
+                encode(self.k[layer], self._summaries[layer], step.filled, self.codes(layer))
 
     def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
         return Frames(self.k[layer], self.v[layer], step.table)
 
     def summaries(self, layer: int) -> Tensor:
         return self._summaries[layer]
+
+    def codes(self, layer: int) -> Codes:
+        return Codes(*(part[layer] for part in self._codes))
+
+
+def _empty_codes(shape: tuple[int, int, int], spec: CacheSpec, device: torch.device) -> Codes:
+    dim = spec.head_dim if spec.code_bits else 0
+    return Codes(
+        torch.empty(*shape, spec.code_words, spec.page_size, dtype=torch.int32, device=device),
+        torch.empty(*shape, 2, dim, dtype=torch.int8, device=device),
+        torch.empty(*shape, 2, dtype=torch.float32, device=device),
+    )

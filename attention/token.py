@@ -1,0 +1,60 @@
+"""The base of every strategy that chooses what a generated token reads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from keysift.kvcache import Context, Phase, Selection
+
+from .ops.top_pages import top_pages
+from .strategy import Count, Dense, Positive, Share, Strategy, Tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenStrategy(Strategy, ABC):
+    """Chooses pages for one token of each sequence, one list for each KV head; prompts read everything.
+
+    A subclass says in `masses` how much each page weighs. What is the same for all happens here: sinks and a window,
+    the budget, and how much of it is needed.
+    """
+
+    sink: Tokens = 64
+    """Tokens at the start that every token reads."""
+    window: Positive = 256
+    """Last tokens that every token reads, itself included."""
+    budget: Tokens = 512
+    """Most tokens to read besides, in whole pages."""
+    epsilon: Share = 0.0
+    """Share of the attention that may be left out: fewer pages are read where they hold enough. 0: the whole budget."""
+    dense_layers: Count = 0
+    """First layers that read everything."""
+
+    @abstractmethod
+    def masses(self, q: Tensor, context: Context) -> Tensor:
+        """[R, Hq, F] log mass of each page for queries q [R, Hq, D], one in each row: see `PageIndex.masses`."""
+
+    def prefill(self, q: Tensor, context: Context) -> Selection:
+        return context.all()
+
+    def decode(self, q: Tensor, context: Context) -> Selection:
+        if context.layer < self.dense_layers:
+            return context.all()
+        step, heads = context.step, context.spec.num_kv_heads
+        window = min(self.window, step.max_pages * step.page_size)  # positions are int32
+        chosen = top_pages(
+            self.masses(q, context),
+            (step.starts - window + 1).clamp(min=0) // step.page_size,
+            step.last_pages,
+            heads=heads,
+            sinks=-(-self.sink // step.page_size),
+            window=(window - 2) // step.page_size + 2,
+            budget=self.budget // step.page_size,
+            epsilon=self.epsilon,
+        )
+        return Selection(chosen.pages, coverage=chosen.kept)
+
+    def part(self, phase: Phase) -> Strategy:
+        return self if phase is Phase.DECODE else Dense()

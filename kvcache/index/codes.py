@@ -1,0 +1,41 @@
+"""Every key in a few bits, behind a first look at the bounds of its page."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..ops.page_masses import code_masses
+from .protocol import Stateless
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..spec import CacheSpec
+
+
+@dataclass(frozen=True, slots=True)
+class CodeIndex(Stateless):
+    """Scans the codes of the pages that may hold something, by the bounds of all: see `Codes`."""
+
+    candidates: int = 512
+    """Pages of each KV head whose codes are read."""
+
+    def make(self, spec: CacheSpec) -> CodeIndex:
+        if not spec.code_bits:
+            raise ValueError("codes: the cache keeps none (code_bits)")
+        return self
+
+    def masses(self, q: Tensor, context: Context) -> Tensor:
+        tier = context.tier
+        frames = context.fetch(context.own())
+        return code_masses(
+            q,
+            frames.k,
+            tier.codes(context.layer),
+            frames.table,
+            context.step.starts,
+            scale=context.spec.softmax_scale,
+            candidates=self.candidates,
+        )

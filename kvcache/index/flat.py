@@ -1,0 +1,27 @@
+"""Every key, exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..ops.page_masses import page_masses
+from .protocol import Stateless
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..spec import CacheSpec
+
+
+@dataclass(frozen=True, slots=True)
+class FlatIndex(Stateless):
+    """Reads all keys: what the other indexes are measured by."""
+
+    def make(self, spec: CacheSpec) -> FlatIndex:
+        return self
+
+    def masses(self, q: Tensor, context: Context) -> Tensor:
+        frames = context.fetch(context.all())
+        return page_masses(q, frames.k, frames.table, context.step.starts, scale=context.spec.softmax_scale)

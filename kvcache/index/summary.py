@@ -1,0 +1,43 @@
+"""Pages by their summaries alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..ops.page_masses import page_bounds, page_masses
+from .protocol import Stateless
+
+if TYPE_CHECKING:
+    from ..context import Context
+    from ..spec import CacheSpec
+
+
+@dataclass(frozen=True, slots=True)
+class BoundIndex(Stateless):
+    """By the most that a page could hold, from the least and the greatest of its keys in each channel."""
+
+    def make(self, spec: CacheSpec) -> BoundIndex:
+        return self
+
+    def masses(self, q: Tensor, context: Context) -> Tensor:
+        frames = context.fetch(context.own())
+        summaries = context.tier.summaries(context.layer)
+        scale = context.spec.softmax_scale
+        return page_bounds(q, frames.k, summaries, frames.table, context.step.starts, scale=scale)
+
+
+@dataclass(frozen=True, slots=True)
+class MeanIndex(Stateless):
+    """By the mean key of each page: blind to a single key among others. The row's own page counts as nothing."""
+
+    def make(self, spec: CacheSpec) -> MeanIndex:
+        return self
+
+    def masses(self, q: Tensor, context: Context) -> Tensor:
+        means, step = context.page_means(), context.step
+        masses = page_masses(q, means.k, means.table, step.last_pages - 1, scale=context.spec.softmax_scale)
+        return masses + math.log(context.spec.page_size)
