@@ -26,7 +26,7 @@ class CacheSpec:
     """Factor of the scores; None: ``head_dim ** -0.5``."""
     windows: tuple[int, ...] = ()
     """Tokens that each layer's queries see, themselves included; 0: all. Empty: no layer has a window."""
-    code_bits: Literal[2, 4] | None = 4
+    code_bits: Literal[2, 4] | None = 2
     """Bits that a code spends on each channel of a key; None: keys have no codes."""
 
     def __post_init__(self) -> None:

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Blocks(Generic[T]):
-    """Things that were made of the content of certain frames and are worth nothing once one of them holds something else.
+    """Things made of what certain frames hold, and worth nothing once one of them holds something else.
 
     Sequences that share a prefix hold the same frames, and so find the same things.
     """
@@ -23,7 +23,7 @@ class Blocks(Generic[T]):
         return len(self._things)
 
     def get(self, kind: Hashable, frames: tuple[int, ...]) -> T | None:
-        """What was put for these frames in this order; `kind` tells apart what the same frames mean, such as a layer."""
+        """What was put for these frames in this order; `kind` tells apart what they mean, such as a layer."""
         return self._things.get((kind, frames))
 
     def put(self, kind: Hashable, frames: tuple[int, ...], thing: T) -> None:

@@ -13,14 +13,14 @@ from .dispatch import op
 class Codes(NamedTuple):
     """Keys of full pages, quantised between the bounds of their own page; all that scanning them reads.
 
-    Channel d of a page spans ``middle ± half``: its bounds times their scales. It is cut into ``2**bits`` cells of equal
-    width, and a key is the number of the cell that it lies in, and stands for that cell's middle. Bounds that follow the
-    page keep cells small: 2 bits lose as little as 4 bits do over the range of the whole sequence.
+    Channel d of a page spans ``middle ± half``: its bounds times their scales. It is cut into ``2**bits`` cells of
+    equal width; a key is the number of the cell that it lies in, and stands for that cell's middle. Bounds that follow
+    the page keep cells small: 2 bits lose as little as 4 bits do over the range of the whole sequence.
     """
 
     levels: Tensor
-    """[N, Hkv, W, S] int32: word w of a token holds channels ``w * n ... (w + 1) * n - 1``, n = D / W, in ``32 / n`` bits
-    each, the first channel lowest."""
+    """[N, Hkv, W, S] int32: word w of a token holds channels ``w * n ... (w + 1) * n - 1``, n = D / W, in ``32 / n``
+    bits each, the first channel lowest."""
     bounds: Tensor
     """[N, Hkv, 2, D] int8: middle and half width of each channel."""
     scales: Tensor
@@ -60,7 +60,8 @@ def decode(codes: Codes) -> Tensor:
     shifts = torch.arange(0, 32, codes.bits, device=codes.levels.device)
     levels = (codes.levels.transpose(-1, -2)[..., None] >> shifts) & (2**codes.bits - 1)  # [*, Hkv, S, W, n]
     low, width = cells(codes.bounds, codes.scales, codes.bits)
-    return low + (levels.flatten(-2) + 0.5) * width
+    keys: Tensor = low + (levels.flatten(-2) + 0.5) * width
+    return keys
 
 
 def cells(bounds: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:

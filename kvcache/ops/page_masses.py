@@ -38,7 +38,7 @@ def code_masses(
     *,
     scale: float,
     candidates: int,
-    slack: float = 0.5,
+    slack: float = 0.35,
 ) -> Tensor:
     """[R, Hq, F] fp32, log masses by codes for the `candidates` most promising full pages of each row and KV head.
 
@@ -69,7 +69,7 @@ def code_masses(
     triton="keysift.kvcache.ops.page_masses_triton:page_bounds",
 )
 def page_bounds(q: Tensor, k: Tensor, summaries: Tensor, frames: Tensor, positions: Tensor, *, scale: float) -> Tensor:
-    """[R, Hq, F] fp32, what the log mass of a page cannot exceed: S times the best key that its least and greatest allow.
+    """[R, Hq, F] fp32, what the log mass of a page cannot exceed: S times the best key between its least and greatest.
 
     The page that a query stands in is exact. Tang et al., "Quest", arXiv 2406.10774, rank pages by this.
 
