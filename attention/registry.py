@@ -20,10 +20,12 @@ BUILT_IN = {
     "flexprefill": "keysift.attention.strategies.flexprefill:FlexPrefill",
     "minference": "keysift.attention.strategies.minference:MInference",
     "oracle": "keysift.attention.strategies.oracle:Oracle",
+    "quest": "keysift.attention.strategies.quest:Quest",
     "retrieval": "keysift.attention.strategies.retrieval:Retrieval",
     "sampleattention": "keysift.attention.strategies.sampleattention:SampleAttention",
     "sift": "keysift.attention.strategies.sift:Sift",
     "streaming": "keysift.attention.strategies.streaming:Streaming",
+    "topk": "keysift.attention.strategies.topk:TopK",
     "xattention": "keysift.attention.strategies.xattention:XAttention",
 }
 DEFAULT = "sift"

@@ -150,6 +150,6 @@ class PagedCache:
         for index in self._indexes.values():
             index.observe(q, self.context(layer, step))
 
-    def context(self, layer: int, step: Step, index: PageIndex | None = None) -> Context:
-        """One layer as the strategies see it."""
-        return Context(layer, self.spec, step, self.tier, index)
+    def context(self, layer: int, step: Step, which: IndexSpec | None = None) -> Context:
+        """One layer as a strategy that searches this index sees it."""
+        return Context(layer, self.spec, step, self.tier, None if which is None else self.index(which))
