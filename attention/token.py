@@ -23,13 +23,14 @@ class TokenStrategy(Strategy, ABC):
     the budget, and how much of it is needed.
     """
 
+    dense_below: Tokens = 2048
     sink: Tokens = 64
     """Tokens at the start that every token reads."""
     window: Positive = 256
     """Last tokens that every token reads, itself included."""
-    budget: Tokens = 512
+    budget: Tokens = 1024
     """Most tokens to read besides, in whole pages."""
-    epsilon: Share = 0.0
+    epsilon: Share = 0.05
     """Share of the attention that may be left out: fewer pages are read where they hold enough. 0: the whole budget."""
     tail: Literal["drop", "mean"] = "drop"
     """Pages that are not read: dropped, or standing in by their mean key and mean value."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from keysift.kvcache import Context
 from keysift.kvcache.index import BoundIndex
 
-from ..strategy import Count, Positive, Tokens
+from ..strategy import Count, Positive, Share, Tokens
 from ..token import TokenStrategy
 
 
@@ -24,7 +24,7 @@ class Quest(TokenStrategy):
 
     sink: Tokens = 0
     window: Positive = 1
-    budget: Tokens = 1024
+    epsilon: Share = 0.0
     dense_layers: Count = 2
 
     def make_index(self) -> BoundIndex:

@@ -41,11 +41,15 @@ ROWS = [
     Row("xattention", {"threshold": 0.5, **SMALL}, {"threshold": 1.0}, True),
     Row("quest", {"budget": 8, "window": 4, "dense_layers": 0}, {"budget": 10**6}),
     Row("topk", {"sink": 4, "window": 4, "top_k": 3}, {"top_k": 10**6}, True),
-    Row("retrieval", {**ZONES, "budget": 8}, {"budget": 10**6}),
-    Row("retrieval", {**ZONES, "budget": 8, "index": "flat"}, {"budget": 10**6, "index": "flat"}),
-    Row("retrieval", {**ZONES, "budget": 8, "index": "mean"}, {"budget": 10**6, "index": "mean"}),
-    Row("retrieval", {**ZONES, "budget": 8, "tail": "mean"}, {"budget": 10**6, "tail": "mean"}),
-    Row("retrieval", {**ZONES, "budget": 40, "epsilon": 0.3, "certify": True}, {"budget": 10**6, "certify": True}),
+    Row("retrieval", {**ZONES, "budget": 8, "epsilon": 0.0}, {"budget": 10**6, "epsilon": 0.0}),
+    Row("retrieval", {**ZONES, "budget": 8, "index": "flat"}, {"budget": 10**6, "epsilon": 0.0, "index": "flat"}),
+    Row("retrieval", {**ZONES, "budget": 8, "index": "mean"}, {"budget": 10**6, "epsilon": 0.0, "index": "mean"}),
+    Row("retrieval", {**ZONES, "budget": 8, "tail": "mean"}, {"budget": 10**6, "epsilon": 0.0, "tail": "mean"}),
+    Row(
+        "retrieval",
+        {**ZONES, "budget": 40, "epsilon": 0.3, "certify": True},
+        {"budget": 10**6, "epsilon": 0.0, "certify": True},
+    ),
     Row("dense+streaming", {"streaming.sink": 4, "streaming.window": 12}, {"streaming.window": 10**6}),
 ]
 IDS = [" ".join([row.name, *map(str, row.sparse.values())]) for row in ROWS]

@@ -53,7 +53,7 @@ def shares(q: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("index", ["flat", "codes", "mean"])
 def test_zones_and_budget_are_kept(cache: PagedCache, index: str) -> None:
-    selection, step = choose(make("retrieval", index=index, budget=20, **ZONES), cache, query())
+    selection, step = choose(make("retrieval", index=index, budget=20, epsilon=0.0, **ZONES), cache, query())
     zone = {0, 1, *range((LENGTH - 10) // PAGE, LENGTH // PAGE + 1)}
     for pages in selection.pages[0].tolist():
         chosen = {page for page in pages if page >= 0}
@@ -64,7 +64,7 @@ def test_zones_and_budget_are_kept(cache: PagedCache, index: str) -> None:
 
 def test_the_best_pages_are_chosen(cache: PagedCache) -> None:
     q = query(3.0)
-    selection, _ = choose(make("retrieval", index="flat", budget=12, **ZONES), cache, q)
+    selection, _ = choose(make("retrieval", index="flat", budget=12, epsilon=0.0, **ZONES), cache, q)
     group = shares(q).view(KV_HEADS, -1, shares(q).shape[-1]).mean(1)
     zone = {0, 1, *range((LENGTH - 10) // PAGE, LENGTH // PAGE + 1)}
     for head, pages in enumerate(selection.pages[0].tolist()):
@@ -130,7 +130,7 @@ def test_what_nobody_bounds_is_unknown(cache: PagedCache) -> None:
     _, telemetry = run(make("retrieval", budget=16, **ZONES), cache, query())
     (covered,) = telemetry.covered(telemetry.reads())
     assert covered.dropped_bound is None
-    _, telemetry = run(make("retrieval", budget=10**6, **ZONES), cache, query())
+    _, telemetry = run(make("retrieval", budget=10**6, epsilon=0.0, **ZONES), cache, query())
     (covered,) = telemetry.covered(telemetry.reads())
     assert covered.dropped_bound == 0
 
