@@ -45,3 +45,15 @@ KEYSIFT_EXPORT void keysift_linear(const keysift::LinearCall* call, int level, i
 KEYSIFT_EXPORT void keysift_column_scores(const keysift::ScoresCall* call, int level, int threads) {
   keysift::kernels(level).column_scores(*call, threads);
 }
+
+KEYSIFT_EXPORT void keysift_code_masses(const keysift::PagesCall* call, int level, int threads) {
+  keysift::kernels(level).code_masses(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_page_bounds(const keysift::PagesCall* call, int level, int threads) {
+  keysift::kernels(level).page_bounds(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_top_pages(const keysift::TopCall* call, int level, int threads) {
+  keysift::kernels(level).top_pages(*call, threads);
+}
