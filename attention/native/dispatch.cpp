@@ -27,7 +27,8 @@ KEYSIFT_EXPORT int keysift_best_level() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return keysift::kLevelAvx512Bf16;
+  const bool dots = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  if (avx512 && dots) return keysift::kLevelAvx512Bf16;
   if (avx512) return keysift::kLevelAvx512;
   if (avx2) return keysift::kLevelAvx2;
 #endif
