@@ -45,3 +45,11 @@ KEYSIFT_EXPORT void keysift_linear(const keysift::LinearCall* call, int level, i
 KEYSIFT_EXPORT void keysift_column_scores(const keysift::ScoresCall* call, int level, int threads) {
   keysift::kernels(level).column_scores(*call, threads);
 }
+
+KEYSIFT_EXPORT void keysift_cluster(const keysift::ClusterCall* call, int level, int threads) {
+  keysift::kernels(level).cluster(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_probe(const keysift::ProbeCall* call, int level, int threads) {
+  keysift::kernels(level).probe(*call, threads);
+}

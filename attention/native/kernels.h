@@ -14,6 +14,8 @@
 #include "linear.h"
 #include "pool_scores.h"
 #include "column_scores.h"
+#include "cluster.h"
+#include "probe.h"
 
 namespace keysift::KEYSIFT_ISA {
 
@@ -60,6 +62,28 @@ inline void column_scores(const ScoresCall& call, int threads) {
   }
 }
 
-constexpr Kernels kTable{attention, linear, column_scores};
+inline void cluster(const ClusterCall& call, int threads) {
+  switch (call.type) {
+    case kFloat32:
+      return cluster_of<float>(call, threads);
+    case kBFloat16:
+      return cluster_of<bfloat16>(call, threads);
+    case kFloat16:
+      return cluster_of<float16>(call, threads);
+  }
+}
+
+inline void probe(const ProbeCall& call, int threads) {
+  switch (call.type) {
+    case kFloat32:
+      return probe_of<ArithmeticOf<float>::type>(call, threads);
+    case kBFloat16:
+      return probe_of<ArithmeticOf<bfloat16>::type>(call, threads);
+    case kFloat16:
+      return probe_of<ArithmeticOf<float16>::type>(call, threads);
+  }
+}
+
+constexpr Kernels kTable{attention, linear, column_scores, cluster, probe};
 
 }  // namespace keysift::KEYSIFT_ISA
