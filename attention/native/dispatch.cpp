@@ -58,3 +58,11 @@ KEYSIFT_EXPORT void keysift_page_bounds(const keysift::PagesCall* call, int leve
 KEYSIFT_EXPORT void keysift_top_pages(const keysift::TopCall* call, int level, int threads) {
   keysift::kernels(level).top_pages(*call, threads);
 }
+
+KEYSIFT_EXPORT void keysift_cluster(const keysift::ClusterCall* call, int level, int threads) {
+  keysift::kernels(level).cluster(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_probe(const keysift::ProbeCall* call, int level, int threads) {
+  keysift::kernels(level).probe(*call, threads);
+}
