@@ -90,8 +90,7 @@ def curves_table(rows: Iterable[Row], columns: Sequence[str]) -> Table:
     """Means over the texts, and the text that lost most; - where a strategy does not say."""
     groups: dict[tuple[int, str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        knobs = " ".join(f"{name}={value}" for name, value in row["options"].items())
-        groups[row["length"], row["curve"], knobs].append(row)
+        groups[row["length"], row["curve"], spelt(row["options"])].append(row)
     table = Table("tokens", "strategy", "options", *columns, "worst kl", title="Means over the texts")
     for (length, curve, knobs), group in groups.items():
         means = [
@@ -99,6 +98,10 @@ def curves_table(rows: Iterable[Row], columns: Sequence[str]) -> Table:
         ]
         table.add_row(str(length), curve, knobs, *means, f"{max(row['kl'] for row in group):.4f}")
     return table
+
+
+def spelt(options: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items())
 
 
 def _shown(value: float) -> str:
