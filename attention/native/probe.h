@@ -71,7 +71,7 @@ struct ProbeTask {
   ProbeTask(const ProbeCall& call, std::int64_t task)
       : call(call), row(task / call.kv_heads), head(task % call.kv_heads), group(call.heads / call.kv_heads) {
     position = call.positions[row];
-    segments = static_cast<int>(position / call.page_size * call.page_size / call.segment);
+    segments = static_cast<int>(std::min(position / call.page_size * call.page_size / call.segment, call.width));
     which = call.which + row * call.which_stride;
     frames = call.frames + row * call.frames_strides[0] + head * call.frames_strides[1];
     for (int g = 0; g < group; ++g)
