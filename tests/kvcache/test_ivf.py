@@ -450,3 +450,4 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch() -> None:
         mine = index.masses(q[row : row + 1], alone)
         assert mine.equal(masses[row : row + 1, :, : mine.shape[2]])
         assert (masses[row, :, mine.shape[2] :] == -torch.inf).all()
+    same(index.search(q, context), hits)
