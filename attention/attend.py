@@ -8,8 +8,10 @@ from torch import Tensor
 
 from keysift.kvcache import PagedCache, Phase, Step
 
+from .ops.merge import merge
 from .ops.paged_attention import paged_attention
 from .strategy import Strategy
+from .tail import estimate
 from .telemetry import Telemetry
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -23,19 +25,16 @@ def bind(strategy: Strategy, cache: PagedCache, step: Step, telemetry: Telemetry
     """
     spec = cache.spec
     which = strategy.make_index()
-    index = None if which is None else cache.index(which)
     choose = strategy.prefill if step.phase is Phase.PREFILL else strategy.decode
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.append(layer, k, v, step)
         cache.observe(layer, q, step)
-        context = cache.context(layer, step, index)
+        context = cache.context(layer, step, which)
         window = spec.window(layer)
         selection = context.zones(sink=0, window=window) if window else choose(q, context)
-        if telemetry is not None and not window:
-            telemetry.record(layer, selection)
         frames = context.fetch(selection)
-        out, _ = paged_attention(
+        out, lse = paged_attention(
             q,
             frames.k,
             frames.v,
@@ -46,6 +45,11 @@ def bind(strategy: Strategy, cache: PagedCache, step: Step, telemetry: Telemetry
             scale=spec.softmax_scale,
             window=window,
         )
+        exact = lse
+        if selection.estimated is not None:
+            out, lse = merge(out, lse, *estimate(q, context, selection.estimated))
+        if telemetry is not None and not window:
+            telemetry.record(layer, selection, exact, lse)
         return out
 
     return attend

@@ -20,13 +20,15 @@ BUILT_IN = {
     "flexprefill": "keysift.attention.strategies.flexprefill:FlexPrefill",
     "minference": "keysift.attention.strategies.minference:MInference",
     "oracle": "keysift.attention.strategies.oracle:Oracle",
+    "quest": "keysift.attention.strategies.quest:Quest",
     "retrieval": "keysift.attention.strategies.retrieval:Retrieval",
     "sampleattention": "keysift.attention.strategies.sampleattention:SampleAttention",
     "sift": "keysift.attention.strategies.sift:Sift",
     "streaming": "keysift.attention.strategies.streaming:Streaming",
+    "topk": "keysift.attention.strategies.topk:TopK",
     "xattention": "keysift.attention.strategies.xattention:XAttention",
 }
-DEFAULT = "sift"
+DEFAULT = "sift+retrieval"
 """What runs where nobody chose: of all, it loses least for what it reads (benchmarks/README.md)."""
 GROUP = "keysift.strategies"
 
@@ -50,6 +52,7 @@ def make(name: str, **fields: object) -> Strategy:
     """The strategy `name` with these options; ``"A+B"`` takes A for the prompt and B for the tokens.
 
     Options of a pair, or options that come from text, may be spelt ``A.field``: ``make("a+b", **{"b.window": "512"})``.
+    An option of a pair without such a prefix is that of every part that has one of this name.
 
     Raises:
         StrategyError: names the unknown strategy or option and lists the known ones.
@@ -58,7 +61,8 @@ def make(name: str, **fields: object) -> Strategy:
     _check_prefixes(name, fields)
     if not plus:
         return _make_one(name, fields)
-    return Split(prompt=_make_one(prompt, fields), token=_make_one(token, fields))
+    parts = [_make_one(part, _of_part(part, (prompt, token), fields)) for part in (prompt, token)]
+    return Split(prompt=parts[0], token=parts[1])
 
 
 def parse(name: str, arguments: Iterable[str] = ()) -> Strategy:
@@ -78,6 +82,12 @@ def _check_prefixes(name: str, fields: dict[str, object]) -> None:
         prefix, dot, _ = key.rpartition(".")
         if dot and prefix not in parts:
             raise StrategyError(key, f"belongs to {prefix!r}, but the strategy is {name!r}")
+
+
+def _of_part(name: str, parts: tuple[str, str], fields: dict[str, object]) -> dict[str, object]:
+    """The options but those without a prefix that only the other part of a pair has."""
+    others = {field for part in parts for field in _fields(_find(part))} - _fields(_find(name))
+    return {key: value for key, value in fields.items() if key not in others}
 
 
 def _make_one(name: str, fields: dict[str, object]) -> Strategy:

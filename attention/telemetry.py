@@ -43,6 +43,10 @@ class Coverage:
     """The least that a probe kept of one head's attention, as far as it was measured."""
     widened: float = 0.0
     """Share of the probes whose rows read more because too little was covered, times the tokens."""
+    estimated: float = 0.0
+    """Share of the attention that pages contributed by their means, times the tokens; what is neither was dropped."""
+    bound: float = 0.0
+    """The most that dropped pages can hold, times the tokens; NaN once nobody had told it."""
     chose: bool = False
     """Some layer was asked to choose, whatever it chose."""
 
@@ -52,6 +56,8 @@ class Coverage:
             self.kept + other.kept,
             min(self.lowest, other.lowest),
             self.widened + other.widened,
+            self.estimated + other.estimated,
+            self.bound + other.bound,
             self.chose or other.chose,
         )
 
@@ -69,6 +75,15 @@ class Coverage:
     def widened_share(self) -> float:
         return self.widened / self.tokens if self.tokens else 0.0
 
+    @property
+    def estimated_share(self) -> float:
+        return self.estimated / self.tokens if self.tokens else 0.0
+
+    @property
+    def dropped_bound(self) -> float | None:
+        """The most of the attention that was dropped: mean over layers, heads and tokens; None where it is unknown."""
+        return None if math.isnan(self.bound) else self.bound / self.tokens if self.tokens else 0.0
+
 
 class Telemetry:
     """Keeps a small tensor or two per layer while a step runs; does the arithmetic once, after it."""
@@ -78,12 +93,25 @@ class Telemetry:
         self._step = step
         self._counts: dict[int, Tensor | None] = {}
         self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._estimated: set[int] = set()
+        self._bounds: dict[int, Tensor] = {}
 
-    def record(self, layer: int, selection: Selection) -> None:
-        """Note what this layer chose; a complete selection costs nothing."""
+    def record(self, layer: int, selection: Selection, exact: Tensor | None = None, lse: Tensor | None = None) -> None:
+        """Note what this layer chose; a complete selection costs nothing.
+
+        `exact` and `lse` [T, Hq], log-sum-exps over the chosen pages and with those that stand in by their means, are
+        needed where there are such pages or a bound.
+        """
         self._counts[layer] = None if selection.complete else selection.counts()
-        if selection.coverage is not None and not selection.complete:
+        if selection.complete:
+            return
+        if selection.estimated is not None and exact is not None and lse is not None:
+            self._estimated.add(layer)
+            self._kept[layer] = torch.exp(exact - lse), None
+        elif selection.coverage is not None:
             self._kept[layer] = selection.coverage, selection.widened
+        if selection.bound is not None and lse is not None:
+            self._bounds[layer] = torch.sigmoid(selection.bound - lse)
 
     def density(self) -> Tensor:
         """[L, Hkv or Hq] fp32, share of the possible pairs per layer and head; 1 for layers with a window."""
@@ -125,17 +153,20 @@ class Telemetry:
 
         A decode step has one probe for each of its sequences; all probes of a prompt chunk belong to its one.
         """
-        sparse = self._sparse()
-        lost = [1.0 if read.chosen == read.possible else math.nan for read in reads]
-        unknown = bool(sparse.keys() - self._kept.keys())
-        measured = self._measured()  # [layers, B, 3]
+        sparse, layers = self._sparse(), len(self._counts)
+        if not sparse:
+            return [Coverage(span.length, float(span.length)) for span in self._step.spans]
+        lost = [0.0 if read.chosen == read.possible else math.nan for read in reads]
+        measured = self._measured()  # [layers, B, 4]
+        bounds = self._bound_shares()  # [layers, B]
+        kept_rest, bound_rest = (len(sparse.keys() - known.keys()) for known in (self._kept, self._bounds))
         return [
             _coverage(
                 span.length,
-                len(self._counts),
+                layers,
                 measured[:, b].tolist(),
-                chose=bool(sparse),
-                rest=lost[b] if unknown else 1.0,
+                rest=layers - len(measured) + (kept_rest and lost[b]),
+                bound=float(bounds[:, b].sum()) + (bound_rest and lost[b]),
             )
             for b, span in enumerate(self._step.spans)
         ]
@@ -145,26 +176,46 @@ class Telemetry:
         return {layer: counts for layer, counts in self._counts.items() if counts is not None}
 
     def _measured(self) -> Tensor:
-        """[layers that measured, B, 3] on the host: mean and least kept mass and share widened, of each sequence."""
-        rows = [_per_sequence(self._step, kept, widened) for kept, widened in self._kept.values()]
-        return torch.stack(rows).cpu() if rows else torch.empty(0, len(self._step.spans), 3)
+        """[layers that measured, B, 4] on the host: mean and least kept mass, shares widened and estimated."""
+        empty = [torch.empty(0, len(self._step.spans), 4)]
+        return torch.cat([self._shares(*group) for group in self._alike()] or empty).cpu()
+
+    def _alike(self) -> list[tuple[list[int], Tensor, Tensor]]:
+        """Layers whose probes [B, H] have one shape: numbers, kept masses and which were widened, [layers, B, H]."""
+        groups: dict[torch.Size, list[int]] = {}
+        for layer, (kept, _) in self._kept.items():
+            groups.setdefault(kept.shape, []).append(layer)
+        return [(layers, *self._stacked(layers)) for layers in groups.values()]
+
+    def _stacked(self, layers: list[int]) -> tuple[Tensor, Tensor]:
+        kept, widened = zip(*(self._kept[layer] for layer in layers), strict=True)
+        if all(wide is None for wide in widened):
+            return torch.stack(kept), torch.zeros(1, device=kept[0].device).expand(len(kept), *kept[0].shape)
+        wide = [torch.zeros_like(k) if w is None else w.float() for k, w in zip(kept, widened, strict=True)]
+        return torch.stack(kept), torch.stack(wide)
+
+    def _shares(self, layers: list[int], kept: Tensor, widened: Tensor) -> Tensor:
+        """[layers, B, 4] of probes [layers, B, H]; those of a prompt chunk are one sequence's."""
+        shape = (len(layers), len(self._step.spans), -1)
+        kept, widened = kept.float().clamp(max=1.0).reshape(shape), widened.reshape(shape)
+        mean = kept.mean(-1)
+        stands_in = torch.tensor([float(layer in self._estimated) for layer in layers], device=kept.device)
+        return torch.stack([mean, kept.amin(-1), widened.mean(-1), (1 - mean) * stands_in[:, None]], -1)
+
+    def _bound_shares(self) -> Tensor:
+        """[layers that told it, B] on the host, the most that each sequence's dropped pages can hold."""
+        if not self._bounds:
+            return torch.empty(0, len(self._step.spans))
+        shares = torch.stack(list(self._bounds.values()))  # [layers, R, Hq]
+        return shares.reshape(len(shares), len(self._step.spans), -1).mean(-1).cpu()
 
 
-def _per_sequence(step: Step, kept: Tensor, widened: Tensor | None) -> Tensor:
-    """[B, 3] of a layer's probes [B, H]; those of a prompt chunk are one sequence's."""
-    kept = kept.float().clamp(max=1.0).reshape(len(step.spans), -1)
-    wide = torch.zeros_like(kept) if widened is None else widened.float().reshape(kept.shape)
-    return torch.stack([kept.mean(1), kept.amin(1), wide.mean(1)], -1)
-
-
-def _coverage(tokens: int, layers: int, measured: list[list[float]], *, chose: bool, rest: float) -> Coverage:
-    """One sequence's coverage of a step from its measured layers; each of the others kept `rest`."""
-    if not chose:
-        return Coverage(tokens, float(tokens))
-    kept = sum(mean for mean, _, _ in measured) + rest * (layers - len(measured))
-    widened = sum(wide for _, _, wide in measured)
-    least = min((least for _, least, _ in measured), default=1.0)
-    return Coverage(tokens, tokens * kept / layers, least, tokens * widened / layers, chose=True)
+def _coverage(tokens: int, layers: int, measured: list[list[float]], *, rest: float, bound: float) -> Coverage:
+    """One sequence's coverage of a step from its measured layers; the others kept `rest` layers' worth together."""
+    kept, widened, estimated = (sum(row[i] for row in measured) for i in (0, 2, 3))
+    least = min((row[1] for row in measured), default=1.0)
+    share = tokens / layers
+    return Coverage(tokens, share * (kept + rest), least, share * widened, share * estimated, share * bound, chose=True)
 
 
 def _by_heads(layers: list[Tensor]) -> list[Tensor]:

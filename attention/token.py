@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from torch import Tensor
 
 from keysift.kvcache import Context, Phase, Selection
 
-from .ops.top_pages import top_pages
+from . import patterns, tail
+from .ops.top_pages import TopPages, top_pages
 from .strategy import Count, Dense, Positive, Share, Strategy, Tokens
 
 
@@ -21,14 +23,19 @@ class TokenStrategy(Strategy, ABC):
     the budget, and how much of it is needed.
     """
 
+    dense_below: Tokens = 2048
     sink: Tokens = 64
     """Tokens at the start that every token reads."""
     window: Positive = 256
     """Last tokens that every token reads, itself included."""
-    budget: Tokens = 512
+    budget: Tokens = 1024
     """Most tokens to read besides, in whole pages."""
-    epsilon: Share = 0.0
+    epsilon: Share = 0.045
     """Share of the attention that may be left out: fewer pages are read where they hold enough. 0: the whole budget."""
+    tail: Literal["drop", "mean"] = "drop"
+    """Pages that are not read: dropped, or standing in by their mean key and mean value."""
+    certify: bool = False
+    """Tell the most attention that dropped pages can hold, by the bounds of their keys; costs a look at all of them."""
     dense_layers: Count = 0
     """First layers that read everything."""
 
@@ -54,7 +61,18 @@ class TokenStrategy(Strategy, ABC):
             budget=self.budget // step.page_size,
             epsilon=self.epsilon,
         )
-        return Selection(chosen.pages, coverage=chosen.kept)
+        return self._account(q, context, chosen)
+
+    def _account(self, q: Tensor, context: Context, chosen: TopPages) -> Selection:
+        """The selection, and what becomes of the pages outside it."""
+        selection = Selection(chosen.pages, coverage=chosen.kept if context.tells_shares else None)
+        if self.tail == "drop" and not self.certify:
+            return selection
+        mask = selection.mask(context.step.max_pages)
+        if self.tail == "mean":
+            rest = ~mask & (patterns.pages(context.step) < context.step.last_pages[:, None])[:, None]
+            return replace(selection, estimated=Selection.from_mask(rest).pages)
+        return replace(selection, bound=tail.bound(q, context, mask))
 
     def part(self, phase: Phase) -> Strategy:
         return self if phase is Phase.DECODE else Dense()

@@ -1,9 +1,8 @@
-"""What a prompt strategy loses against dense, measured on one model in fp32: the work behind `prefill_quality.py`."""
+"""What a strategy loses against dense, measured on one model in fp32: the work behind the benchmarks of quality."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -15,7 +14,7 @@ from keysift.attention import Coverage, Dense, Reads, Strategy, Telemetry, bind
 from keysift.engine.config import EngineConfig
 from keysift.engine.memory import cache_spec
 from keysift.engine.model import LoadedModel, load
-from keysift.kvcache import PagedCache, Span
+from keysift.kvcache import PagedCache, Span, Step
 
 SCORED = 1500
 """Positions whose next-token distributions are compared, evenly spaced over the last three quarters."""
@@ -27,6 +26,11 @@ NEEDLE = "\nOne of the special magic numbers for {} is: {}.\n"
 QUESTION = "\n\nWhat is the special magic number for {0}?\nOne of the special magic numbers for {0} is: "
 ROOM = 128
 """Tokens of a question and its answer, at most."""
+DECODED = 64
+"""Tokens that are decoded at once: see `Bench.decode`."""
+Run = Callable[[int, Tensor, Tensor], Tensor]
+"""Runs tokens [T] from a position of the sequence on; gives [queries, V], the logs of next-token probabilities after
+those at indices [queries]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +41,19 @@ class Reading:
     """[SCORED, V], logs of next-token probabilities."""
     answers: Tensor
     """[needles], mean negative log-likelihood of the answer's tokens in nats."""
-    density: float
-    coverage: float | None
-    """Mean attention mass that the probes kept; None: the strategy has none."""
-    coverage_min: float | None
+    facts: dict[str, float | None]
+    """What it read and what it says that it kept; None: it does not say."""
+
+    def against(self, dense: Reading, followers: Tensor) -> dict[str, float | None]:
+        """All that is told of it, where these tokens [followers] really follow the first scored positions."""
+        lost = self.answers - dense.answers
+        return {
+            **self.facts,
+            **divergence(dense.logs, self.logs, followers),
+            "needle_nll": float(self.answers.mean()),
+            "needle_loss": float(lost.mean()),
+            "needle_loss_worst": float(lost.max()),
+        }
 
 
 @dataclass(slots=True)
@@ -65,37 +78,31 @@ class Bench:
         if (kind, length) not in self.dense:
             self.dense.clear()  # its distributions are 300 MB
             self.dense[kind, length] = self.read(kind, length, Dense())
-        dense, sparse = self.dense[kind, length], self.read(kind, length, strategy)
-        return {
-            "density": sparse.density,
-            "coverage": sparse.coverage,
-            "coverage_min": sparse.coverage_min,
-            **divergence(dense.logs, sparse.logs, self.followers(kind, length)),
-            "needle_nll": float(sparse.answers.mean()),
-            "needle_loss": float((sparse.answers - dense.answers).mean()),
-            "needle_loss_worst": float((sparse.answers - dense.answers).max()),
-        }
+        return self.read(kind, length, strategy).against(self.dense[kind, length], self.followers(kind, length))
 
     @torch.inference_mode()
     def read(self, kind: str, length: int, strategy: Strategy) -> Reading:
         """Prefill the text, compare along it, then ask for its needles; questions are prefilled sparsely as well."""
         tokens = torch.tensor(self.haystack(kind, length))
-        with self.sequence(length + ROOM) as (cache, sequence):
-            logs, steps = self.prefill(cache, sequence, tokens, scored(length), strategy)
-            answers = [self.answer(cache, sequence, length, *pair, strategy) for pair in NEEDLES.items()]
-        read = [telemetry.reads() for telemetry in steps]
-        covered = sum((step.covered(reads)[0] for step, reads in zip(steps, read, strict=True)), Coverage())
-        density = sum((reads[0] for reads in read), Reads()).density
-        return Reading(logs, torch.stack(answers), density, covered.mean, covered.least)
+        cache, sequence = self.sequence(length + ROOM)
+        logs, steps = self.prefill(cache, sequence, tokens, scored(length), strategy)
 
-    def answer(
-        self, cache: PagedCache, sequence: int, start: int, name: str, number: str, strategy: Strategy
-    ) -> Tensor:
-        """[] mean negative log-likelihood of a needle's number; each question is written over the one before."""
+        def run(start: int, tokens: Tensor, last: Tensor) -> Tensor:
+            return self.run(cache, Span(sequence, start, len(tokens)), tokens, last, strategy, 0)[0]
+
+        reads, covered = told(steps)
+        facts = {"density": reads.density, "coverage": covered.mean, "coverage_min": covered.least}
+        return Reading(logs, self.answers(run, length), facts)
+
+    def answers(self, run: Run, start: int) -> Tensor:
+        """[needles] nats: how unlikely each number is, a mean over its tokens, asked for behind `start` tokens."""
+        return torch.stack([self.answer(run, start, *pair) for pair in NEEDLES.items()])
+
+    def answer(self, run: Run, start: int, name: str, number: str) -> Tensor:
+        """[] of one needle; each question is written over the one before."""
         question, answer = (self.model.tokenizer.encode(part) for part in (QUESTION.format(name), number))
         tokens = torch.tensor(question + answer[:-1])
-        last = torch.arange(len(question) - 1, len(tokens))
-        logs, _ = self.run(cache, Span(sequence, start, len(tokens)), tokens, last, strategy, 0)
+        logs = run(start, tokens, torch.arange(len(question) - 1, len(tokens)))
         return -logs[torch.arange(len(answer)), torch.tensor(answer)].mean()
 
     def prefill(
@@ -111,21 +118,43 @@ class Bench:
             steps.append(telemetry)
         return torch.cat(logs), steps
 
+    def decode(
+        self, cache: PagedCache, sequence: int, start: int, tokens: Tensor, last: Tensor, strategy: Strategy
+    ) -> tuple[Tensor, list[Telemetry]]:
+        """As `prefill`, but as generated tokens [T] from position `start` on; logs after those at indices `last`.
+
+        The tokens of a decode step may as well be consecutive ones of one sequence: all keys of a layer are written
+        before it is read, and no token sees a key behind it. So 64 of them take little longer than one.
+        """
+        logs, steps = [], []
+        for first in range(0, len(tokens), DECODED):
+            here = range(first, min(first + DECODED, len(tokens)))
+            step = cache.decode([Span(sequence, start + i, 1) for i in here])
+            inner = last[(last >= here.start) & (last < here.stop)] - first
+            out, telemetry = self.forward(cache, step, tokens[here.start : here.stop], inner, strategy)
+            logs.append(out)
+            steps.append(telemetry)
+        return torch.cat(logs), steps
+
     def run(
         self, cache: PagedCache, span: Span, tokens: Tensor, last: Tensor, strategy: Strategy, total: int
     ) -> tuple[Tensor, Telemetry]:
-        step = cache.prefill(span, self.row, max(total - span.stop, 0))
+        return self.forward(cache, cache.prefill(span, self.row, max(total - span.stop, 0)), tokens, last, strategy)
+
+    def forward(
+        self, cache: PagedCache, step: Step, tokens: Tensor, last: Tensor, strategy: Strategy
+    ) -> tuple[Tensor, Telemetry]:
         telemetry = Telemetry(cache.spec, step)
         logits = self.model.forward(tokens, step.positions, last, bind(strategy, cache, step, telemetry))
         return torch.log_softmax(logits, -1), telemetry
 
-    @contextmanager
-    def sequence(self, length: int) -> Iterator[tuple[PagedCache, int]]:
+    def sequence(self, length: int) -> tuple[PagedCache, int]:
+        """A cache of its own, and its only sequence."""
         spec = cache_spec(EngineConfig(), self.model)
         cache = PagedCache(spec, spec.pages_for(length), max_sequences=1, max_len=length)
         sequence = cache.open()
         cache.reserve(sequence, length)
-        yield cache, sequence
+        return cache, sequence
 
     def encode(self, content: str, length: int) -> list[int]:
         tokens = self.model.tokenizer.encode(content[: 8 * length])[:length]
@@ -149,6 +178,13 @@ class Bench:
 def scored(length: int) -> Tensor:
     """[SCORED] int64, positions in the last three quarters."""
     return torch.linspace(length // 4, length - 2, SCORED).long()
+
+
+def told(steps: Sequence[Telemetry]) -> tuple[Reads, Coverage]:
+    """What these steps read, and what their selections say that they kept."""
+    read = [telemetry.reads() for telemetry in steps]
+    covered = [each for step, reads in zip(steps, read, strict=True) for each in step.covered(reads)]
+    return sum((each for reads in read for each in reads), Reads()), sum(covered, Coverage())
 
 
 def divergence(dense: Tensor, sparse: Tensor, followers: Tensor) -> dict[str, float]:

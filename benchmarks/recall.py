@@ -1,8 +1,11 @@
-"""What sparse prompts fail to recall: a model that is always right under dense attention, asked in every kind of place.
+"""What sparse attention fails to recall: a model that is right by construction, asked in every kind of place.
 
 `recall_model.py` tells how it is built. Every prompt is filler with 24 records. Eight are asked for by single tokens
 in the last row, sixteen by single tokens, or by quotes of 16, all over the second half. The whole prompt is sparse, its
-last rows too, with the options of `prefill_quality.py`. Readings do not depend on the machine's speed.
+last rows too, with the options of `prefill_quality.py`.
+
+With ``--phase decode`` the prompt, all of it filler but for its records, is dense; the single tokens that ask for them
+are decoded behind it, with the options of `decode_quality.py`. Readings do not depend on the machine's speed.
 """
 
 from __future__ import annotations
@@ -15,26 +18,30 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import decode_quality
+import prefill_quality
 import torch
-from prefill_quality import CURVES, strategy
-from quality import Bench
-from recall_model import RecallPrompt, recall_prompt, write_recall_model
+from quality import Bench, told
+from readings import Row, spelt
+from recall_model import NAMES, RecallPrompt, recall_prompt, write_recall_model
 from rich.console import Console
 from rich.table import Table
 from timing import machine
 
-from keysift.attention import Dense, Reads, Strategy, make
+from keysift.attention import Dense, Strategy, make
 from keysift.engine.config import EngineConfig
 from keysift.engine.model import load
 
-Row = dict[str, Any]
+Knobs = dict[str, Any]
 RUNS = {"single": 1, "quoted": 16}
 """Asking tokens in each place."""
+LENGTHS = {"prefill": [4096, 8192], "decode": [1024, 4096, 16384]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192], help="prompt tokens")
+    parser.add_argument("--phase", choices=LENGTHS, default="prefill", help="what is sparse")
+    parser.add_argument("--lengths", nargs="+", type=int, help="prompt tokens")
     parser.add_argument("--prompts", type=int, default=3, help="prompts of each kind and length")
     parser.add_argument("--chunk", type=int, default=1024, help="prompt tokens of one step")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -43,13 +50,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with TemporaryDirectory() as folder:
         config = EngineConfig(model=str(write_recall_model(Path(folder))), dtype="float32", device="cpu")
-        rows = list(measure(Bench(load(config, lambda message: None), options.chunk), options.lengths, options.prompts))
+        bench = Bench(load(config, lambda message: None), options.chunk)
+        work, show = (measure, table) if options.phase == "prefill" else (measure_tokens, table_of_tokens)
+        rows = list(work(bench, options.lengths or LENGTHS[options.phase], options.prompts))
     if options.json:
         print(json.dumps({"machine": machine(), "chunk": options.chunk, "rows": rows}, indent=1))
     else:
         console = Console(width=130)
         console.print(", ".join(f"{name} {value}" for name, value in machine().items()), highlight=False)
-        console.print(table(rows))
+        console.print(show(rows))
 
 
 def measure(bench: Bench, lengths: list[int], prompts: int) -> Iterator[Row]:
@@ -68,22 +77,63 @@ def strategies() -> Iterator[tuple[str, Strategy]]:
     """Dense, and of every curve its two middle points."""
     yield "dense", Dense()
     yield "ashape window=1024", make("ashape", dense_below=0, last_rows_dense=0, sink=64, local=1024)
-    for curve, knobs in CURVES.items():
-        middle = max(len(knobs) // 2 - 1, 0)
-        for fields in knobs[middle : middle + 2]:
-            shown = " ".join(f"{name}={value}" for name, value in fields.items())
-            yield f"{curve} {shown}", strategy({"curve": curve, "options": fields})
+    for curve, knobs in prefill_quality.CURVES.items():
+        for fields in middle(knobs):
+            yield f"{curve} {spelt(fields)}", prefill_quality.strategy({"curve": curve, "options": fields})
+
+
+def strategies_for_tokens() -> Iterator[tuple[str, Strategy]]:
+    """Likewise."""
+    yield "dense", Dense()
+    for curve, (_, knobs) in decode_quality.CURVES.items():
+        for fields in middle(knobs):
+            yield f"{curve} {spelt(fields)}", decode_quality.strategy({"curve": curve, "options": fields})
+
+
+def middle(knobs: list[Knobs]) -> list[Knobs]:
+    first = max(len(knobs) // 2 - 1, 0)
+    return knobs[first : first + 2]
 
 
 @torch.inference_mode()
 def recall(bench: Bench, prompt: RecallPrompt, chosen: Strategy) -> tuple[float, float, float]:
     """Shares of right answers at the end and spread over the prompt, and the density."""
     asked = torch.cat((prompt.spread, prompt.end))
-    with bench.sequence(len(prompt.tokens)) as (cache, sequence):
-        logs, steps = bench.prefill(cache, sequence, prompt.tokens, asked, chosen)
+    cache, sequence = bench.sequence(len(prompt.tokens))
+    logs, steps = bench.prefill(cache, sequence, prompt.tokens, asked, chosen)
     spread, end = torch.split(logs.argmax(-1), [len(prompt.spread), len(prompt.end)])
-    density = sum((telemetry.reads()[0] for telemetry in steps), Reads()).density
-    return prompt.right(prompt.end, end), prompt.right(prompt.spread, spread), density
+    return prompt.right(prompt.end, end), prompt.right(prompt.spread, spread), told(steps)[0].density
+
+
+def measure_tokens(bench: Bench, lengths: list[int], prompts: int) -> Iterator[Row]:
+    """A row for each length and strategy: means over the prompts, each of which is prefilled once."""
+    named = list(strategies_for_tokens())
+    for length in lengths:
+        asked = [recall_of_tokens(bench, recall_prompt(length, seed), named) for seed in range(prompts)]
+        for (name, chosen), found in zip(named, zip(*asked, strict=True), strict=True):
+            right, density = (statistics.fmean(values) for values in zip(*found, strict=True))
+            yield {"tokens": length, "strategy": name, "options": repr(chosen), "right": right, "density": density}
+
+
+@torch.inference_mode()
+def recall_of_tokens(
+    bench: Bench, prompt: RecallPrompt, named: list[tuple[str, Strategy]]
+) -> list[tuple[float, float]]:
+    """Of each strategy the share of right answers to tokens that are decoded behind the prompt, and the density.
+
+    They are the prompt's own, which are filler in it instead, so that each comes for the first time.
+    """
+    asked, length = torch.cat((prompt.spread, prompt.end)), len(prompt.tokens)
+    filler = prompt.tokens.index_fill(0, asked, 1 + NAMES)
+    cache, sequence = bench.sequence(length + len(asked))
+    for index in {index for _, chosen in named if (index := chosen.make_index())}:
+        cache.index(index)  # so that it sees the prompt
+    bench.prefill(cache, sequence, filler, torch.arange(0), Dense())
+    found = []
+    for _, chosen in named:
+        logs, steps = bench.decode(cache, sequence, length, prompt.tokens[asked], torch.arange(len(asked)), chosen)
+        found.append((prompt.right(asked, logs.argmax(-1)), told(steps)[0].density))
+    return found
 
 
 def table(rows: list[Row]) -> Table:
@@ -93,6 +143,13 @@ def table(rows: list[Row]) -> Table:
         end = (row["single_end"] + row["quoted_end"]) / 2
         shares = (end, *(row[f"{kind}_{what}"] for kind in RUNS for what in ("spread", "density")))
         shown.add_row(str(row["tokens"]), row["strategy"], *(f"{share:.3f}" for share in shares))
+    return shown
+
+
+def table_of_tokens(rows: list[Row]) -> Table:
+    shown = Table("tokens", "strategy", "right", "density", title="Share of decoded tokens that recall the right token")
+    for row in rows:
+        shown.add_row(str(row["tokens"]), row["strategy"], f"{row['right']:.3f}", f"{row['density']:.3f}")
     return shown
 
 

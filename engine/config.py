@@ -31,6 +31,9 @@ class EngineConfig(Checked):
         None, ge=1, description="longest prompt + completion in tokens; none: the model's own"
     )
     page_size: int = Field(16, ge=1, le=256, description="tokens of a page")
+    code_bits: Literal[0, 2, 4] = Field(
+        2, description="bits of a channel in the codes that keys are searched by; 0: none, and pages a tenth smaller"
+    )
     kv_memory: ByteSize | None = Field(
         None,
         description="bytes for KV pages, such as 4GiB; none: at most 40 % of what is free",

@@ -9,7 +9,7 @@ from keysift.kvcache import PageKeys
 
 from . import calibration, metrics
 from .config import EngineConfig
-from .errors import DuplicateRequest, InvalidRequest, ResourceExhausted
+from .errors import DuplicateRequest, InvalidRequest, ResourceExhausted, Unsupported
 from .job import Job
 from .memory import make_cache
 from .model import load
@@ -70,6 +70,7 @@ class Engine:
             InvalidRequest: a field is out of bounds.
             DuplicateRequest: a live request has this id.
             ResourceExhausted: the queue is full, or the request can never fit into the cache.
+            Unsupported: its strategy does not fit the model or the cache.
         """
         if request.request_id in self._jobs:
             raise DuplicateRequest(f"request_id: {request.request_id!r} is that of a live request")
@@ -114,9 +115,19 @@ class Engine:
         strategy = self._default
         if request.strategy is not None or request.strategy_args:
             strategy = self._strategy(request.strategy or self.config.strategy, request.strategy_args)
+        self._open_index(strategy)
         sequence = Sequence(request, strategy, min(request.params.max_new_tokens, limit - length))
         sequence.keys = self._page_keys(sequence)
         return sequence
+
+    def _open_index(self, strategy: Strategy) -> None:
+        """From the prompt's first chunk on the strategy's index sees what it will search. Raises `Unsupported`."""
+        which = strategy.make_index()
+        try:
+            if which is not None:
+                self.cache.index(which)
+        except ValueError as error:
+            raise Unsupported(f"strategy {strategy.name}: {error}") from None
 
     def _strategy(self, name: str, arguments: tuple[str, ...]) -> Strategy:
         """With the `dense_below` that was measured here, where the arguments state none."""

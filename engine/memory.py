@@ -27,6 +27,7 @@ def cache_spec(config: EngineConfig, model: LoadedModel) -> CacheSpec:
         dtype=model.dtype,
         scale=model.scale,
         windows=model.windows,
+        code_bits=config.code_bits or None,
     )
 
 

@@ -125,6 +125,10 @@ class Sparsity:
     """The same of the probe and head that lost most."""
     widened: float
     """Share of the probes whose rows read more because too little was covered."""
+    estimated: float = 0.0
+    """Share of the attention that came from pages' means; what is neither kept nor estimated was dropped."""
+    dropped_bound: float | None = 0.0
+    """The most of the attention that dropped pages can hold, mean over tokens, layers and heads; None: nobody told."""
 
 
 @dataclass(frozen=True, slots=True)

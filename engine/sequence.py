@@ -167,4 +167,6 @@ class Sequence:
             kv_bytes_moved=self.bytes_moved,
             coverage_min=chose.least,
             widened=chose.widened_share,
+            estimated=chose.estimated_share,
+            dropped_bound=chose.dropped_bound,
         )

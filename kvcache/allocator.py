@@ -56,6 +56,10 @@ class FrameAllocator:
         """Let the frame go idle rather than free when its last reference is released."""
         self._kept.add(frame)
 
+    def exclusive(self, frame: int) -> bool:
+        """Nobody but its one holder reads the frame, now or later."""
+        return self._references[frame] == 1 and frame not in self._kept
+
     def release(self, frame: int) -> None:
         """One reference less."""
         assert self._references[frame] > 0, f"frame {frame} is not held"

@@ -80,6 +80,20 @@ class PagedCache:
             self.allocator.release(frame)
         self._closed.append(sequence)
 
+    def rollback(self, sequence: int, tokens: int) -> None:
+        """Forget all but the sequence's first `tokens` tokens and give the pages behind them back.
+
+        Raises:
+            ValueError: it would reopen a page that others may read; nothing was changed.
+        """
+        held = self._frames[sequence]
+        count = self.spec.pages_for(tokens)
+        if tokens % self.spec.page_size and count <= len(held) and not self.allocator.exclusive(held[count - 1]):
+            raise ValueError(f"tokens: {tokens} ends within a page that others share")
+        for frame in reversed(held[count:]):
+            self.allocator.release(frame)
+        del held[count:]
+
     def keep(self, sequence: int, keys: Sequence[bytes], first_page: int = 0) -> None:
         """Offer full pages from `first_page` on for reuse under these prefix keys."""
         held = self._frames[sequence]
@@ -150,6 +164,6 @@ class PagedCache:
         for index in self._indexes.values():
             index.observe(q, self.context(layer, step))
 
-    def context(self, layer: int, step: Step, index: PageIndex | None = None) -> Context:
-        """One layer as the strategies see it."""
-        return Context(layer, self.spec, step, self.tier, index)
+    def context(self, layer: int, step: Step, which: IndexSpec | None = None) -> Context:
+        """One layer as a strategy that searches this index sees it."""
+        return Context(layer, self.spec, step, self.tier, None if which is None else self.index(which))

@@ -42,6 +42,11 @@ class Context:
         own = self.step.last_pages[:, None, None]
         return Selection(own.expand(-1, self.spec.num_kv_heads, 1))
 
+    @property
+    def tells_shares(self) -> bool:
+        """Shares of the index's masses are shares of attention, more or less."""
+        return self.index is not None and self.index.tells_shares
+
     def page_mass(self, q: Tensor) -> Tensor:
         """[R, Hq, F] fp32, log mass of each page by the index: see `PageIndex.masses`."""
         assert self.index is not None, "the strategy names an index"

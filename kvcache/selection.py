@@ -22,6 +22,10 @@ class Selection:
     """[B, H] fp32, share of the attention of each probe that the chosen pages hold; None: nothing measured it."""
     widened: Tensor | None = None
     """[B, H] bool, probes whose rows read more than was chosen because too little was covered."""
+    estimated: Tensor | None = None
+    """[R, H, P] int32, full pages besides the chosen that stand in by mean key and mean value, listed as `pages` is."""
+    bound: Tensor | None = None
+    """[R, Hq] fp32, log of the most mass that pages which are neither chosen nor estimated can hold."""
 
     @classmethod
     def all(cls, step: Step, heads: int) -> Selection:

@@ -27,14 +27,7 @@ class CacheSpec:
     windows: tuple[int, ...] = ()
     """Tokens that each layer's queries see, themselves included; 0: all. Empty: no layer has a window."""
     code_bits: Literal[2, 4] | None = 2
-    """Bits that a code spends on each channel of a key; None: keys have no codes."""
-
-    def __post_init__(self) -> None:
-        """Raises `ValueError` where the codes of a key do not fill whole words."""
-        if self.code_bits and self.head_dim * self.code_bits % WORD_BITS:
-            raise ValueError(
-                f"code_bits: {self.code_bits} bits x head_dim {self.head_dim} is no multiple of {WORD_BITS}"
-            )
+    """Bits that a code spends on each channel of a key, at least; None: keys have no codes."""
 
     @property
     def softmax_scale(self) -> float:
@@ -49,8 +42,8 @@ class CacheSpec:
 
     @property
     def code_words(self) -> int:
-        """Words of a key's code."""
-        return self.head_dim * (self.code_bits or 0) // WORD_BITS
+        """Words of a key's code; what is left over of the last one is wasted."""
+        return -(-self.head_dim * (self.code_bits or 0) // WORD_BITS)
 
     @property
     def read_bytes(self) -> int:

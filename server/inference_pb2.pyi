@@ -703,6 +703,8 @@ class Sparsity(google.protobuf.message.Message):
     KV_BYTES_MOVED_FIELD_NUMBER: builtins.int
     COVERAGE_MIN_FIELD_NUMBER: builtins.int
     WIDENED_FIELD_NUMBER: builtins.int
+    ESTIMATED_FIELD_NUMBER: builtins.int
+    DROPPED_BOUND_FIELD_NUMBER: builtins.int
     strategy: builtins.str
     prefill_density: builtins.float
     """Fraction of the causal context that prompt tokens attended to, 0 to 1."""
@@ -723,6 +725,12 @@ class Sparsity(google.protobuf.message.Message):
     """The same as coverage, of the probe and head that kept least. Not set where coverage is not."""
     widened: builtins.float
     """Fraction of the probes, 0 to 1, whose rows read more because too little was covered."""
+    estimated: builtins.float
+    """Share of the attention that came from the means of pages that were not read. What is neither covered nor estimated
+    was dropped.
+    """
+    dropped_bound: builtins.float
+    """The most of the attention that dropped pages can hold, a mean like coverage. Not set where nothing told it."""
     def __init__(
         self,
         *,
@@ -735,13 +743,17 @@ class Sparsity(google.protobuf.message.Message):
         kv_bytes_moved: builtins.int = ...,
         coverage_min: builtins.float | None = ...,
         widened: builtins.float = ...,
+        estimated: builtins.float = ...,
+        dropped_bound: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_coverage", b"_coverage", "_coverage_min", b"_coverage_min", "coverage", b"coverage", "coverage_min", b"coverage_min"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_coverage", b"_coverage", "_coverage_min", b"_coverage_min", "coverage", b"coverage", "coverage_min", b"coverage_min", "decode_density", b"decode_density", "dense_fallback", b"dense_fallback", "kv_bytes_moved", b"kv_bytes_moved", "kv_bytes_read", b"kv_bytes_read", "prefill_density", b"prefill_density", "strategy", b"strategy", "widened", b"widened"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_coverage", b"_coverage", "_coverage_min", b"_coverage_min", "_dropped_bound", b"_dropped_bound", "coverage", b"coverage", "coverage_min", b"coverage_min", "dropped_bound", b"dropped_bound"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_coverage", b"_coverage", "_coverage_min", b"_coverage_min", "_dropped_bound", b"_dropped_bound", "coverage", b"coverage", "coverage_min", b"coverage_min", "decode_density", b"decode_density", "dense_fallback", b"dense_fallback", "dropped_bound", b"dropped_bound", "estimated", b"estimated", "kv_bytes_moved", b"kv_bytes_moved", "kv_bytes_read", b"kv_bytes_read", "prefill_density", b"prefill_density", "strategy", b"strategy", "widened", b"widened"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_coverage", b"_coverage"]) -> typing.Literal["coverage"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_coverage_min", b"_coverage_min"]) -> typing.Literal["coverage_min"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_dropped_bound", b"_dropped_bound"]) -> typing.Literal["dropped_bound"] | None: ...
 
 Global___Sparsity: typing_extensions.TypeAlias = Sparsity
 

@@ -35,6 +35,7 @@ RecallPrompt, recall_prompt, write_recall_model = (
     _builder.recall_prompt,
     _builder.write_recall_model,
 )
+NAMES, WORDS = _builder.NAMES, _builder.WORDS
 
 
 def probabilities(model: LoadedModel, tokens: Tensor, asked: Tensor, strategy: Strategy) -> tuple[Tensor, float]:

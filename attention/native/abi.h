@@ -47,6 +47,33 @@ struct ScoresCall {
   float scale;
 };
 
+// One scan over the pages of single queries; each kind leaves null what it does not read.
+struct PagesCall {
+  const void* q;                  // [R, Hq, D]
+  const void* k;                  // [N, Hkv, S, D]
+  const void* summaries;          // [N, Hkv, 4, D], contiguous, as are the next three
+  const std::int32_t* levels;     // [N, Hkv, W, S]
+  const std::int8_t* bounds;      // [N, Hkv, 2, D]
+  const float* scales;            // [N, Hkv, 2]
+  const std::int32_t* frames;     // [R, Hkv, F]
+  const std::int32_t* positions;  // [R], contiguous
+  float* masses;                  // [R, Hq, F], contiguous
+  std::int64_t q_strides[2], k_strides[3], frames_strides[3];
+  std::int64_t rows, heads, kv_heads, dim, page_size, pages, words, candidates;
+  Type type;
+  float scale, slack;
+};
+
+struct TopCall {
+  const float* masses;         // [R, Hq, F], contiguous
+  const std::int32_t* firsts;  // [R], contiguous
+  const std::int32_t* lasts;   // [R], contiguous
+  std::int32_t* out;           // [R, H, P], contiguous
+  float* kept;                 // [R, Hq], contiguous
+  std::int64_t rows, heads, lists, pages, width, sinks, budget;  // width: P
+  float epsilon;
+};
+
 struct ClusterCall {
   const void* k;               // [N, Hkv, S, D]
   const std::int32_t* frames;  // [n, Hkv, F], the pages of n segments
@@ -82,6 +109,9 @@ struct Kernels {
   void (*attention)(const AttentionCall&, int threads);
   void (*linear)(const LinearCall&, int threads);
   void (*column_scores)(const ScoresCall&, int threads);
+  void (*code_masses)(const PagesCall&, int threads);
+  void (*page_bounds)(const PagesCall&, int threads);
+  void (*top_pages)(const TopCall&, int threads);
   void (*cluster)(const ClusterCall&, int threads);
   void (*probe)(const ProbeCall&, int threads);
 };

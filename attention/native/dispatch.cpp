@@ -27,7 +27,8 @@ KEYSIFT_EXPORT int keysift_best_level() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return keysift::kLevelAvx512Bf16;
+  const bool dots = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  if (avx512 && dots) return keysift::kLevelAvx512Bf16;
   if (avx512) return keysift::kLevelAvx512;
   if (avx2) return keysift::kLevelAvx2;
 #endif
@@ -44,6 +45,18 @@ KEYSIFT_EXPORT void keysift_linear(const keysift::LinearCall* call, int level, i
 
 KEYSIFT_EXPORT void keysift_column_scores(const keysift::ScoresCall* call, int level, int threads) {
   keysift::kernels(level).column_scores(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_code_masses(const keysift::PagesCall* call, int level, int threads) {
+  keysift::kernels(level).code_masses(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_page_bounds(const keysift::PagesCall* call, int level, int threads) {
+  keysift::kernels(level).page_bounds(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_top_pages(const keysift::TopCall* call, int level, int threads) {
+  keysift::kernels(level).top_pages(*call, threads);
 }
 
 KEYSIFT_EXPORT void keysift_cluster(const keysift::ClusterCall* call, int level, int threads) {

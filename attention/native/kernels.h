@@ -14,6 +14,13 @@
 #include "linear.h"
 #include "pool_scores.h"
 #include "column_scores.h"
+#include "page_scan.h"
+#include "page_bounds.h"
+#include "highest.h"
+#include "coarse_codes.h"
+#include "fine_codes.h"
+#include "code_masses.h"
+#include "top_pages.h"
 #include "cluster.h"
 #include "probe.h"
 
@@ -62,6 +69,28 @@ inline void column_scores(const ScoresCall& call, int threads) {
   }
 }
 
+inline void code_masses(const PagesCall& call, int threads) {
+  switch (call.type) {
+    case kFloat32:
+      return code_masses_of<float>(call, threads);
+    case kBFloat16:
+      return code_masses_of<bfloat16>(call, threads);
+    case kFloat16:
+      return code_masses_of<float16>(call, threads);
+  }
+}
+
+inline void page_bounds(const PagesCall& call, int threads) {
+  switch (call.type) {
+    case kFloat32:
+      return page_bounds_of<float>(call, threads);
+    case kBFloat16:
+      return page_bounds_of<bfloat16>(call, threads);
+    case kFloat16:
+      return page_bounds_of<float16>(call, threads);
+  }
+}
+
 inline void cluster(const ClusterCall& call, int threads) {
   switch (call.type) {
     case kFloat32:
@@ -84,6 +113,6 @@ inline void probe(const ProbeCall& call, int threads) {
   }
 }
 
-constexpr Kernels kTable{attention, linear, column_scores, cluster, probe};
+constexpr Kernels kTable{attention, linear, column_scores, code_masses, page_bounds, top_pages, cluster, probe};
 
 }  // namespace keysift::KEYSIFT_ISA

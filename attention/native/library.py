@@ -54,6 +54,30 @@ class ScoresCall(ctypes.Structure):
     )
 
 
+class PagesCall(ctypes.Structure):
+    """Mirrors `PagesCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "summaries", "levels", "bounds", "scales", "frames", "positions")),
+        ("masses", c_void_p),
+        ("q_strides", c_int64 * 2),
+        *((f"{name}_strides", c_int64 * 3) for name in ("k", "frames")),
+        *((name, c_int64) for name in ("rows", "heads", "kv_heads", "dim", "page_size", "pages", "words")),
+        *((name, c_int64) for name in ("candidates", "type")),
+        *((name, c_float) for name in ("scale", "slack")),
+    )
+
+
+class TopCall(ctypes.Structure):
+    """Mirrors `TopCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("masses", "firsts", "lasts", "out", "kept")),
+        *((name, c_int64) for name in ("rows", "heads", "lists", "pages", "width", "sinks", "budget")),
+        ("epsilon", c_float),
+    )
+
+
 class ClusterCall(ctypes.Structure):
     """Mirrors `ClusterCall` of abi.h."""
 
@@ -92,6 +116,8 @@ def _load() -> ctypes.CDLL:
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for function in (library.keysift_paged_attention, library.keysift_linear, library.keysift_column_scores):
+        function.argtypes, function.restype = (c_void_p, c_int, c_int), None
+    for function in (library.keysift_code_masses, library.keysift_page_bounds, library.keysift_top_pages):
         function.argtypes, function.restype = (c_void_p, c_int, c_int), None
     for function in (library.keysift_cluster, library.keysift_probe):
         function.argtypes, function.restype = (c_void_p, c_int, c_int), None

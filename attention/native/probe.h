@@ -133,11 +133,11 @@ void choose_lists(const ProbeTask<T>& task, const float* scores, float* scratch,
 
 // Gathers keys that the same heads scan, fetching them meanwhile, and scores them a tile at a time.
 template <class Math>
-class Scan {
+class ListScan {
  public:
   using T = typename Math::Element;
 
-  Scan(const ProbeTask<T>& task, Finds* finds) : task_(task), finds_(finds) {}
+  ListScan(const ProbeTask<T>& task, Finds* finds) : task_(task), finds_(finds) {}
 
   void begin(std::uint32_t heads) {
     if (heads == heads_) return;
@@ -210,7 +210,7 @@ void make_finds(const ProbeTask<T>& task, const std::uint32_t* heads, Buffer& me
 template <class Math>
 void scan(const ProbeTask<typename Math::Element>& task, const std::uint32_t* heads, Finds* finds) {
   const auto length = static_cast<std::int32_t>(task.call.segment);
-  Scan<Math> scan(task, finds);
+  ListScan<Math> scan(task, finds);
   each_list(task, heads, [&](int segment, std::uint32_t members, int first, int end) {
     const std::int16_t* tokens = task.tokens(segment);
     scan.begin(members);

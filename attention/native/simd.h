@@ -9,7 +9,7 @@ typedef std::uint16_t Half __attribute__((vector_size(sizeof(Vec) / 2)));
 
 constexpr float kNothing = -__builtin_inff();
 
-// 2^x for x <= 0, relative error 2e-7; exactly 0 below 2^-126; NaN stays NaN.
+// 2^x for x <= 127, relative error 2e-7; exactly 0 below 2^-126; NaN stays NaN.
 KEYSIFT_INLINE Vec exp2(Vec x) {
   x = maximum(splat(-127.0f), x);  // of a NaN and a number, the second operand is taken
   const Vec shifted = x + splat(0x1.8p23f);  // its low bits hold x, rounded
@@ -20,6 +20,18 @@ KEYSIFT_INLINE Vec exp2(Vec x) {
   power = fma(power, rest, splat(6.931470e-1f));
   power = fma(power, rest, splat(1.0f));
   return power * (Vec)(((Int)shifted + 127) << 23);
+}
+
+// The logarithm of x >= 2^-126, absolute error 2e-7 beside that of rounding; NaN stays NaN.
+KEYSIFT_INLINE Vec log2(Vec x) {
+  const Int exponent = ((Int)x - 0x3f3504f3) >> 23;  // of the mantissa between sqrt(1/2) and sqrt(2)
+  const Vec mantissa = (Vec)((Int)x - (exponent << 23));
+  const Vec ratio = (mantissa - splat(1.0f)) / (mantissa + splat(1.0f)), square = ratio * ratio;
+  Vec sum = fma(square, splat(3.205989e-1f), splat(4.121986e-1f));  // 2 / (n ln 2), n = 9, 7, 5, 3, 1
+  sum = fma(square, sum, splat(5.770780e-1f));
+  sum = fma(square, sum, splat(9.617967e-1f));
+  sum = fma(square, sum, splat(2.885390f));
+  return x == x ? fma(ratio, sum, __builtin_convertvector(exponent, Vec)) : x;
 }
 
 // The scores of positions in (after, last]; -inf elsewhere.

@@ -49,6 +49,25 @@ KEYSIFT_INLINE void narrow(Vec v, float16* p) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
+// Integers: a vector of kLanes pairs of int16, or of int32.
+using Words = __m256i;
+
+KEYSIFT_INLINE Words widen_bytes(const std::int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+// Bytes `at` and on, times 256, of p in the order of `zipped`.
+KEYSIFT_INLINE Words zip_bytes(const std::int8_t* p, int at, int half) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + at));
+  const __m128i order = half == 8 ? _mm_set_epi8(15, 7, 14, 6, 13, 5, 12, 4, 11, 3, 10, 2, 9, 1, 8, 0)
+                                  : _mm_set_epi8(15, 11, 14, 10, 13, 9, 12, 8, 7, 3, 6, 2, 5, 1, 4, 0);
+  return _mm256_slli_epi16(_mm256_cvtepi8_epi16(_mm_shuffle_epi8(bytes, order)), 8);
+}
+KEYSIFT_INLINE Words add_products(Words a, Words b, Words sum) {
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+}
+// a * b / 2^15, rounded
+KEYSIFT_INLINE Words scale_down(Words a, Words b) { return _mm256_mulhrs_epi16(a, b); }
+
 }  // namespace keysift::KEYSIFT_ISA
 
 #include "simd_quad_f16c.h"

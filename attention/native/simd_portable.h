@@ -50,4 +50,29 @@ KEYSIFT_INLINE void transpose(Quad (&rows)[4]) {
     }
 }
 
+// Integers: a vector of kLanes pairs of int16, or of int32.
+typedef std::int32_t Words __attribute__((vector_size(16)));
+typedef std::int16_t Int16s __attribute__((vector_size(16)));
+
+KEYSIFT_INLINE Words widen_bytes(const std::int8_t* p) {
+  return (Words)Int16s{p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+}
+// Bytes `at` and on, times 256, of p in the order of `zipped`.
+KEYSIFT_INLINE Words zip_bytes(const std::int8_t* p, int at, int half) {
+  Int16s out;
+  for (int i = 0; i < 8; ++i) out[i] = static_cast<std::int16_t>(p[zipped(at + i, half)] * 256);
+  return (Words)out;
+}
+KEYSIFT_INLINE Words add_products(Words a, Words b, Words sum) {
+  const Int16s x = (Int16s)a, y = (Int16s)b;
+  for (int i = 0; i < 4; ++i) sum[i] += x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+  return sum;
+}
+// a * b / 2^15, rounded
+KEYSIFT_INLINE Words scale_down(Words a, Words b) {
+  Int16s x = (Int16s)a, y = (Int16s)b;
+  for (int i = 0; i < 8; ++i) x[i] = static_cast<std::int16_t>((x[i] * y[i] + 0x4000) >> 15);
+  return (Words)x;
+}
+
 }  // namespace keysift::KEYSIFT_ISA

@@ -23,6 +23,9 @@ KEYSIFT_INLINE To bit_copy(const From& from) {
   return to;
 }
 
+// Of 2 * half channels in the order 0, half, 1, half + 1, ...: which one is the i-th, and so on in every 2 * half.
+KEYSIFT_INLINE int zipped(int i, int half) { return i / (2 * half) * 2 * half + i % (2 * half) / 2 + i % 2 * half; }
+
 KEYSIFT_INLINE float to_float(float x) { return x; }
 KEYSIFT_INLINE float to_float(bfloat16 x) { return bit_copy<float>(std::uint32_t{x.bits} << 16); }
 KEYSIFT_INLINE float to_float(float16 x) {

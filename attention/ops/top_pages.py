@@ -55,11 +55,13 @@ def top_pages(
     seen = (page <= lasts[:, None])[:, None]  # [R, 1, F]
     shares = masses.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)  # all -inf: no share anywhere
     group = torch.unflatten(shares, 1, (heads, -1)).mean(2)  # [R, H, F]
+    found = torch.unflatten(masses > -torch.inf, 1, (heads, -1)).any(2)  # a share may be 0 by rounding
     zone = ((page < sinks) | (page >= firsts[:, None]))[:, None] & seen
     left = 1.0 - (group * zone).sum(-1, keepdim=True)
-    order = group.masked_fill(zone, -1.0).sort(dim=-1, descending=True, stable=True)  # zones last
+    order = group.masked_fill(zone | ~found | ~seen, -1.0).sort(dim=-1, descending=True, stable=True)
     before = order.values.clamp(min=0).cumsum(-1) - order.values.clamp(min=0)
-    taken = (left - before > epsilon) & (torch.arange(count, device=page.device) < budget) & (order.values > 0)
+    wanted = (left - before > epsilon) | (epsilon == 0)
+    taken = wanted & (torch.arange(count, device=page.device) < budget) & (order.values >= 0)
     mask = zone | torch.zeros_like(taken).scatter_(-1, order.indices, taken)
     width = min(count, sinks + window + budget)
     pages = torch.where(mask, page, count).sort(-1).values[..., :width]

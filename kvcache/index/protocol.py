@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 class PageIndex(Protocol):
     """Answers where a query's attention goes, for all sequences of one cache."""
+
+    tells_shares: ClassVar[bool]
+    """It knows every page, and estimates masses rather than bounds them: their shares tell a selection's coverage."""
 
     def masses(self, q: Tensor, context: Context) -> Tensor:
         """[R, Hq, F] fp32: natural log of each page's share of a query's attention, up to a factor per row and head.
@@ -38,6 +41,9 @@ class IndexSpec(Hashable, Protocol):
 
 class Stateless:
     """For an index that keeps nothing but what lies beside the keys: it is its own specification."""
+
+    __slots__ = ()
+    tells_shares: ClassVar[bool] = True
 
     def observe(self, q: Tensor, context: Context) -> None:
         pass

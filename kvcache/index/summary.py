@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 class BoundIndex(Stateless):
     """By the most that a page could hold, from the least and the greatest of its keys in each channel."""
 
+    tells_shares: ClassVar[bool] = False
+
     def make(self, spec: CacheSpec) -> BoundIndex:
         return self
 
@@ -33,6 +35,8 @@ class BoundIndex(Stateless):
 @dataclass(frozen=True, slots=True)
 class MeanIndex(Stateless):
     """By the mean key of each page: blind to a single key among others. The row's own page counts as nothing."""
+
+    tells_shares: ClassVar[bool] = False
 
     def make(self, spec: CacheSpec) -> MeanIndex:
         return self

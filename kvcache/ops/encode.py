@@ -19,8 +19,8 @@ class Codes(NamedTuple):
     """
 
     levels: Tensor
-    """[N, Hkv, W, S] int32: word w of a token holds channels ``w * n ... (w + 1) * n - 1``, n = D / W, in ``32 / n``
-    bits each, the first channel lowest."""
+    """[N, Hkv, W, S] int32: word w of a token holds channels ``w * n ... (w + 1) * n - 1``, n = 32 / bits, the first
+    channel lowest; what the last word has no channel for is 0."""
     bounds: Tensor
     """[N, Hkv, 2, D] int8: middle and half width of each channel."""
     scales: Tensor
@@ -28,8 +28,8 @@ class Codes(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Bits of a level."""
-        return 32 * self.levels.shape[-2] // self.bounds.shape[-1]
+        """Bits of a level: 4 where the words hold so many, else 2."""
+        return 4 if 32 * self.levels.shape[-2] >= 4 * self.bounds.shape[-1] else 2
 
 
 @op(triton="keysift.kvcache.ops.encode_triton:encode")
@@ -50,6 +50,7 @@ def encode(cache_k: Tensor, summaries: Tensor, frames: Tensor, codes: Codes) -> 
     low, width = cells(multiples, scales, codes.bits)
     levels = ((cache_k[frames].float() - low) / width.clamp(min=1e-30)).floor_().clamp_(0, 2**codes.bits - 1)
     shifts = torch.arange(0, 32, codes.bits, device=levels.device)
+    levels = torch.nn.functional.pad(levels, (0, codes.levels.shape[2] * len(shifts) - levels.shape[-1]))
     words = (torch.unflatten(levels.to(torch.int64), -1, (-1, len(shifts))) << shifts).sum(-1)  # [F, Hkv, S, W]
     codes.levels[frames] = words.transpose(2, 3).to(torch.int32)  # the highest bit becomes the sign
     codes.bounds[frames], codes.scales[frames] = multiples, scales
@@ -60,7 +61,7 @@ def decode(codes: Codes) -> Tensor:
     shifts = torch.arange(0, 32, codes.bits, device=codes.levels.device)
     levels = (codes.levels.transpose(-1, -2)[..., None] >> shifts) & (2**codes.bits - 1)  # [*, Hkv, S, W, n]
     low, width = cells(codes.bounds, codes.scales, codes.bits)
-    keys: Tensor = low + (levels.flatten(-2) + 0.5) * width
+    keys: Tensor = low + (levels.flatten(-2)[..., : codes.bounds.shape[-1]] + 0.5) * width
     return keys
 
 

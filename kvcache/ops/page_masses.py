@@ -21,7 +21,10 @@ from .encode import Codes, decode
     triton="keysift.kvcache.ops.page_masses_triton:page_masses",
 )
 def page_masses(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, *, scale: float) -> Tensor:
-    """[R, Hq, F] fp32, exact log masses by the keys k [N, Hkv, S, D] of q's dtype."""
+    """[R, Hq, F] fp32, exact log masses by the keys k [N, Hkv, S, D] of q's dtype, up to a factor per row and head.
+
+    -1 as a position: the query sees nothing. A share of less than 2^-126 may count as none.
+    """
     return _masses(q, _gather(k, frames), positions, scale)
 
 

@@ -24,6 +24,14 @@ def test_a_pair_has_one_strategy_for_each_phase() -> None:
     assert make("dense+streaming").name == "dense+streaming"
 
 
+def test_an_option_of_a_pair_goes_to_the_parts_that_have_it() -> None:
+    assert parse("sift+streaming", ["looks=2", "window=512", "sink=8"]) == Split(
+        prompt=make("sift", looks=2, sink=8), token=Streaming(window=512, sink=8)
+    )
+    with pytest.raises(StrategyError, match=r"widow: no such option"):
+        parse("sift+streaming", ["widow=2"])
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [

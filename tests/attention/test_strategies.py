@@ -28,6 +28,7 @@ class Row:
 
 
 SMALL = {"sink": 4, "local": 4, "last_rows_dense": 0}
+ZONES = {"sink": 4, "window": 6}
 ROWS = [
     Row("dense", {}, {}),
     Row("streaming", {"sink": 4, "window": 12}, {"sink": 0, "window": 10**6}),
@@ -38,9 +39,20 @@ ROWS = [
     Row("minference", {"vertical_size": 4, "slash_size": 4, "last_q": 8, **SMALL}, {"vertical_size": 10**6}, True),
     Row("sampleattention", {"alpha": 0.5, **SMALL}, {"alpha": 1.0}, True),
     Row("xattention", {"threshold": 0.5, **SMALL}, {"threshold": 1.0}, True),
+    Row("quest", {"budget": 8, "window": 4, "dense_layers": 0}, {"budget": 10**6}),
+    Row("topk", {"sink": 4, "window": 4, "top_k": 3}, {"top_k": 10**6}, True),
+    Row("retrieval", {**ZONES, "budget": 8, "epsilon": 0.0}, {"budget": 10**6, "epsilon": 0.0}),
+    Row("retrieval", {**ZONES, "budget": 8, "index": "flat"}, {"budget": 10**6, "epsilon": 0.0, "index": "flat"}),
+    Row("retrieval", {**ZONES, "budget": 8, "index": "summary"}, {"budget": 10**6, "epsilon": 0.0, "index": "summary"}),
+    Row("retrieval", {**ZONES, "budget": 8, "tail": "mean"}, {"budget": 10**6, "epsilon": 0.0, "tail": "mean"}),
+    Row(
+        "retrieval",
+        {**ZONES, "budget": 40, "epsilon": 0.3, "certify": True},
+        {"budget": 10**6, "epsilon": 0.0, "certify": True},
+    ),
     Row("dense+streaming", {"streaming.sink": 4, "streaming.window": 12}, {"streaming.window": 10**6}),
 ]
-IDS = [row.name for row in ROWS]
+IDS = [" ".join([row.name, *map(str, row.sparse.values())]) for row in ROWS]
 
 
 def test_every_strategy_has_its_row() -> None:
@@ -93,7 +105,7 @@ def test_a_budget_of_everything_is_dense(row: Row, lengths: list[int]) -> None:
     torch.testing.assert_close(out.double(), oracle(*data), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if not row.per_query_head], ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.per_query_head and "tail" not in row.full], ids=str)
 def test_a_budget_of_everything_has_the_bits_of_dense(row: Row) -> None:
     data = qkv(70)
     assert torch.equal(
@@ -133,7 +145,7 @@ def choose(strategy: Strategy, cache: PagedCache, step: Step) -> Selection:
         _, *before = qkv(span.start, seed=1)
         cache.append(0, *before, cache.prefill(Span(span.sequence, 0, span.start), ROW))
     cache.append(0, k, v, step)
-    context = cache.context(0, step)
+    context = cache.context(0, step, strategy.make_index())
     return strategy.prefill(q, context) if step.phase is Phase.PREFILL else strategy.decode(q, context)
 
 

@@ -16,8 +16,9 @@ def make(frames: int = 16, **options: int) -> PagedCache:
     return PagedCache(SPEC, frames, **{"max_sequences": 4, "max_len": 64} | options)
 
 
-def test_page_bytes_counts_keys_values_and_summaries() -> None:
-    assert SPEC.page_bytes == 2 * 2 * (2 * 4 + 4) * 8 * 4
+def test_page_bytes_counts_keys_values_summaries_and_codes() -> None:
+    vectors, codes = (2 * 4 + 4) * 8 * 4, 4 * 4 + 2 * 8 + 2 * 4  # a word for each key, bounds and their scales
+    assert SPEC.page_bytes == 2 * 2 * (vectors + codes)
     assert SPEC.pages_for(0) == 0
     assert SPEC.pages_for(4) == 1
     assert SPEC.pages_for(5) == 2

@@ -20,6 +20,7 @@ from .conftest import Run, Running
 
 SPARSITY = (
     "strategy prefill_density decode_density coverage dense_fallback kv_bytes_read kv_bytes_moved coverage_min widened"
+    " estimated dropped_bound"
 )
 
 

@@ -147,7 +147,7 @@ def test_info(client: Client, running: Running) -> None:
     info, engine = client.info(), running.engine
     assert (info.model, info.max_model_len, info.vocab_size) == ("tiny", 2048, 259)
     assert (info.num_layers, info.num_query_heads, info.num_kv_heads, info.head_dim) == (2, 4, 2, 8)
-    assert (info.device, info.strategy) == ("cpu", "sift")
+    assert (info.device, info.strategy) == ("cpu", "sift+retrieval")
     server = client.server_info()
     assert server.state == pb.READY
     assert server.load.pages_total == engine.status.pages_total

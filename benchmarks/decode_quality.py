@@ -1,0 +1,91 @@
+"""What sparse decoding loses: strategies for tokens over their budgets, against dense, on four different texts.
+
+The embedded model in fp32, teacher-forced; the prompt is dense, the last 256 tokens of each text are decoded, and then
+eight needles are asked for behind it, question and answer decoded as well. Bytes are keys and values that a token reads
+of all layers; what choosing reads is not among them. Coverage is what a strategy tells of itself, *kept* the truth.
+Readings do not depend on the machine's speed. They go to a file one by one, so that a run that was cut off goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from decoding import Text
+from quality import Bench
+from readings import Row, collect, parse, show
+
+from keysift.attention import Strategy, make
+
+BUDGETS = (128, 256, 512, 1024)
+"""Tokens besides sinks and window."""
+FIXED = {"epsilon": 0.0}
+QUEST = {"sink": 64, "window": 256, "dense_layers": 0}
+"""With the same zones as the others; as published it has none and loses more."""
+CURVES: dict[str, tuple[str, list[dict[str, Any]]]] = {
+    "page oracle": ("retrieval", [{"index": "flat", "budget": budget, **FIXED} for budget in BUDGETS]),
+    "topk": ("topk", [{"top_k": count} for count in (50, 100, 200)]),
+    "retrieval": ("retrieval", [{"epsilon": epsilon} for epsilon in (0.09, 0.045, 0.02)]),
+    "codes, fixed": ("retrieval", [{"budget": budget, **FIXED} for budget in BUDGETS]),
+    "codes, fixed, tail": ("retrieval", [{"budget": budget, "tail": "mean", **FIXED} for budget in BUDGETS]),
+    "ivf": ("retrieval", [{"index": "ivf", "budget": budget, **FIXED} for budget in BUDGETS]),
+    "graph": ("retrieval", [{"index": "graph", "budget": budget, **FIXED} for budget in BUDGETS]),
+    "summary": ("retrieval", [{"index": "summary", "budget": budget, **FIXED} for budget in BUDGETS]),
+    "quest": ("quest", [{"budget": budget, **QUEST} for budget in BUDGETS]),
+    "quest, tail": ("quest", [{"budget": budget, "tail": "mean", **QUEST} for budget in BUDGETS]),
+    "streaming": ("streaming", [{"sink": 128, "window": window} for window in (512, 1024, 2048)]),
+}
+"""Of each curve the strategy, and the options of its points; others keep their defaults, but nothing falls back."""
+REFERENCE = "retrieval"
+COLUMNS = (
+    "density",
+    "bytes",
+    "coverage",
+    "kept",
+    "kept_min",
+    "kl",
+    "kl_median",
+    "kl_p99",
+    "top1",
+    "perplexity_change",
+    "needle_loss",
+    "needle_loss_worst",
+)
+KEY = ("text", "length", "strategy")
+"""What a reading depends on, all options of its strategy included."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options = parse(parser, CURVES, "decode_quality.jsonl")
+    show(list(measure(options)), COLUMNS, list(CURVES), REFERENCE, options.plot)
+
+
+def measure(options: argparse.Namespace) -> Iterator[Row]:
+    asked = list(points(options))
+    bench = functools.cache(lambda: Bench.open(chunk=1024))
+
+    @functools.lru_cache(maxsize=1)  # a text of 8,000 tokens is half a gigabyte
+    def text(kind: str, length: int) -> Text:
+        return Text.open(bench(), kind, length, [strategy(row) for row in asked])
+
+    return collect(asked, options.file, KEY, lambda row: text(row["text"], row["length"]).compare(strategy(row)))
+
+
+def points(options: argparse.Namespace) -> Iterator[Row]:
+    for length in options.lengths:
+        for text in options.texts:
+            for curve in options.curves:
+                for fields in CURVES[curve][1]:
+                    row = {"text": text, "length": length, "curve": curve, "options": fields}
+                    yield {**row, "strategy": repr(strategy(row))}
+
+
+def strategy(row: Row) -> Strategy:
+    return make(CURVES[row["curve"]][0], dense_below=0, **row["options"])
+
+
+if __name__ == "__main__":
+    main()
