@@ -99,7 +99,7 @@ struct ProbeCall {
   std::int32_t* scanned;                  // [R, Hq] or null
   float* masses;                          // [R, Hq, F] or null
   std::int64_t q_strides[2], k_strides[3], frames_strides[3], which_stride;
-  std::int64_t rows, heads, kv_heads, dim, page_size, pages, segment, lists, probes, top_k;
+  std::int64_t rows, heads, kv_heads, dim, page_size, pages, width, segment, lists, probes, top_k;
   Type type;
   float scale;
 };

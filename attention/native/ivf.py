@@ -110,6 +110,7 @@ def _probe(
         q.shape[2],
         k.shape[2],
         frames.shape[2],
+        which.shape[1],
         segment,
         lists[0].centroids.shape[1] if lists else 0,
         probes,

@@ -98,7 +98,7 @@ class ProbeCall(ctypes.Structure):
         ("q_strides", c_int64 * 2),
         *((f"{name}_strides", c_int64 * 3) for name in ("k", "frames")),
         *((name, c_int64) for name in ("which_stride", "rows", "heads", "kv_heads", "dim", "page_size", "pages")),
-        *((name, c_int64) for name in ("segment", "lists", "probes", "top_k", "type")),
+        *((name, c_int64) for name in ("width", "segment", "lists", "probes", "top_k", "type")),
         ("scale", c_float),
     )
 

@@ -71,7 +71,8 @@ struct ProbeTask {
   ProbeTask(const ProbeCall& call, std::int64_t task)
       : call(call), row(task / call.kv_heads), head(task % call.kv_heads), group(call.heads / call.kv_heads) {
     position = call.positions[row];
-    segments = static_cast<int>(position / call.page_size * call.page_size / call.segment);
+    size = static_cast<std::uint32_t>(call.page_size);
+    segments = static_cast<int>(std::min(position / call.page_size * call.page_size / call.segment, call.width));
     which = call.which + row * call.which_stride;
     frames = call.frames + row * call.frames_strides[0] + head * call.frames_strides[1];
     for (int g = 0; g < group; ++g)
@@ -79,7 +80,7 @@ struct ProbeTask {
   }
 
   const T* key(std::int32_t token) const {
-    const std::int64_t page = token / call.page_size, offset = token % call.page_size;
+    const std::uint32_t page = static_cast<std::uint32_t>(token) / size, offset = token - page * size;
     return static_cast<const T*>(call.k) + frames[page * call.frames_strides[2]] * call.k_strides[0] +
            head * call.k_strides[1] + offset * call.k_strides[2];
   }
@@ -92,6 +93,7 @@ struct ProbeTask {
   std::int64_t row, head;
   int group, segments;
   std::int32_t position;
+  std::uint32_t size;  // of a page
   const std::int32_t *which, *frames;
   const T* queries[kMaxGroup];
 };
@@ -242,13 +244,13 @@ inline void write_hits(const ProbeCall& call, std::int64_t out, const Finds& fin
 inline void write_masses(const ProbeCall& call, std::int64_t out, const Finds& finds, Buffer& memory) {
   float* masses = call.masses + out * call.pages;
   float* sums = memory.floats(call.pages);
-  const auto size = static_cast<std::int32_t>(call.page_size);
+  const auto size = static_cast<std::uint32_t>(call.page_size);
   float top = kNothing;
   for (int i = 0; i < finds.count; ++i) top = std::max(top, finds.scores[i]);
   std::fill_n(sums, call.pages, 0.0f);
   for (int i = 0; i < finds.count; i += kLanes)
     store(finds.scores + i, exp2((load(finds.scores + i) - splat(top)) * splat(call.scale * kLog2E)));
-  for (int i = 0; i < finds.count; ++i) sums[finds.positions[i] / size] += finds.scores[i];
+  for (int i = 0; i < finds.count; ++i) sums[static_cast<std::uint32_t>(finds.positions[i]) / size] += finds.scores[i];
   for (std::int64_t page = 0; page < call.pages; ++page)
     masses[page] = sums[page] > 0.0f ? std::log(sums[page]) + top * call.scale : kNothing;
 }

@@ -141,18 +141,17 @@ class IvfIndex:
         """Cluster what this layer still lacks; the step's keys are cached by now."""
         if context.layer in view.complete:
             return
-        view.complete.add(context.layer)
         missing = {
             id(segment): (row, start * self._pages, segment)
             for row, segments in enumerate(view.rows)
             for start, segment in enumerate(segments)
             if context.layer not in segment
         }
-        if not missing:
-            return
-        frames = context.fetch(view.everything)
-        tables = [frames.table[row, :, page : page + self._pages] for row, page, _ in missing.values()]
-        count = self._options.segment // self._options.tokens_per_list
-        made = cluster(frames.k, torch.stack(tables), lists=count, iterations=self._options.iterations)
-        for (_, _, segment), lists in zip(missing.values(), made, strict=True):
-            segment[context.layer] = lists
+        if missing:
+            frames = context.fetch(view.everything)
+            tables = [frames.table[row, :, page : page + self._pages] for row, page, _ in missing.values()]
+            count = self._options.segment // self._options.tokens_per_list
+            made = cluster(frames.k, torch.stack(tables), lists=count, iterations=self._options.iterations)
+            for (_, _, segment), lists in zip(missing.values(), made, strict=True):
+                segment[context.layer] = lists
+        view.complete.add(context.layer)

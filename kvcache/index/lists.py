@@ -66,7 +66,8 @@ def list_masses(
         k: [N, Hkv, S, D] of q's dtype.
         frames: [R, Hkv, F] int32, page -> frame.
         lists: of all segments of all rows.
-        which: [R, W] int32, for each row's segments, as far as they end before its own page, where they are in `lists`.
+        which: [R, W] int32, for each row's first W segments, as far as they end before its own page, where they are
+            in `lists`.
         segment: tokens.
     """
     scores, _ = _scan(q, k, frames, positions, lists, which, scale, segment, probes)
@@ -142,7 +143,7 @@ def _scan(
     token = torch.arange(scores.shape[2], device=q.device)
     scanned, centroids = torch.zeros_like(scores, dtype=torch.bool), 0 * positions
     for row, position in enumerate(positions.tolist()):
-        count = position // k.shape[2] * k.shape[2] // segment
+        count = min(position // k.shape[2] * k.shape[2] // segment, which.shape[1])
         scanned[row] = (token >= count * segment) & (token <= position)
         here = [lists[i] for i in which[row, :count].tolist()]
         if here:
