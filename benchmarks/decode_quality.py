@@ -21,15 +21,21 @@ from keysift.attention import Strategy, make
 
 BUDGETS = (128, 256, 512, 1024)
 """Tokens besides sinks and window."""
+EXACT = {"epsilon": 0.0}
+"""The whole budget is spent."""
 CURVES: dict[str, tuple[str, list[dict[str, Any]]]] = {
-    "oracle": ("retrieval", [{"index": "flat", "budget": budget} for budget in BUDGETS]),
-    "codes": ("retrieval", [{"index": "codes", "budget": budget} for budget in BUDGETS]),
+    "topk": ("topk", [{"top_k": keys} for keys in (50, 100, 200)]),
+    "oracle": ("retrieval", [{"index": "flat", "budget": budget, **EXACT} for budget in BUDGETS]),
+    "oracle, tail": ("retrieval", [{"index": "flat", "budget": budget, "tail": "mean", **EXACT} for budget in BUDGETS]),
+    "codes": ("retrieval", [{"index": "codes", "budget": budget, **EXACT} for budget in BUDGETS]),
+    "codes, tail": ("retrieval", [{"index": "codes", "budget": budget, "tail": "mean", **EXACT} for budget in BUDGETS]),
     "codes, epsilon": (
         "retrieval",
-        [{"index": "codes", "budget": 1536, "epsilon": epsilon} for epsilon in (0.02, 0.04, 0.08)],
+        [{"index": "codes", "budget": 1024, "epsilon": epsilon} for epsilon in (0.02, 0.045, 0.09, 0.18)],
     ),
-    "bound": ("retrieval", [{"index": "bound", "budget": budget} for budget in BUDGETS]),
-    "mean": ("retrieval", [{"index": "mean", "budget": budget} for budget in BUDGETS]),
+    "bound": ("retrieval", [{"index": "bound", "budget": budget, **EXACT} for budget in BUDGETS]),
+    "quest": ("quest", [{"budget": budget} for budget in (256, 512, 1024, 2048)]),
+    "mean": ("retrieval", [{"index": "mean", "budget": budget, **EXACT} for budget in BUDGETS]),
     "streaming": ("streaming", [{"sink": 64, "window": 256 + budget} for budget in BUDGETS]),
 }
 """Of each curve the strategy, and the options of its points; others keep their defaults, but nothing falls back."""
