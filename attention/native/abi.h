@@ -74,6 +74,36 @@ struct TopCall {
   float epsilon;
 };
 
+struct ClusterCall {
+  const void* k;               // [N, Hkv, S, D]
+  const std::int32_t* frames;  // [n, Hkv, F], the pages of n segments
+  void* centroids;             // [n, Hkv, C, D] of k's type; this and what follows contiguous
+  std::int32_t* ends;          // [n, Hkv, C]
+  std::int16_t* tokens;        // [n, Hkv, F * S]
+  std::int64_t k_strides[3], frames_strides[3];
+  std::int64_t segments, kv_heads, dim, page_size, pages, lists, iterations;
+  Type type;
+};
+
+struct ProbeCall {
+  const void* q;                          // [R, Hq, D]
+  const void* k;                          // [N, Hkv, S, D]
+  const std::int32_t* frames;             // [R, Hkv, F]
+  const std::int32_t* positions;          // [R], contiguous
+  const std::int32_t* which;              // [R, W]: which of the segments below each row's segments are
+  const void* const* centroids;           // of each segment [Hkv, C, D], contiguous
+  const std::int32_t* const* ends;        // [Hkv, C]
+  const std::int16_t* const* tokens;      // [Hkv, segment]
+  std::int32_t* keys;                     // [R, Hq, K] or null; this and what follows contiguous
+  float* scores;                          // [R, Hq, K] or null
+  std::int32_t* scanned;                  // [R, Hq] or null
+  float* masses;                          // [R, Hq, F] or null
+  std::int64_t q_strides[2], k_strides[3], frames_strides[3], which_stride;
+  std::int64_t rows, heads, kv_heads, dim, page_size, pages, segment, lists, probes, top_k;
+  Type type;
+  float scale;
+};
+
 // What one instruction set offers.
 struct Kernels {
   void (*attention)(const AttentionCall&, int threads);
@@ -82,6 +112,8 @@ struct Kernels {
   void (*code_masses)(const PagesCall&, int threads);
   void (*page_bounds)(const PagesCall&, int threads);
   void (*top_pages)(const TopCall&, int threads);
+  void (*cluster)(const ClusterCall&, int threads);
+  void (*probe)(const ProbeCall&, int threads);
 };
 
 extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Bf16;

@@ -46,7 +46,8 @@ void round_query(const T* query, int half, const CodeQueries& queries, int g) {
     tops = maximum(tops, q < Vec{} ? Vec{} - q : q);
   }
   const float top = highest(tops);
-  const Vec factor = splat(top > 0.0f ? kQueryMost / top : 0.0f), magic = splat(0x1.8p23f);  // rounds what it is added to
+  const Vec factor = splat(top > 0.0f ? kQueryMost / top : 0.0f);
+  const Vec magic = splat(0x1.8p23f);  // rounds what it is added to
   Vec sum = {};  // NaN where any channel is
   for (int d = 0; d < queries.dim; d += kLanes) {
     const Vec q = widen(query + d) * factor;
@@ -89,8 +90,9 @@ inline Coarse make_coarse(Buffer& memory, int group) {
 
 // Products of N queries with the bounds [2, padded] of a block of pages.
 template <int N>
-KEYSIFT_INLINE void look_at_block(const std::int8_t* const (&middles)[kBlock], const std::int8_t* const (&halves)[kBlock],
-                                  const CodeQueries& queries, int first, const Coarse& coarse, int at) {
+KEYSIFT_INLINE void look_at_block(const std::int8_t* const (&middles)[kBlock],
+                                  const std::int8_t* const (&halves)[kBlock], const CodeQueries& queries, int first,
+                                  const Coarse& coarse, int at) {
   const std::int16_t* plain = queries.plain + first * queries.padded;
   const std::int16_t* magnitudes = queries.magnitudes + first * queries.padded;
   Vec centres[N][kBlock], spreads[N][kBlock];

@@ -27,7 +27,8 @@ KEYSIFT_EXPORT int keysift_best_level() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return keysift::kLevelAvx512Bf16;
+  const bool dots = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  if (avx512 && dots) return keysift::kLevelAvx512Bf16;
   if (avx512) return keysift::kLevelAvx512;
   if (avx2) return keysift::kLevelAvx2;
 #endif
@@ -56,4 +57,12 @@ KEYSIFT_EXPORT void keysift_page_bounds(const keysift::PagesCall* call, int leve
 
 KEYSIFT_EXPORT void keysift_top_pages(const keysift::TopCall* call, int level, int threads) {
   keysift::kernels(level).top_pages(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_cluster(const keysift::ClusterCall* call, int level, int threads) {
+  keysift::kernels(level).cluster(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_probe(const keysift::ProbeCall* call, int level, int threads) {
+  keysift::kernels(level).probe(*call, threads);
 }

@@ -21,40 +21,43 @@ struct Scan {
   float offsets[N];            // to add then: scores relative to the centre of the page
 };
 
-KEYSIFT_INLINE Int load_levels(const std::int32_t* p, int there) {
+inline __attribute__((noinline)) Int load_rest(const std::int32_t* p, int there) {
   Int levels = {};
-  if (there >= kLanes) __builtin_memcpy(&levels, p, sizeof levels);
-  else __builtin_memcpy(&levels, p, there * sizeof *p);
+  __builtin_memcpy(&levels, p, there * sizeof *p);
   return levels;
 }
 
-// Calls use(token, scores of N heads for kLanes tokens from there on).
-template <int N, int kBits, class Use>
-KEYSIFT_INLINE void scan_page(const Scan<N>& scan, const Use& use) {
+KEYSIFT_INLINE Int load_levels(const std::int32_t* p, int there) {
+  if (there < kLanes) return load_rest(p, there);
+  Int levels;
+  __builtin_memcpy(&levels, p, sizeof levels);
+  return levels;
+}
+
+// Scores of N heads for kLanes tokens from `token` on.
+template <int N, int kBits>
+KEYSIFT_INLINE void scan_tokens(const Scan<N>& scan, int token, Vec (&scores)[N]) {
   constexpr int kPairs = 16 / kBits;  // of a word
   constexpr std::int32_t kMask = ((1 << kBits) - 1) * 0x10001;
-  for (int token = 0; token < scan.size; token += kLanes) {
-    Int even[N] = {}, odd[N] = {};
-    for (int word = 0; word < scan.words; ++word) {
-      const Int levels = load_levels(scan.levels + word * scan.size + token, scan.size - token);
-      const std::int16_t* pairs = scan.pairs + word * 2 * kPairs;
+  Int even[N] = {}, odd[N] = {};
+  for (int word = 0; word < scan.words; ++word) {
+    const Int levels = load_levels(scan.levels + word * scan.size + token, scan.size - token);
+    const std::int16_t* pairs = scan.pairs + word * 2 * kPairs;
 #pragma GCC unroll 8
-      for (int i = 0; i < kPairs; ++i) {
-        const Int pair = levels >> (i * kBits) & kMask;
+    for (int i = 0; i < kPairs; ++i) {
+      const Int pair = levels >> (i * kBits) & kMask;
 #pragma GCC unroll 4
-        for (int v = 0; v < N; ++v) {
-          std::int32_t query;
-          __builtin_memcpy(&query, pairs + v * scan.padded + 2 * i, sizeof query);
-          Int& sum = i % 2 ? odd[v] : even[v];
-          sum = dot_pairs(pair, Int{} + query, sum);
-        }
+      for (int v = 0; v < N; ++v) {
+        std::int32_t query;
+        __builtin_memcpy(&query, pairs + v * scan.padded + 2 * i, sizeof query);
+        Int& sum = i % 2 ? odd[v] : even[v];
+        sum = dot_pairs(pair, Int{} + query, sum);
       }
     }
-    Vec scores[N];
-    for (int v = 0; v < N; ++v)
-      scores[v] = fma(to_floats(even[v] + odd[v]), splat(scan.factors[v]), splat(scan.offsets[v]));
-    use(token, scores);
   }
+#pragma GCC unroll 4
+  for (int v = 0; v < N; ++v)
+    scores[v] = fma(to_floats(even[v] + odd[v]), splat(scan.factors[v]), splat(scan.offsets[v]));
 }
 
 alignas(64) inline const std::int32_t kCounting[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -70,12 +73,13 @@ KEYSIFT_INLINE Vec only_tokens(Vec numbers, int there, float other) {
 // The greatest score of each head.
 template <int N, int kBits>
 __attribute__((noinline)) void find_tops(const Scan<N>& scan, float (&tops)[N]) {
-  Vec highest_lanes[N];
+  Vec highest_lanes[N], scores[N];
   for (int v = 0; v < N; ++v) highest_lanes[v] = splat(kNothing);
-  scan_page<N, kBits>(scan, [&](int token, const Vec (&scores)[N]) {
+  for (int token = 0; token < scan.size; token += kLanes) {
+    scan_tokens<N, kBits>(scan, token, scores);
     for (int v = 0; v < N; ++v)
       highest_lanes[v] = maximum(highest_lanes[v], only_tokens(scores[v], scan.size - token, kNothing));
-  });
+  }
   for (int v = 0; v < N; ++v) tops[v] = highest(highest_lanes[v]);
 }
 
@@ -105,18 +109,18 @@ struct Fine {
   int stride;
 };
 
-// Lets N heads look at page `at` of the list; sums: the weights of its tokens, lane by lane.
+// Gets N heads ready to look at page `at` of the list.
 template <int N, int kBits>
-KEYSIFT_INLINE void weigh_page(const PagesCall& call, const PageCodes& codes, const CodeQueries& queries, int first,
-                               const float* spreads, const Fine& fine, int at, Vec* sums) {
+KEYSIFT_INLINE void start_scan(const PagesCall& call, const PageCodes& codes, const CodeQueries& queries, int first,
+                               const float (&spreads)[N], const Fine& fine, int at, std::int16_t* pairs,
+                               Scan<N>& scan) {
   constexpr int kLevels = 1 << kBits;
-  alignas(64) std::int16_t pairs[N * kMaxDim];
-  float totals[kFew], tops[N];
+  float totals[kFew], tops[N] = {};
   const std::int8_t* halves = codes.bounds + queries.dim;
   if (queries.dim < queries.padded) halves = std::copy_n(halves, queries.dim, queries.bounds) - queries.dim;
   weigh_queries<N>(queries, first, halves, 16 / kBits, pairs, totals);
-  Scan<N> scan{codes.levels, pairs, queries.padded, static_cast<int>(call.words), static_cast<int>(call.page_size), {},
-               {}};
+  scan.levels = codes.levels, scan.pairs = pairs, scan.padded = queries.padded;
+  scan.words = static_cast<int>(call.words), scan.size = static_cast<int>(call.page_size);
   bool wide = false;
   for (int v = 0; v < N; ++v) {
     // 128: what the product of a query and a half width was divided by, which was times 256 before
@@ -124,19 +128,34 @@ KEYSIFT_INLINE void weigh_page(const PagesCall& call, const PageCodes& codes, co
     scan.factors[v] = 2 * factor;
     scan.offsets[v] = -(kLevels - 1) * totals[v] * factor;
     wide |= spreads[v] > kMostSpread;
-    tops[v] = 0.0f;
   }
   if (wide) find_tops<N, kBits>(scan, tops);
   for (int v = 0; v < N; ++v) {
     fine.bases[(first + v) * fine.stride + at] = tops[v];
     scan.offsets[v] -= tops[v];
-    sums[v * kBlock] = Vec{};
   }
-  scan_page<N, kBits>(scan, [&](int token, const Vec (&scores)[N]) KEYSIFT_LAMBDA_INLINE {
-#pragma GCC unroll 4
+}
+
+// N heads look at a block of pages. Step by step for all of them, which leaves the processor more to do at once.
+template <int N, int kBits>
+KEYSIFT_INLINE void scan_block(const PagesCall& call, const PageCodes (&codes)[kBlock], const CodeQueries& queries,
+                               int first, const float (&spreads)[kBlock][N], const Fine& fine, int at) {
+  alignas(64) std::int16_t pairs[kBlock * N * kMaxDim];
+  Scan<N> scans[kBlock];
+  for (int i = 0; i < kBlock; ++i)
+    start_scan<N, kBits>(call, codes[i], queries, first, spreads[i], fine, at + i, pairs + i * N * queries.padded,
+                         scans[i]);
+  Vec sums[N][kBlock], scores[kBlock][N];
+  for (int v = 0; v < N; ++v)
+    for (int i = 0; i < kBlock; ++i) sums[v][i] = Vec{};
+  for (int token = 0; token < call.page_size; token += kLanes) {
+    for (int i = 0; i < kBlock; ++i) scan_tokens<N, kBits>(scans[i], token, scores[i]);
+    const int there = static_cast<int>(call.page_size) - token;
     for (int v = 0; v < N; ++v)
-      sums[v * kBlock] = sums[v * kBlock] + only_tokens(exp2(scores[v]), scan.size - token, 0.0f);
-  });
+#pragma GCC unroll 4
+      for (int i = 0; i < kBlock; ++i) sums[v][i] = sums[v][i] + only_tokens(exp2(scores[i][v]), there, 0.0f);
+  }
+  for (int v = 0; v < N; ++v) store_totals(fine.sums + (first + v) * fine.stride + at, sums[v]);
 }
 
 inline void prefetch_levels(const PagesCall& call, const PageCodes& codes) {
@@ -151,17 +170,17 @@ void scan_list(const PagesCall& call, std::int64_t row, std::int64_t kv_head, co
                const CodeQueries& queries, const float* spreads, const Fine& fine) {
   const auto page_of = [&](int i) { return list.pages[std::min(i, list.count - 1)]; };
   for (int at = 0; at < list.count; at += kBlock) {
-    for (int i = 0; i < kBlock; ++i) prefetch_levels(call, codes_of(call, row, kv_head, page_of(at + kBlock + i)));
+    PageCodes codes[kBlock];
+    for (int i = 0; i < kBlock; ++i) {
+      prefetch_levels(call, codes_of(call, row, kv_head, page_of(at + kBlock + i)));
+      codes[i] = codes_of(call, row, kv_head, page_of(at + i));
+    }
     by_few(queries.group, [&](int first, auto number) KEYSIFT_LAMBDA_INLINE {
       constexpr int kNumber = number();
-      Vec sums[kNumber][kBlock] = {};
-      for (int i = 0; i < std::min(kBlock, list.count - at); ++i) {
-        float mine[kNumber];
-        for (int v = 0; v < kNumber; ++v) mine[v] = spreads[(first + v) * call.pages + page_of(at + i)];
-        weigh_page<kNumber, kBits>(call, codes_of(call, row, kv_head, page_of(at + i)), queries, first, mine, fine,
-                                   at + i, &sums[0][i]);
-      }
-      for (int v = 0; v < kNumber; ++v) store_totals(fine.sums + (first + v) * fine.stride + at, sums[v]);
+      float mine[kBlock][kNumber];
+      for (int i = 0; i < kBlock; ++i)
+        for (int v = 0; v < kNumber; ++v) mine[i][v] = spreads[(first + v) * call.pages + page_of(at + i)];
+      scan_block<kNumber, kBits>(call, codes, queries, first, mine, fine, at);
     });
   }
   const float log_size = std::log2(static_cast<float>(call.page_size));

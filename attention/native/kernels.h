@@ -21,6 +21,8 @@
 #include "fine_codes.h"
 #include "code_masses.h"
 #include "top_pages.h"
+#include "cluster.h"
+#include "probe.h"
 
 namespace keysift::KEYSIFT_ISA {
 
@@ -89,6 +91,28 @@ inline void page_bounds(const PagesCall& call, int threads) {
   }
 }
 
-constexpr Kernels kTable{attention, linear, column_scores, code_masses, page_bounds, top_pages};
+inline void cluster(const ClusterCall& call, int threads) {
+  switch (call.type) {
+    case kFloat32:
+      return cluster_of<float>(call, threads);
+    case kBFloat16:
+      return cluster_of<bfloat16>(call, threads);
+    case kFloat16:
+      return cluster_of<float16>(call, threads);
+  }
+}
+
+inline void probe(const ProbeCall& call, int threads) {
+  switch (call.type) {
+    case kFloat32:
+      return probe_of<ArithmeticOf<float>::type>(call, threads);
+    case kBFloat16:
+      return probe_of<ArithmeticOf<bfloat16>::type>(call, threads);
+    case kFloat16:
+      return probe_of<ArithmeticOf<float16>::type>(call, threads);
+  }
+}
+
+constexpr Kernels kTable{attention, linear, column_scores, code_masses, page_bounds, top_pages, cluster, probe};
 
 }  // namespace keysift::KEYSIFT_ISA

@@ -78,6 +78,31 @@ class TopCall(ctypes.Structure):
     )
 
 
+class ClusterCall(ctypes.Structure):
+    """Mirrors `ClusterCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("k", "frames", "centroids", "ends", "tokens")),
+        *((f"{name}_strides", c_int64 * 3) for name in ("k", "frames")),
+        *((name, c_int64) for name in ("segments", "kv_heads", "dim", "page_size", "pages", "lists", "iterations")),
+        ("type", c_int64),
+    )
+
+
+class ProbeCall(ctypes.Structure):
+    """Mirrors `ProbeCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "frames", "positions", "which", "centroids", "ends", "tokens")),
+        *((name, c_void_p) for name in ("keys", "scores", "scanned", "masses")),
+        ("q_strides", c_int64 * 2),
+        *((f"{name}_strides", c_int64 * 3) for name in ("k", "frames")),
+        *((name, c_int64) for name in ("which_stride", "rows", "heads", "kv_heads", "dim", "page_size", "pages")),
+        *((name, c_int64) for name in ("segment", "lists", "probes", "top_k", "type")),
+        ("scale", c_float),
+    )
+
+
 def _load() -> ctypes.CDLL:
     folder = Path(__file__).parent
     for suffix in EXTENSION_SUFFIXES:
@@ -93,6 +118,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for function in (library.keysift_paged_attention, library.keysift_linear, library.keysift_column_scores):
         function.argtypes, function.restype = (c_void_p, c_int, c_int), None
     for function in (library.keysift_code_masses, library.keysift_page_bounds, library.keysift_top_pages):
+        function.argtypes, function.restype = (c_void_p, c_int, c_int), None
+    for function in (library.keysift_cluster, library.keysift_probe):
         function.argtypes, function.restype = (c_void_p, c_int, c_int), None
     return library
 

@@ -35,7 +35,8 @@ KEYSIFT_INLINE void add_shares(const float* weights, std::int64_t size, float fa
 }
 
 // Drops what is not needed to leave out at most `epsilon`; pages: ascending before and after. Returns how many stay.
-inline int cut_list(const float* shares, float left, float epsilon, std::int32_t* pages, int count, std::int32_t* order) {
+inline int cut_list(const float* shares, float left, float epsilon, std::int32_t* pages, int count,
+                    std::int32_t* order) {
   std::copy_n(pages, count, order);
   std::sort(order, order + count,
             [&](std::int32_t a, std::int32_t b) { return shares[a] != shares[b] ? shares[a] > shares[b] : a < b; });

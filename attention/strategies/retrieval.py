@@ -8,23 +8,36 @@ from typing import Literal
 from torch import Tensor
 
 from keysift.kvcache import Context
-from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, IndexSpec, MeanIndex
+from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, IndexSpec, Ivf, MeanIndex
 
+from ..strategy import Positive
 from ..token import TokenStrategy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retrieval(TokenStrategy):
-    """Sinks and window, and of all that lies between the pages that the index finds for this very query."""
+    """Sinks and window, and of all that lies between the pages that an index finds for this very query.
 
-    index: Literal["flat", "codes", "mean", "bound"] = "codes"
-    """What searches the keys."""
+    After Liu et al., "RetrievalAttention", arXiv 2409.10516: an exact part and a part that is searched, disjoint. Here
+    the unit is the page, the heads of a group share what is read, generated tokens are indexed like all others, and as
+    many pages are taken as the query's attention needs.
+    """
+
+    index: Literal["flat", "codes", "ivf", "graph", "summary", "bound"] = "codes"
+    """What searches: all keys exactly, their codes, clusters, a graph, the pages' mean keys, or their bounds."""
+    candidates: Positive = 512
+    """Of codes: pages whose codes are read, the most promising by the bounds of all."""
+    nprobe: Positive = 64
+    """Of clusters: those that are read, 16 keys each on average."""
+    top_k: Positive = 100
+    """Of clusters and the graph: keys found for each query head, whose pages are then read."""
 
     def make_index(self) -> IndexSpec:
         specs: dict[str, IndexSpec] = {
             "flat": FlatIndex(),
-            "codes": CodeIndex(),
-            "mean": MeanIndex(),
+            "codes": CodeIndex(self.candidates),
+            "ivf": Ivf(nprobe=self.nprobe, top_k=self.top_k),
+            "summary": MeanIndex(),
             "bound": BoundIndex(),
         }
         return specs[self.index]

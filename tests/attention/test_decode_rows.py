@@ -83,8 +83,10 @@ class Noted(Telemetry):
         super().__init__(*args)
         self._chosen: list[Selection] = []
 
-    def record(self, layer: int, selection: Selection, *lse: Any) -> None:
-        super().record(layer, selection, *lse)
+    def record(
+        self, layer: int, selection: Selection, exact: Tensor | None = None, lse: Tensor | None = None
+    ) -> None:
+        super().record(layer, selection, exact, lse)
         self._chosen.append(selection)
 
     def pages(self) -> Pages:

@@ -43,7 +43,7 @@ ROWS = [
     Row("topk", {"sink": 4, "window": 4, "top_k": 3}, {"top_k": 10**6}, True),
     Row("retrieval", {**ZONES, "budget": 8, "epsilon": 0.0}, {"budget": 10**6, "epsilon": 0.0}),
     Row("retrieval", {**ZONES, "budget": 8, "index": "flat"}, {"budget": 10**6, "epsilon": 0.0, "index": "flat"}),
-    Row("retrieval", {**ZONES, "budget": 8, "index": "mean"}, {"budget": 10**6, "epsilon": 0.0, "index": "mean"}),
+    Row("retrieval", {**ZONES, "budget": 8, "index": "summary"}, {"budget": 10**6, "epsilon": 0.0, "index": "summary"}),
     Row("retrieval", {**ZONES, "budget": 8, "tail": "mean"}, {"budget": 10**6, "epsilon": 0.0, "tail": "mean"}),
     Row(
         "retrieval",

@@ -51,7 +51,7 @@ def shares(q: Tensor) -> Tensor:
     return torch.nn.functional.pad(weights, (0, -LENGTH % PAGE)).view(HEADS, -1, PAGE).sum(-1)
 
 
-@pytest.mark.parametrize("index", ["flat", "codes", "mean"])
+@pytest.mark.parametrize("index", ["flat", "codes", "summary"])
 def test_zones_and_budget_are_kept(cache: PagedCache, index: str) -> None:
     selection, step = choose(make("retrieval", index=index, budget=20, epsilon=0.0, **ZONES), cache, query())
     zone = {0, 1, *range((LENGTH - 10) // PAGE, LENGTH // PAGE + 1)}
@@ -100,7 +100,7 @@ def test_coverage_is_the_share_that_is_read(cache: PagedCache, index: str, error
 
 @pytest.mark.parametrize("name", ["quest", "retrieval"])
 def test_what_only_bounds_or_misses_pages_tells_no_coverage(cache: PagedCache, name: str) -> None:
-    strategy = make(name, budget=16, **({"index": "mean"} if name == "retrieval" else {"dense_layers": 0}))
+    strategy = make(name, budget=16, **({"index": "summary"} if name == "retrieval" else {"dense_layers": 0}))
     assert choose(strategy, cache, query())[0].coverage is None
 
 

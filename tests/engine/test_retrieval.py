@@ -8,7 +8,7 @@ from keysift.engine import Engine, Request, SamplingParams, Sparsity, Unsupporte
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 
 SMALL = ("dense_below=0", "sink=16", "window=32", "budget=32", "epsilon=0")
-INDEXES = ("flat", "codes", "mean", "bound")
+INDEXES = ("flat", "codes", "ivf", "summary", "bound")
 
 
 def request(name: str, prompt: tuple[int, ...], new: int, index: str, *more: str) -> Request:

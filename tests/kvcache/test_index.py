@@ -22,7 +22,7 @@ INDEXES: dict[str, IndexSpec] = {
     "codes": CodeIndex(),
     "few codes": CodeIndex(candidates=2),
     "bound": BoundIndex(),
-    "mean": MeanIndex(),
+    "summary": MeanIndex(),
 }
 
 
