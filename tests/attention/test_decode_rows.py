@@ -16,8 +16,8 @@ from keysift.attention.token import TokenStrategy
 from keysift.kvcache import CacheSpec, PagedCache, Selection, Span
 
 LAYERS, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
-PROMPT, TOKENS = 200, 40
-"""The prompt ends within a page; the tokens fill two more, and the last one lies in a third."""
+PROMPT, TOKENS = 2024, 48
+"""The prompt ends within a page; a segment of 2,048 tokens, of which indexes make lists, is full amid the tokens."""
 SMALL = {"sink": 16, "window": 24, "budget": 32, "top_k": 32, "dense_layers": 0}
 Pages = list[list[list[int]]]
 """Of each row, of each layer and head."""
