@@ -1,9 +1,10 @@
 """What sparse decoding loses: strategies for tokens over their budgets, against dense, on four different texts.
 
 The embedded model in fp32, teacher-forced; the prompt is dense, the last 256 tokens of each text are decoded, and then
-eight needles are asked for behind it, question and answer decoded as well. Bytes are keys and values that a token reads
-of all layers; what choosing reads is not among them. Coverage is what a strategy tells of itself, *kept* the truth.
-Readings do not depend on the machine's speed. They go to a file one by one, so that a run that was cut off goes on.
+eight needles are asked for behind it, question and answer decoded as well. *mb*: megabytes of keys and values that a
+token reads in all layers; what choosing reads is not among them. *coverage* is what a strategy tells of itself, *kept*
+the truth. Readings do not depend on the machine's speed. They go to a file one by one, so that a run that was cut off
+goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CURVES: dict[str, tuple[str, list[dict[str, Any]]]] = {
 REFERENCE = "retrieval"
 COLUMNS = (
     "density",
-    "bytes",
+    "mb",
     "coverage",
     "kept",
     "kept_min",

@@ -101,7 +101,7 @@ def facts(steps: Sequence[Telemetry]) -> dict[str, float | None]:
     reads, covered = told(steps)
     return {
         "density": reads.density,
-        "bytes": reads.bytes / SCORED,
+        "mb": reads.bytes / SCORED / 1e6,
         "coverage": covered.mean,
         "coverage_min": covered.least,
     }

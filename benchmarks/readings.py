@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from texts import KINDS
 from timing import machine
 
@@ -79,7 +79,7 @@ def _progress() -> Progress:
 
 def show(rows: list[Row], columns: Sequence[str], curves: Sequence[str], reference: str, path: Path | None) -> None:
     """The machine, the means over the texts, every curve against the reference, and the plot if one is wanted."""
-    console = Console(width=170)
+    console = Console(width=210)
     console.print(", ".join(f"{name} {value}" for name, value in machine().items()), highlight=False)
     console.print(curves_table(rows, columns), matched_table(rows, curves, reference))
     if path:
@@ -91,10 +91,11 @@ def curves_table(rows: Iterable[Row], columns: Sequence[str]) -> Table:
     groups: dict[tuple[int, str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["length"], row["curve"], spelt(row["options"])].append(row)
-    table = Table("tokens", "strategy", "options", *columns, "worst kl", title="Means over the texts")
+    options = Column("options", no_wrap=True)
+    table = Table("tokens", "strategy", options, *columns, "worst kl", title="Means over the texts")
     for (length, curve, knobs), group in groups.items():
         means = [
-            "-" if group[0][name] is None else _shown(statistics.fmean(row[name] for row in group)) for name in columns
+            "-" if group[0][name] is None else f"{statistics.fmean(row[name] for row in group):.4f}" for name in columns
         ]
         table.add_row(str(length), curve, knobs, *means, f"{max(row['kl'] for row in group):.4f}")
     return table
@@ -104,13 +105,9 @@ def spelt(options: dict[str, Any]) -> str:
     return " ".join(f"{name}={value}" for name, value in options.items())
 
 
-def _shown(value: float) -> str:
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4f}"
-
-
 def matched_table(rows: list[Row], curves: Sequence[str], reference: str) -> Table:
     """KL of the curves at the densities that the reference reached, on log-linear lines through their points."""
-    others = [curve for curve in curves if curve != reference]
+    others = [curve for curve in curves if curve != reference and any(row["curve"] == curve for row in rows)]
     title = f"KL at the density of {reference}, and as a multiple of its own; - where a curve has no point near"
     table = Table("tokens", "text", "density", reference, *others, title=title)
     for row in (row for row in rows if row["curve"] == reference):

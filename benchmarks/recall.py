@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +30,7 @@ from rich.table import Table
 from timing import machine
 
 from keysift.attention import Dense, Strategy, make
+from keysift.attention.token import TokenStrategy
 from keysift.engine.config import EngineConfig
 from keysift.engine.model import load
 
@@ -83,11 +85,13 @@ def strategies() -> Iterator[tuple[str, Strategy]]:
 
 
 def strategies_for_tokens() -> Iterator[tuple[str, Strategy]]:
-    """Likewise."""
+    """Likewise; this model has no layers to spare that would read everything."""
     yield "dense", Dense()
     for curve, (_, knobs) in decode_quality.CURVES.items():
         for fields in middle(knobs):
-            yield f"{curve} {spelt(fields)}", decode_quality.strategy({"curve": curve, "options": fields})
+            chosen = decode_quality.strategy({"curve": curve, "options": fields})
+            sparse = replace(chosen, dense_layers=0) if isinstance(chosen, TokenStrategy) else chosen
+            yield f"{curve} {spelt(fields)}", sparse
 
 
 def middle(knobs: list[Knobs]) -> list[Knobs]:
