@@ -6,6 +6,7 @@ Run as a script, it writes them to a file, which `index.py --captured` reads ins
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,13 @@ class Captured:
     @classmethod
     def load(cls, file: Path) -> Captured:
         return cls(**torch.load(file))
+
+    def only(self, places: Sequence[int] | None) -> Captured:
+        """The layers at these places; None: all."""
+        if places is None:
+            return self
+        layers, parts = tuple(self.layers[place] for place in places), (self.q, self.k, self.v)
+        return Captured(layers, *(None if part is None else part[list(places)] for part in parts))  # type: ignore[arg-type]
 
     def save(self, file: Path) -> None:
         torch.save({"layers": self.layers, "q": self.q, "k": self.k, "v": self.v}, file)

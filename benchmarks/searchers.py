@@ -1,0 +1,310 @@
+"""What `index.py` compares: our own indexes in a cache as the engine keeps them, and those of faiss."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keysift.kvcache import CacheSpec, PagedCache, Span, Step
+from keysift.kvcache import index as indexes
+from keysift.kvcache.index import BoundIndex, CodeIndex, IndexSpec, MeanIndex, PageIndex
+from keysift.kvcache.index.hits import Hits, masses_of
+
+PAGE, CHUNK, ROW = 16, 1024, 64
+BATCH = 8
+"""Sequences of a step, which all share the keys."""
+BEST_KEYS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Keys of a layer, and the queries that a prompt showed with them."""
+
+    keys: Tensor
+    """[T, Hkv, D] fp32, T a multiple of the page size."""
+    shown: Tensor
+    """[T, Hq, D] fp32"""
+
+    @property
+    def scale(self) -> float:
+        return float(self.keys.shape[2] ** -0.5)
+
+
+class Found(NamedTuple):
+    """Answers to queries [n, H, D]."""
+
+    keys: Tensor | None
+    """[n, H, BEST_KEYS] int32, -1 pads the end; None: the search knows pages only."""
+    masses: Tensor
+    """[n, H, F] fp32, log mass of each page."""
+    scanned: float
+    """Share of the keys that a query was multiplied with, stand-ins of keys included."""
+    seconds: float
+    """Of one query of one head."""
+
+
+class Searcher(Protocol):
+    """One kind of index over the keys of a problem, in several settings."""
+
+    build_seconds: dict[str, float]
+    """By setting: of all KV heads."""
+    bytes_per_key: dict[str, float]
+    """By setting: of one KV head, the keys themselves only where the index has a copy of them."""
+
+    def search(self, q: Tensor, setting: str) -> Found:
+        """The best keys for q [n, H, D], H a multiple of Hkv."""
+
+
+@dataclass(slots=True)
+class Paged:
+    """Our indexes: `BATCH` sequences share the prompt's pages, and each decodes a token that is none of the keys.
+
+    That token's own key points away from the query, so that it is not found in place of another.
+    """
+
+    problem: Problem
+    cache: PagedCache
+    sequences: list[int]
+    built: dict[str, PageIndex]
+    build_seconds: dict[str, float]
+    bytes_per_key: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def make(cls, problem: Problem, specs: Mapping[str, IndexSpec]) -> Paged:
+        tokens, num_kv_heads, dim = problem.keys.shape
+        spec = CacheSpec(num_layers=1, num_kv_heads=num_kv_heads, head_dim=dim, page_size=PAGE)
+        count = spec.pages_for(tokens) + BATCH
+        cache = PagedCache(spec, count, max_sequences=BATCH + 1, max_len=tokens + 1)
+        built = {setting: cache.index(which) for setting, which in specs.items()}
+        made = cls(problem, cache, [], built, dict.fromkeys(specs, 0.0))
+        made._fill()
+        for setting in specs:
+            made._finish(setting)
+        return made
+
+    def search(self, q: Tensor, setting: str) -> Found:
+        which, tokens = self.built[setting], len(self.problem.keys)
+        keys, masses, scanned, seconds = [], [], 0.0, 0.0
+        for part in q.split(BATCH):
+            step = self._decode(part)
+            context = self.cache.context(0, step)
+            began = time.perf_counter()
+            answer = which.search(part, context) if hasattr(which, "search") else which.masses(part, context)
+            seconds += time.perf_counter() - began
+            if isinstance(answer, Hits):
+                keys.append(answer.keys.masked_fill(answer.keys >= tokens, -1))
+                scanned += float(answer.scanned.sum())
+                answer = which.masses(part, context)
+            masses.append(answer[..., : tokens // PAGE])
+        count = q.shape[:2].numel()
+        share = scanned / count / tokens if keys else _stand_ins(which, tokens) / tokens
+        return Found(torch.cat(keys) if keys else None, torch.cat(masses), share, seconds / count)
+
+    def _fill(self) -> None:
+        cache, keys = self.cache, self.problem.keys
+        first = cache.open()
+        cache.reserve(first, len(keys))
+        for start in range(0, len(keys), CHUNK):
+            stop = min(start + CHUNK, len(keys))
+            step = cache.prefill(Span(first, start, stop - start), ROW, len(keys) - stop)
+            cache.append(0, keys[start:stop], torch.zeros_like(keys[start:stop]), step)
+            for setting, which in self.built.items():
+                began = time.perf_counter()
+                which.observe(self.problem.shown[start:stop], cache.context(0, step))
+                self.build_seconds[setting] += time.perf_counter() - began
+        for _ in range(BATCH):
+            self.sequences.append(cache.open())
+            cache.share(self.sequences[-1], step.held[0])
+            cache.reserve(self.sequences[-1], len(keys) + 1)
+
+    def _finish(self, setting: str) -> None:
+        """Search once, for what is built at the first search; what a second one takes less was building."""
+        query = self.problem.shown[-1:]
+        first, second = (self.search(query, setting).seconds * query.shape[1] for _ in range(2))
+        self.build_seconds[setting] += max(first - second, 0.0)
+        which, (tokens, heads, _) = self.built[setting], self.problem.keys.shape
+        self.bytes_per_key[setting] = _page_bytes(which, self.cache.spec) / PAGE or _held(which) / tokens / heads
+
+    def _decode(self, q: Tensor) -> Step:
+        step = self.cache.decode([Span(sequence, len(self.problem.keys), 1) for sequence in self.sequences[: len(q)]])
+        key = -torch.unflatten(q, 1, (self.problem.keys.shape[1], -1)).mean(2)
+        self.cache.append(0, key, torch.zeros_like(key), step)
+        return step
+
+
+def _stand_ins(which: PageIndex, tokens: int) -> float:
+    """Vectors of a key's length that an index over pages multiplies a query with."""
+    pages = tokens // PAGE
+    if isinstance(which, CodeIndex):
+        return 2 * pages + min(which.candidates, pages) * PAGE
+    return (2 if isinstance(which, BoundIndex) else 1) * pages
+
+
+def _page_bytes(which: PageIndex, spec: CacheSpec) -> int:
+    """What the cache keeps for the index beside a page of one KV head, summaries at 2 bytes; 0: nothing."""
+    if isinstance(which, CodeIndex):
+        return spec.page_size * spec.code_words * 4 + 2 * spec.head_dim + 8
+    return {BoundIndex: 4, MeanIndex: 2}.get(type(which), 0) * spec.head_dim
+
+
+def _held(thing: object) -> int:
+    """Bytes of the tensors that an object holds, through its fields, lists and dicts."""
+    seen: dict[int, Tensor] = {}
+    _collect(thing, seen, set())
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
+
+
+def _collect(thing: object, tensors: dict[int, Tensor], seen: set[int]) -> None:
+    if id(thing) in seen or isinstance(thing, (str, bytes, int, float, Step)):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, Tensor):
+        tensors[thing.untyped_storage().data_ptr()] = thing
+        return
+    for part in _parts(thing):
+        _collect(part, tensors, seen)
+
+
+def _parts(thing: object) -> Iterator[object]:
+    if isinstance(thing, Mapping):
+        yield from thing.values()
+    elif isinstance(thing, (list, tuple, set)):
+        yield from thing
+    elif is_dataclass(thing):
+        yield from (getattr(thing, part.name) for part in fields(thing))
+    elif type(thing).__module__.startswith("keysift"):
+        yield from getattr(thing, "__dict__", {}).values()
+
+
+@dataclass(slots=True)
+class Faiss:
+    """An index of faiss for each KV head, by inner product; a setting is a number that its search takes."""
+
+    problem: Problem
+    heads: list[Any]
+    build_seconds: dict[str, float]
+    bytes_per_key: dict[str, float]
+
+    @classmethod
+    def make(cls, problem: Problem, create: Callable[[int, int], Any], settings: list[str]) -> Faiss:
+        import faiss
+
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        tokens, _, dim = problem.keys.shape
+        heads, began = [], time.perf_counter()
+        for keys in problem.keys.unbind(1):
+            heads.append(create(tokens, dim))
+            heads[-1].train(_rows(keys))
+            heads[-1].add(_rows(keys))
+        seconds = time.perf_counter() - began
+        size = sum(len(faiss.serialize_index(head)) for head in heads) / tokens / len(heads)
+        return cls(problem, heads, dict.fromkeys(settings, seconds), dict.fromkeys(settings, size))
+
+    def search(self, q: Tensor, setting: str) -> Found:
+        tokens, num_kv_heads, dim = self.problem.keys.shape
+        keys, scores, scanned, seconds = [], [], 0, 0.0
+        for head, queries in zip(self.heads, torch.unflatten(q, 1, (num_kv_heads, -1)).unbind(1), strict=True):
+            _tune(head, int(setting))
+            rows = _rows(queries.reshape(-1, dim))
+            began = time.perf_counter()
+            values, found = head.search(rows, BEST_KEYS)
+            seconds += time.perf_counter() - began
+            scanned += _products(head, len(rows))
+            keys.append(torch.from_numpy(found).view(*queries.shape[:2], -1))
+            scores.append(torch.from_numpy(values).view(*queries.shape[:2], -1))
+        count = q.shape[:2].numel()
+        every, exact = torch.cat(keys, 1).int(), torch.cat(scores, 1) * self.problem.scale
+        exact = exact.masked_fill(every < 0, -torch.inf)
+        hits = Hits(every, exact, torch.full(q.shape[:2], scanned // count, dtype=torch.int32))
+        return Found(every, masses_of(hits, PAGE, tokens // PAGE), scanned / count / tokens, seconds / count)
+
+
+def _rows(x: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(x.numpy(), dtype=np.float32)
+
+
+def _tune(head: Any, number: int) -> None:
+    """Set what trades recall for time, and forget what was counted."""
+    import faiss
+
+    if hasattr(head, "hnsw"):
+        head.hnsw.efSearch = number
+        faiss.cvar.hnsw_stats.reset()
+    else:
+        head.nprobe = number
+        faiss.cvar.indexIVF_stats.reset()
+
+
+def _products(head: Any, queries: int) -> int:
+    """Keys and centroids that the queries since `_tune` were multiplied with."""
+    import faiss
+
+    if hasattr(head, "hnsw"):
+        return int(faiss.cvar.hnsw_stats.ndis)
+    return int(faiss.cvar.indexIVF_stats.ndis) + queries * int(head.nlist)
+
+
+Family = Callable[[Problem], Searcher]
+
+
+def own_families() -> dict[str, tuple[Family, list[str]]]:
+    """Ours by name, with their settings; those that this version lacks are left out."""
+    specs: dict[str, dict[str, IndexSpec]] = {
+        "codes": {str(count): CodeIndex(candidates=count) for count in (64, 128, 256, 512, 1024, 2048)},
+        "bound": {"": BoundIndex()},
+        "mean": {"": MeanIndex()},
+    }
+    if hasattr(indexes, "Ivf"):
+        specs["ivf"] = {str(count): indexes.Ivf(nprobe=count, top_k=BEST_KEYS) for count in (8, 16, 32, 64, 128, 256)}
+    if hasattr(indexes, "Graph"):
+        beams = (100, 150, 200, 300, 400, 600)
+        specs["graph"] = {str(beam): indexes.Graph(beam=beam, top_k=BEST_KEYS, wait=True) for beam in beams}
+    return {name: (_paged(kinds), list(kinds)) for name, kinds in specs.items()}
+
+
+def _paged(specs: Mapping[str, IndexSpec]) -> Family:
+    return lambda problem: Paged.make(problem, specs)
+
+
+def faiss_families() -> dict[str, tuple[Family, list[str]]]:
+    """Those of faiss. Raises `ImportError` where it is not installed."""
+    import faiss
+
+    product = faiss.METRIC_INNER_PRODUCT
+
+    def hnsw(tokens: int, dim: int) -> Any:
+        index = faiss.IndexHNSWFlat(dim, 32, product)
+        index.hnsw.efConstruction = 200
+        return index
+
+    def flat(tokens: int, dim: int) -> Any:
+        return faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, _lists(tokens), product)
+
+    def scalars(tokens: int, dim: int) -> Any:
+        kind = faiss.ScalarQuantizer.QT_4bit
+        return faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, _lists(tokens), kind, product)
+
+    def products(tokens: int, dim: int) -> Any:
+        return faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, _lists(tokens), dim // 4, 8, product)
+
+    probes, efforts = [str(2**n) for n in range(2, 9)], [str(100 * 2**n) for n in range(5)]
+    creators = {
+        "faiss HNSW32": (hnsw, efforts), "faiss IVF": (flat, probes),
+        "faiss IVF SQ4": (scalars, probes), "faiss IVF PQ, 2 bits": (products, probes),
+    }  # fmt: skip
+    return {name: (_faiss(create, settings), settings) for name, (create, settings) in creators.items()}
+
+
+def _faiss(create: Callable[[int, int], Any], settings: list[str]) -> Family:
+    return lambda problem: Faiss.make(problem, create, settings)
+
+
+def _lists(tokens: int) -> int:
+    """As faiss recommends: a few times the root of the number of keys."""
+    return round(4 * tokens**0.5)
