@@ -71,7 +71,7 @@ class Text:
         """
         tokens = torch.tensor(bench.haystack(kind, length))
         cache, sequence = bench.sequence(length + ROOM)
-        for index in {strategy.make_index() for strategy in strategies} - {None}:
+        for index in {index for strategy in strategies if (index := strategy.make_index())}:
             cache.index(index)
         bench.prefill(cache, sequence, tokens[:-SCORED], torch.arange(0), Dense())
         text = cls(bench, tokens, cache, sequence)

@@ -40,7 +40,8 @@ def page_masses(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, *, scal
         scale,
     )
     kernels.keysift_column_scores(ctypes.byref(call), level(), num_threads())
-    return mass.log_()
+    masses: Tensor = mass.log_()
+    return masses
 
 
 def _supports(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor) -> bool:

@@ -24,7 +24,7 @@ class Retrieval(TokenStrategy):
     """
 
     index: Literal["flat", "codes", "ivf", "graph", "summary", "bound"] = "codes"
-    """What searches the keys: all of them exactly; their codes; clusters; a graph; the pages' mean keys; their bounds."""
+    """What searches: all keys exactly, their codes, clusters, a graph, the pages' mean keys, or their bounds."""
     candidates: Positive = 512
     """Of codes: pages whose codes are read, the most promising by the bounds of all."""
     nprobe: Positive = 64

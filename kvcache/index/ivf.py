@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -73,6 +73,8 @@ class _View:
 
 class IvfIndex:
     """The lists of all segments of a cache's sequences, built when a segment is full or when they are first needed."""
+
+    tells_shares: ClassVar[bool] = False
 
     def __init__(self, options: Ivf, spec: CacheSpec) -> None:
         self._options = options

@@ -1,0 +1,39 @@
+"""The CUDA twin of `top_pages`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from keysift.kvcache.ops.heaviest_triton import MAX_PAGES, heaviest
+
+from .tiles import INTERPRETED
+from .top_pages import TopPages
+
+
+def top_pages(
+    masses: Tensor,
+    firsts: Tensor,
+    lasts: Tensor,
+    *,
+    heads: int,
+    sinks: int,
+    window: int,
+    budget: int,
+    epsilon: float,
+) -> TopPages:
+    """The twin of the reference of the same name, which documents it.
+
+    One launch for the dozens that the reference's two sorts and its many passes take. A row's bits do not depend on
+    the other rows, nor on how many pages the longest of them has.
+    """
+    max_pages = masses.shape[2]
+    if not (masses.is_cuda or INTERPRETED) or masses.dtype != torch.float32 or max_pages > MAX_PAGES:
+        return NotImplemented  # type: ignore[no-any-return]
+    width = min(max_pages, sinks + window + budget)
+    with torch.cuda.device_of(masses):
+        return TopPages(
+            *heaviest(
+                masses, (firsts, lasts), lists=heads, width=width, sinks=sinks, budget=budget, epsilon=epsilon
+            )
+        )

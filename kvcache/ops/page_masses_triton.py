@@ -1,0 +1,186 @@
+"""The CUDA twins of `page_masses`, `code_masses` and `page_bounds`."""
+# mypy: allow-untyped-calls
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .code_masses_kernels import centres_kernel, codes_kernel
+from .encode import Codes
+from .heaviest_triton import MAX_PAGES, heaviest
+from .page_masses_kernels import bounds_kernel, masses_kernel
+
+INTERPRETED = triton.knobs.runtime.interpret
+BLOCK_G = 16
+"""Query heads of a program: what a matrix unit multiplies at once, present or not."""
+
+
+def blocks(dim: int, page_size: int, dtype: torch.dtype) -> dict[str, int]:
+    """How a program's vectors split into pages and slots: as many as fit every kind of GPU beside the queries.
+
+    `tests/compile_kernels.py` holds that.
+    """
+    vectors = 16 if dtype == torch.float32 else 32 if dim > 128 else 64
+    slots = min(triton.next_power_of_2(page_size), vectors)
+    block = {"BLOCK_G": BLOCK_G, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
+    return block | {"BLOCK_P": vectors // slots, "BLOCK_S": slots}
+
+
+def page_blocks(dim: int, page_size: int, dtype: torch.dtype) -> dict[str, int]:
+    """The same for kernels with a few vectors of each page; they read every slot of a single one, the row's own."""
+    block = blocks(dim, 1, dtype)
+    del block["BLOCK_S"]
+    return block | {"OWN_S": own_slots(dim, page_size, dtype)}
+
+
+def own_slots(dim: int, page_size: int, dtype: torch.dtype) -> int:
+    """Slots of a single page to read at once."""
+    return max(16, blocks(dim, page_size, dtype)["BLOCK_S"])
+
+
+class Call(NamedTuple):
+    """What all three are asked."""
+
+    q: Tensor
+    k: Tensor
+    frames: Tensor
+    positions: Tensor
+    scale: float
+
+    @property
+    def supported(self) -> bool:
+        q, k = self.q, self.k
+        return (
+            (q.is_cuda or INTERPRETED)
+            and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and q.dtype == k.dtype
+            and q.shape[2] <= 256
+            and q.stride(2) == k.stride(3) == self.positions.stride(0) == 1
+        )
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The constants that all kernels share."""
+        (_, heads, dim), (_, kv_heads, page_size, _) = self.q.shape, self.k.shape
+        return {"Hkv": kv_heads, "G": heads // kv_heads, "S": page_size, "D": dim}
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return (*self.q.stride()[:2], *self.k.stride()[:3])
+
+    def empty(self) -> Tensor:
+        """[R, Hq, F]"""
+        return self.q.new_empty(*self.q.shape[:2], self.frames.shape[2], dtype=torch.float32)
+
+    def grid(self, pages: int, block: dict[str, int]) -> tuple[int]:
+        """Programs for the query heads of every row and KV head over so many pages."""
+        groups = triton.cdiv(self.q.shape[1] // self.k.shape[1], block["BLOCK_G"])
+        return (self.frames.shape[0] * self.frames.shape[1] * groups * triton.cdiv(pages, block["BLOCK_P"]),)
+
+
+def page_masses(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, *, scale: float) -> Tensor:
+    """The twin of the reference of the same name, which documents it."""
+    call = Call(q, k, frames, positions, scale)
+    if not call.supported:
+        return NotImplemented  # type: ignore[no-any-return]
+    masses, max_pages = call.empty(), frames.shape[2]
+    block = blocks(q.shape[2], k.shape[2], q.dtype)
+    if masses.numel():
+        with torch.cuda.device_of(q):
+            masses_kernel[call.grid(max_pages, block)](
+                *(q, k, frames, positions, masses, scale, max_pages, *call.strides, *frames.stride()),
+                **call.shape,
+                **block,
+            )
+    return masses
+
+
+def code_masses(
+    q: Tensor,
+    k: Tensor,
+    codes: Codes,
+    frames: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    candidates: int,
+    slack: float = 0.35,
+) -> Tensor:
+    """The twin of the reference of the same name, which documents it.
+
+    Three launches: the bounds of all pages, the candidates, their codes. Where every page is a candidate, one.
+    """
+    call, max_pages = Call(q, k, frames, positions, scale), frames.shape[2]
+    everything = candidates >= max_pages
+    if not (call.supported and all(part.stride(-1) == 1 for part in codes)) or not (everything or max_pages <= MAX_PAGES):
+        return NotImplemented  # type: ignore[no-any-return]
+    masses = call.empty()
+    if masses.numel():
+        with torch.cuda.device_of(q):
+            if everything:
+                _scan(call, codes, None, masses)
+            else:
+                promises = _centres(call, codes, slack, masses)
+                width = {"lists": k.shape[1], "width": candidates, "budget": candidates}
+                _scan(call, codes, heaviest(promises, None, **width)[0], masses)
+    return masses
+
+
+def _centres(call: Call, codes: Codes, slack: float, masses: Tensor) -> Tensor:
+    """Write the masses of all pages but those of candidates; returns what ranks them, [R, Hq, F]."""
+    (_, _, page_size, dim), max_pages = call.k.shape, call.frames.shape[2]
+    promises = torch.empty_like(masses)
+    block = page_blocks(dim, page_size, call.q.dtype)
+    centres_kernel[call.grid(max_pages, block)](
+        *(call.q, call.k, codes.bounds, codes.scales, call.frames, call.positions, masses, promises),
+        *(call.scale, slack, max_pages, *call.strides),
+        *(*codes.bounds.stride()[:3], *codes.scales.stride()[:2], *call.frames.stride()),
+        LOG_S=math.log(page_size),
+        **call.shape,
+        **block,
+    )
+    return promises
+
+
+def _scan(call: Call, codes: Codes, pages: Tensor | None, masses: Tensor) -> None:
+    """Write the masses by codes of the pages [R, Hkv, P]; None: of all, and that of the row's own page."""
+    (_, _, page_size, dim), max_pages = call.k.shape, call.frames.shape[2]
+    width = max_pages if pages is None else pages.shape[2]
+    block = blocks(dim, page_size, call.q.dtype)
+    if not width:
+        return
+    codes_kernel[call.grid(width, block)](
+        *(call.q, call.k, *codes, call.frames, call.positions, call.frames if pages is None else pages, masses),
+        *(call.scale, max_pages, width, *call.strides, *codes.levels.stride()[:3]),
+        *(*codes.bounds.stride()[:3], *codes.scales.stride()[:2], *call.frames.stride()),
+        W=codes.levels.shape[2],
+        BITS=codes.bits,
+        LISTED=pages is not None,
+        OWN_S=own_slots(dim, page_size, call.q.dtype),
+        **call.shape,
+        **block,
+    )
+
+
+def page_bounds(q: Tensor, k: Tensor, summaries: Tensor, frames: Tensor, positions: Tensor, *, scale: float) -> Tensor:
+    """The twin of the reference of the same name, which documents it."""
+    call, max_pages = Call(q, k, frames, positions, scale), frames.shape[2]
+    if not call.supported or summaries.dtype != q.dtype or summaries.stride(3) != 1:
+        return NotImplemented  # type: ignore[no-any-return]
+    masses = call.empty()
+    block = page_blocks(q.shape[2], k.shape[2], q.dtype)
+    if masses.numel():
+        with torch.cuda.device_of(q):
+            bounds_kernel[call.grid(max_pages, block)](
+                *(q, k, summaries, frames, positions, masses, scale, max_pages),
+                *(*call.strides, *summaries.stride()[:3], *frames.stride()),
+                LOG_S=math.log(k.shape[2]),
+                **call.shape,
+                **block,
+            )
+    return masses
