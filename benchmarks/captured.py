@@ -53,12 +53,12 @@ class Captured:
 def capture(bench: Bench, tokens: Tensor, layers: tuple[int, ...] = LAYERS) -> Captured:
     """Prefill tokens [T] under dense attention, chunk by chunk, and note what these layers are given."""
     notes: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in layers}
-    with bench.sequence(len(tokens)) as (cache, sequence):
-        for start in range(0, len(tokens), bench.chunk):
-            span = Span(sequence, start, min(bench.chunk, len(tokens) - start))
-            step = cache.prefill(span, bench.row)
-            attend = noting(bind(Dense(), cache, step), notes)
-            bench.model.forward(tokens[span.start : span.stop], step.positions, torch.tensor([0]), attend)
+    cache, sequence = bench.sequence(len(tokens))
+    for start in range(0, len(tokens), bench.chunk):
+        span = Span(sequence, start, min(bench.chunk, len(tokens) - start))
+        step = cache.prefill(span, bench.row)
+        attend = noting(bind(Dense(), cache, step), notes)
+        bench.model.forward(tokens[span.start : span.stop], step.positions, torch.tensor([0]), attend)
     return Captured(layers, *(torch.stack([_joined(notes[layer], part) for layer in layers]) for part in range(3)))
 
 

@@ -6,8 +6,8 @@ every query reads, and the nearest, which a window holds anyway, are left out of
 *real*: queries search, as in attention; *keys*: later keys search among keys, which is what indexes are made for.
 
 recall: found share of the 100 keys with the greatest products, mean, and that of the worst head; an index over pages
-finds what lies on the pages that a budget of 1,024 tokens reads. pages: of the 32 pages that hold most attention. scanned:
-vectors multiplied with the query, stand-ins of keys included, as a share of the keys. query: of one head, in batches.
+finds what lies on the pages that a budget of 1,024 tokens reads. pages: of the 32 pages that hold most attention.
+scanned: vectors multiplied with the query, stand-ins of keys included, as a share of the keys. query: of one head.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 from captured import Captured, of_text
-from searchers import BEST_KEYS, PAGE, Family, Found, Problem, Searcher, faiss_families, own_families
+from faiss_searchers import faiss_families
+from searchers import BEST_KEYS, PAGE, Family, Found, Problem, Searcher, own_families
 from structured import structured
 from timing import Row, keeping, machine, show
 from torch import Tensor

@@ -1,20 +1,19 @@
-"""What `index.py` compares: our own indexes in a cache as the engine keeps them, and those of faiss."""
+"""What `index.py` compares, and ours of it: indexes in a cache as the engine keeps them."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from keysift.kvcache import CacheSpec, PagedCache, Span, Step
 from keysift.kvcache import index as indexes
 from keysift.kvcache.index import BoundIndex, CodeIndex, IndexSpec, MeanIndex, PageIndex
-from keysift.kvcache.index.hits import Hits, masses_of
+from keysift.kvcache.index.hits import Hits
 
 PAGE, CHUNK, ROW = 16, 1024, 64
 BATCH = 8
@@ -61,6 +60,10 @@ class Searcher(Protocol):
         """The best keys for q [n, H, D], H a multiple of Hkv."""
 
 
+Family = Callable[[Problem], Searcher]
+"""Builds an index over the keys of a problem."""
+
+
 @dataclass(slots=True)
 class Paged:
     """Our indexes: `BATCH` sequences share the prompt's pages, and each decodes a token that is none of the keys.
@@ -91,7 +94,7 @@ class Paged:
     def search(self, q: Tensor, setting: str) -> Found:
         which, tokens = self.built[setting], len(self.problem.keys)
         keys, masses, scanned, seconds = [], [], 0.0, 0.0
-        for part in q.split(BATCH):
+        for part in torch.split(q, BATCH):
             step = self._decode(part)
             context = self.cache.context(0, step)
             began = time.perf_counter()
@@ -150,7 +153,7 @@ def _page_bytes(which: PageIndex, spec: CacheSpec) -> int:
     """What the cache keeps for the index beside a page of one KV head, summaries at 2 bytes; 0: nothing."""
     if isinstance(which, CodeIndex):
         return spec.page_size * spec.code_words * 4 + 2 * spec.head_dim + 8
-    return {BoundIndex: 4, MeanIndex: 2}.get(type(which), 0) * spec.head_dim
+    return (4 * isinstance(which, BoundIndex) + 2 * isinstance(which, MeanIndex)) * spec.head_dim
 
 
 def _held(thing: object) -> int:
@@ -182,77 +185,6 @@ def _parts(thing: object) -> Iterator[object]:
         yield from getattr(thing, "__dict__", {}).values()
 
 
-@dataclass(slots=True)
-class Faiss:
-    """An index of faiss for each KV head, by inner product; a setting is a number that its search takes."""
-
-    problem: Problem
-    heads: list[Any]
-    build_seconds: dict[str, float]
-    bytes_per_key: dict[str, float]
-
-    @classmethod
-    def make(cls, problem: Problem, create: Callable[[int, int], Any], settings: list[str]) -> Faiss:
-        import faiss
-
-        faiss.omp_set_num_threads(torch.get_num_threads())
-        tokens, _, dim = problem.keys.shape
-        heads, began = [], time.perf_counter()
-        for keys in problem.keys.unbind(1):
-            heads.append(create(tokens, dim))
-            heads[-1].train(_rows(keys))
-            heads[-1].add(_rows(keys))
-        seconds = time.perf_counter() - began
-        size = sum(len(faiss.serialize_index(head)) for head in heads) / tokens / len(heads)
-        return cls(problem, heads, dict.fromkeys(settings, seconds), dict.fromkeys(settings, size))
-
-    def search(self, q: Tensor, setting: str) -> Found:
-        tokens, num_kv_heads, dim = self.problem.keys.shape
-        keys, scores, scanned, seconds = [], [], 0, 0.0
-        for head, queries in zip(self.heads, torch.unflatten(q, 1, (num_kv_heads, -1)).unbind(1), strict=True):
-            _tune(head, int(setting))
-            rows = _rows(queries.reshape(-1, dim))
-            began = time.perf_counter()
-            values, found = head.search(rows, BEST_KEYS)
-            seconds += time.perf_counter() - began
-            scanned += _products(head, len(rows))
-            keys.append(torch.from_numpy(found).view(*queries.shape[:2], -1))
-            scores.append(torch.from_numpy(values).view(*queries.shape[:2], -1))
-        count = q.shape[:2].numel()
-        every, exact = torch.cat(keys, 1).int(), torch.cat(scores, 1) * self.problem.scale
-        exact = exact.masked_fill(every < 0, -torch.inf)
-        hits = Hits(every, exact, torch.full(q.shape[:2], scanned // count, dtype=torch.int32))
-        return Found(every, masses_of(hits, PAGE, tokens // PAGE), scanned / count / tokens, seconds / count)
-
-
-def _rows(x: Tensor) -> np.ndarray:
-    return np.ascontiguousarray(x.numpy(), dtype=np.float32)
-
-
-def _tune(head: Any, number: int) -> None:
-    """Set what trades recall for time, and forget what was counted."""
-    import faiss
-
-    if hasattr(head, "hnsw"):
-        head.hnsw.efSearch = number
-        faiss.cvar.hnsw_stats.reset()
-    else:
-        head.nprobe = number
-        faiss.cvar.indexIVF_stats.reset()
-
-
-def _products(head: Any, queries: int) -> int:
-    """Keys and centroids that the queries since `_tune` were multiplied with."""
-    import faiss
-
-    if hasattr(head, "hnsw"):
-        return int(faiss.cvar.hnsw_stats.ndis)
-    return int(faiss.cvar.indexIVF_stats.ndis) + queries * int(head.nlist)
-
-
-Family = Callable[[Problem], Searcher]
-
-
 def own_families() -> dict[str, tuple[Family, list[str]]]:
     """Ours by name, with their settings; those that this version lacks are left out."""
     specs: dict[str, dict[str, IndexSpec]] = {
@@ -270,41 +202,3 @@ def own_families() -> dict[str, tuple[Family, list[str]]]:
 
 def _paged(specs: Mapping[str, IndexSpec]) -> Family:
     return lambda problem: Paged.make(problem, specs)
-
-
-def faiss_families() -> dict[str, tuple[Family, list[str]]]:
-    """Those of faiss. Raises `ImportError` where it is not installed."""
-    import faiss
-
-    product = faiss.METRIC_INNER_PRODUCT
-
-    def hnsw(tokens: int, dim: int) -> Any:
-        index = faiss.IndexHNSWFlat(dim, 32, product)
-        index.hnsw.efConstruction = 200
-        return index
-
-    def flat(tokens: int, dim: int) -> Any:
-        return faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, _lists(tokens), product)
-
-    def scalars(tokens: int, dim: int) -> Any:
-        kind = faiss.ScalarQuantizer.QT_4bit
-        return faiss.IndexIVFScalarQuantizer(faiss.IndexFlatIP(dim), dim, _lists(tokens), kind, product)
-
-    def products(tokens: int, dim: int) -> Any:
-        return faiss.IndexIVFPQ(faiss.IndexFlatIP(dim), dim, _lists(tokens), dim // 4, 8, product)
-
-    probes, efforts = [str(2**n) for n in range(2, 9)], [str(100 * 2**n) for n in range(5)]
-    creators = {
-        "faiss HNSW32": (hnsw, efforts), "faiss IVF": (flat, probes),
-        "faiss IVF SQ4": (scalars, probes), "faiss IVF PQ, 2 bits": (products, probes),
-    }  # fmt: skip
-    return {name: (_faiss(create, settings), settings) for name, (create, settings) in creators.items()}
-
-
-def _faiss(create: Callable[[int, int], Any], settings: list[str]) -> Family:
-    return lambda problem: Faiss.make(problem, create, settings)
-
-
-def _lists(tokens: int) -> int:
-    """As faiss recommends: a few times the root of the number of keys."""
-    return round(4 * tokens**0.5)
