@@ -8,6 +8,8 @@ every query reads, and the nearest, which a window holds anyway, are left out of
 recall: found share of the 100 keys with the greatest products, mean, and that of the worst head; an index over pages
 finds what lies on the pages that a budget of 1,024 tokens reads. pages: of the 32 pages that hold most attention.
 scanned: vectors multiplied with the query, stand-ins of keys included, as a share of the keys. query: of one head.
+
+Our `ivf` looks at every key that no full segment covers: the shorter the context, the larger its least share.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from keysift.kvcache import CacheSpec, PagedCache, Span, Step
 from keysift.kvcache import index as indexes
-from keysift.kvcache.index import BoundIndex, CodeIndex, IndexSpec, MeanIndex, PageIndex
+from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, IndexSpec, MeanIndex, PageIndex
 from keysift.kvcache.index.hits import Hits
 
 PAGE, CHUNK, ROW = 16, 1024, 64
@@ -144,6 +144,8 @@ class Paged:
 def _stand_ins(which: PageIndex, tokens: int) -> float:
     """Vectors of a key's length that an index over pages multiplies a query with."""
     pages = tokens // PAGE
+    if isinstance(which, FlatIndex):
+        return tokens
     if isinstance(which, CodeIndex):
         return 2 * pages + min(which.candidates, pages) * PAGE
     return (2 if isinstance(which, BoundIndex) else 1) * pages
@@ -188,6 +190,7 @@ def _parts(thing: object) -> Iterator[object]:
 def own_families() -> dict[str, tuple[Family, list[str]]]:
     """Ours by name, with their settings; those that this version lacks are left out."""
     specs: dict[str, dict[str, IndexSpec]] = {
+        "exact pages": {"": FlatIndex()},
         "codes": {str(count): CodeIndex(candidates=count) for count in (64, 128, 256, 512, 1024, 2048)},
         "bound": {"": BoundIndex()},
         "mean": {"": MeanIndex()},
