@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from shapes import COLD_BYTES, DTYPES, SHAPES
 from timing import machine, measure, show
 from torch import Tensor
 from torch.nn.functional import linear as torch_linear
@@ -21,11 +22,6 @@ from keysift.attention.native.paged_attention import paged_attention
 T = TypeVar("T")
 
 PAGE, QUERIES, CHUNK = 16, 64, 1024
-COLD_BYTES = 96 << 20
-"""Caches and weights are rotated over so many bytes: three times the L3 cache of the machines at hand."""
-
-SHAPES = {"9/3 d64": (9, 3, 64), "32/8 d128": (32, 8, 128)}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ Run as a script, it writes them to a file, which `index.py --captured` reads ins
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,13 @@ class Captured:
     def load(cls, file: Path) -> Captured:
         return cls(**torch.load(file))
 
+    def only(self, places: Sequence[int] | None) -> Captured:
+        """The layers at these places; None: all."""
+        if places is None:
+            return self
+        layers, parts = tuple(self.layers[place] for place in places), (self.q, self.k, self.v)
+        return Captured(layers, *(None if part is None else part[list(places)] for part in parts))  # type: ignore[arg-type]
+
     def save(self, file: Path) -> None:
         torch.save({"layers": self.layers, "q": self.q, "k": self.k, "v": self.v}, file)
 
@@ -45,12 +53,12 @@ class Captured:
 def capture(bench: Bench, tokens: Tensor, layers: tuple[int, ...] = LAYERS) -> Captured:
     """Prefill tokens [T] under dense attention, chunk by chunk, and note what these layers are given."""
     notes: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in layers}
-    with bench.sequence(len(tokens)) as (cache, sequence):
-        for start in range(0, len(tokens), bench.chunk):
-            span = Span(sequence, start, min(bench.chunk, len(tokens) - start))
-            step = cache.prefill(span, bench.row)
-            attend = noting(bind(Dense(), cache, step), notes)
-            bench.model.forward(tokens[span.start : span.stop], step.positions, torch.tensor([0]), attend)
+    cache, sequence = bench.sequence(len(tokens))
+    for start in range(0, len(tokens), bench.chunk):
+        span = Span(sequence, start, min(bench.chunk, len(tokens) - start))
+        step = cache.prefill(span, bench.row)
+        attend = noting(bind(Dense(), cache, step), notes)
+        bench.model.forward(tokens[span.start : span.stop], step.positions, torch.tensor([0]), attend)
     return Captured(layers, *(torch.stack([_joined(notes[layer], part) for layer in layers]) for part in range(3)))
 
 

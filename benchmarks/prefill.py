@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from shapes import SHAPES
 from structured import structured
 from timing import Timing, machine, measure, show
 from torch import Tensor
@@ -25,7 +26,6 @@ from keysift.attention.probe import take
 from keysift.kvcache import CacheSpec, Context, PagedCache, Selection, Span
 from keysift.kvcache.selection import pairs
 
-SHAPES = {"9/3 d64": (9, 3, 64), "32/8 d128": (32, 8, 128)}
 STRATEGIES: dict[str, dict[str, object]] = {
     "dense": {},
     "flexprefill 0.95": {"gamma": 0.95},
