@@ -14,6 +14,7 @@
 #include "linear.h"
 #include "pool_scores.h"
 #include "column_scores.h"
+#include "graph.h"
 
 namespace keysift::KEYSIFT_ISA {
 
@@ -60,6 +61,6 @@ inline void column_scores(const ScoresCall& call, int threads) {
   }
 }
 
-constexpr Kernels kTable{attention, linear, column_scores};
+constexpr Kernels kTable{attention, linear, column_scores, graph_search, graph_nearest};
 
 }  // namespace keysift::KEYSIFT_ISA

@@ -7,7 +7,8 @@ frames is about to hold something else. So prefixes are shared, sequences forked
 
 from .codes import CodeIndex
 from .flat import FlatIndex
+from .graph import Graph, GraphIndex
 from .protocol import IndexSpec, PageIndex
 from .summary import BoundIndex, MeanIndex
 
-__all__ = ["BoundIndex", "CodeIndex", "FlatIndex", "IndexSpec", "MeanIndex", "PageIndex"]
+__all__ = ["BoundIndex", "CodeIndex", "FlatIndex", "Graph", "GraphIndex", "IndexSpec", "MeanIndex", "PageIndex"]
