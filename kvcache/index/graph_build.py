@@ -13,7 +13,7 @@ WANTED = 100
 """Nearest keys of a training query that become linked."""
 TOKENS_PER_POINT = 256
 """A graph has one hub and one entry for so many tokens."""
-LEAST_POINTS = 16
+LEAST_POINTS = 32
 REPLACED = 4
 """An extension may replace one in so many of a token's older links."""
 

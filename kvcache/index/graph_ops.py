@@ -86,13 +86,16 @@ def link_keys(nearest: Tensor, tokens: int, degree: int, threads: int = 0) -> Te
     """[Hkv, tokens, degree] int32: links between keys that the same queries want, the strongest first; -1 pads.
 
     The strength of a link is the squared cosine between the sets of queries that want its ends, so that keys which
-    all queries want do not crowd out the others; of equal ones the lower token is taken.
+    all queries want do not crowd out the others; of equal ones the nearer token is taken, then the lower. The weakest
+    quarter gives way to links back: in each of ``degree // 4`` rounds every token asks those that it is linked with,
+    the strongest first, until one has room for it. So tokens are found, and do not only find.
 
     Args:
         nearest: [Hkv, M, wanted] int32, what each query wants; -1: nothing.
     """
     links = nearest.new_full((nearest.shape[0], tokens, degree), -1)
     for head, lists in enumerate(nearest.tolist()):
+        partners = []
         wanted: list[list[int]] = [[] for _ in range(tokens)]
         for query, keys in enumerate(lists):
             for key in keys:
@@ -104,9 +107,27 @@ def link_keys(nearest: Tensor, tokens: int, degree: int, threads: int = 0) -> Te
                 for key in lists[query]:
                     if key >= 0 and key != token:
                         counts[key] = counts.get(key, 0) + 1
-            best = sorted(counts, key=lambda other: (-(counts[other] ** 2) / len(wanted[other]), other))[:degree]
+            partners.append(_strongest(token, counts, wanted)[:degree])
+        for token, best in enumerate(_link_back(partners, degree)):
             links[head, token, : len(best)] = links.new_tensor(best)
     return links
+
+
+def _strongest(token: int, counts: dict[int, int], wanted: list[list[int]]) -> list[int]:
+    return sorted(counts, key=lambda other: (-(counts[other] ** 2) / len(wanted[other]), abs(other - token), other))
+
+
+def _link_back(partners: list[list[int]], degree: int) -> list[list[int]]:
+    room, firm = degree // 4, degree - degree // 4
+    given: list[list[int]] = [[] for _ in partners]
+    for _ in range(room):
+        for token, asked in enumerate(partners):
+            for to in asked:
+                if len(given[to]) < room and token not in partners[to][:firm] and token not in given[to]:
+                    given[to].append(token)
+                    break
+    merged = ([*own[:firm], *back, *own[firm:]] for own, back in zip(partners, given, strict=True))
+    return [list(dict.fromkeys(tokens))[:degree] for tokens in merged]
 
 
 @op(native="keysift.attention.native.graph:search_graphs")

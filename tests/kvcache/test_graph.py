@@ -139,7 +139,7 @@ def test_masses_are_those_of_the_hits_and_of_all_that_is_scanned() -> None:
     step = text.step(2, q[178:], k[178:])
     context = text.cache.context(0, step, index)
     masses, hits = index.masses(q[178:], context), index.search(q[178:], context)
-    scores = exact(q[178:], k, step.starts, Graph(sink=0, window=0), 4) * 16**-0.5
+    scores = exact(q[178:], k, torch.tensor([10**6, 10**6]), Graph(sink=0, window=1), 4) * 16**-0.5
     pages = torch.unflatten(scores.masked_fill(torch.arange(180) > step.starts[:, None, None], -torch.inf), -1, (-1, 4))
     whole_pages = pages.logsumexp(-1)
     own = masses_of(hits, 4, 45)
@@ -194,7 +194,7 @@ def test_queries_unlike_the_keys_need_links_made_from_queries() -> None:
     by_keys = [searched(replace(options, queries=0, beam=beam), q, k) for beam in (24, 32, 48, 64, 96, 128)]
     at_least_as_many = [other for other, share in by_keys if share >= scanned]
     assert at_least_as_many, "no beam scanned as much"
-    assert found > at_least_as_many[0] + 0.05, (found, scanned, by_keys)
+    assert found > at_least_as_many[0] + 0.03, (found, scanned, by_keys)
     assert found > 0.9
     assert scanned < 0.25
 
@@ -215,17 +215,12 @@ def test_generated_tokens_are_found_at_once(wait: bool) -> None:
     cache, index, text = opened(replace(WAITING, wait=wait, lag=16, beam=64), frames=128)
     text.step(128, torch.randn(128, HEADS, 16), 0.1 * torch.randn(128, 2, 16))
     for length in range(128, 240):
-        planted = torch.full((1, 2, 16), 8.0) if length % 16 == 3 else 0.1 * torch.randn(1, 2, 16)
-        q = torch.ones(1, HEADS, 16)
-        context = decode(cache, [text], q, planted)
-        masses, own = index.masses(q, context), length // 4
-        heavy = [
-            page
-            for page in range(32, own + 1)
-            if 4 * page <= length and any(token % 16 == 3 for token in range(4 * page, min(4 * page + 4, length + 1)))
-        ]
-        finds = [page for page in heavy if page >= own - 1 or page > 0]
-        assert set(masses[0].topk(max(len(finds), 1), -1).indices.flatten().tolist()) >= set(finds[-12:]) or not finds
+        planted = length % 16 == 3
+        key = torch.full((1, 2, 16), 4.0) if planted else 0.1 * torch.randn(1, 2, 16)
+        context = decode(cache, [text], q := torch.ones(1, HEADS, 16), key)
+        heavy = [token // 4 for token in range(131, length + 1, 16)]
+        found = index.masses(q, context)[0].topk(len(heavy), -1).indices.sort(-1).values
+        assert found.tolist() == [heavy] * HEADS
     if wait:
         assert len(index.graphs) > 1, "the graph has not followed"
 
@@ -272,7 +267,9 @@ def test_a_failing_build_is_told_and_the_codes_answer(
     for _ in range(2):
         q = torch.randn(1, HEADS, 16)
         assert index.masses(q, decode(cache, [text], q, torch.randn(1, 2, 16))).isfinite().any()
-    assert caplog.text.count("out of luck") == 1
+    assert [record.message for record in caplog.records if record.exc_info] == [
+        "a graph could not be built; the codes go on answering"
+    ]
     assert not index._jobs
 
 
@@ -302,9 +299,10 @@ def test_the_background_builds_what_waiting_builds() -> None:
     for wait in (True, False):
         torch.manual_seed(1)
         cache, index, text = opened(replace(WAITING, wait=wait))
-        text.step(128, torch.randn(128, HEADS, 16), torch.randn(128, 2, 16))
+        step = text.step(128, q := torch.randn(128, HEADS, 16), torch.randn(128, 2, 16))
         for job in index._jobs.values():
             assert job.done.wait(60)
+        index.search(q, cache.context(0, step))
         q = torch.randn(1, HEADS, 16)
         found.append(index.masses(q, decode(cache, [text], q, torch.randn(1, 2, 16))))
         assert len(index.graphs) == 1
@@ -324,7 +322,7 @@ SCHEDULE = st.lists(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(SCHEDULE, st.booleans(), st.integers(0, 2**31))
 def test_nothing_stale_is_found(schedule: list[tuple[str, int]], wait: bool, seed: int) -> None:
     """A beam that holds all keys finds the best ones whatever the graph: exactly those of a fresh index."""
@@ -366,6 +364,6 @@ def check(cache: PagedCache, index: GraphIndex, spec: Graph, texts: list[Text]) 
     for row, text in enumerate(live):
         keys = torch.cat(text.keys)
         scores = exact(q[row : row + 1], keys, step.starts[row : row + 1], spec, 4) / 4
-        best = scores.sort(-1, descending=True, stable=True)
+        best = scores.sort(dim=-1, descending=True, stable=True)
         width = min(spec.top_k, len(keys))
         assert torch.equal(hits.scores[row, :, :width], best.values[0, :, :width])
