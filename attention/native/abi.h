@@ -104,6 +104,44 @@ struct ProbeCall {
   float scale;
 };
 
+// Graphs over a sequence's first `ends` tokens, one for each KV head. Row r's links [Hkv, ends[r], degree] and entry
+// points [Hkv, hubs[r] + entries[r]] are tokens; -1 pads.
+struct GraphSearchCall {
+  const void* q;                  // [R, Hq, D]
+  const void* k;                  // [N, Hkv, S, D]
+  const std::int32_t* frames;     // [R, Hkv, F]
+  const std::int32_t* positions;  // [R], contiguous, as all that follow
+  const std::int32_t* ends;       // [R], tokens of each row's graph; 0: it has none
+  const std::int32_t* hubs;       // [R], entry points that are scored and not walked from; they come first
+  const std::int32_t* entries;    // [R], entry points behind them
+  const std::int32_t* const* links;
+  const std::int32_t* const* points;
+  std::int32_t* keys;     // [R, Hq, top_k]
+  float* scores;          // [R, Hq, top_k]
+  std::int32_t* scanned;  // [R, Hq]
+  float* masses;          // [R, Hq, F]
+  std::int64_t q_strides[2], k_strides[3], frames_strides[3];
+  std::int64_t rows, heads, kv_heads, dim, page_size, pages, degree, beam, top_k, sink, window;
+  Type type;
+  float scale;
+};
+
+struct GraphNearestCall {
+  const void* q;               // [Hkv, M, D], contiguous, as all that follow but the keys
+  const void* k;               // [N, Hkv, S, D]
+  const std::int32_t* frames;  // [F]
+  std::int32_t* nearest;       // [Hkv, M, wanted]
+  std::int64_t k_strides[3];
+  std::int64_t kv_heads, queries, dim, page_size, wanted, first, end;  // of all tokens, those in [first, end)
+  Type type;
+};
+
+struct GraphLinksCall {
+  const std::int32_t* nearest;  // [Hkv, M, wanted], contiguous, as links; -1: none
+  std::int32_t* links;          // [Hkv, tokens, degree]
+  std::int64_t kv_heads, queries, wanted, tokens, degree;
+};
+
 // What one instruction set offers.
 struct Kernels {
   void (*attention)(const AttentionCall&, int threads);
@@ -114,6 +152,8 @@ struct Kernels {
   void (*top_pages)(const TopCall&, int threads);
   void (*cluster)(const ClusterCall&, int threads);
   void (*probe)(const ProbeCall&, int threads);
+  void (*graph_search)(const GraphSearchCall&, int threads);
+  void (*graph_nearest)(const GraphNearestCall&, int threads);
 };
 
 extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Bf16;

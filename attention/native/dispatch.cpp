@@ -1,5 +1,6 @@
 // The exported functions. The level of the instruction set is an argument, so nothing here remembers anything.
 #include "abi.h"
+#include "graph_links.h"
 
 namespace keysift {
 namespace {
@@ -65,4 +66,16 @@ KEYSIFT_EXPORT void keysift_cluster(const keysift::ClusterCall* call, int level,
 
 KEYSIFT_EXPORT void keysift_probe(const keysift::ProbeCall* call, int level, int threads) {
   keysift::kernels(level).probe(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_graph_search(const keysift::GraphSearchCall* call, int level, int threads) {
+  keysift::kernels(level).graph_search(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_graph_nearest(const keysift::GraphNearestCall* call, int level, int threads) {
+  keysift::kernels(level).graph_nearest(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_graph_links(const keysift::GraphLinksCall* call, int, int threads) {
+  keysift::graph_links(*call, threads);
 }

@@ -6,8 +6,10 @@
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "abi.h"
+#include "graph_links.h"
 #include "plan.h"
 #include "scores_plan.h"
 #include "scratch.h"

@@ -23,6 +23,7 @@
 #include "top_pages.h"
 #include "cluster.h"
 #include "probe.h"
+#include "graph.h"
 
 namespace keysift::KEYSIFT_ISA {
 
@@ -42,15 +43,21 @@ void attention_of(const AttentionCall& call, int threads) {
   });
 }
 
-inline void attention(const AttentionCall& call, int threads) {
-  switch (call.type) {
+// Calls work(a number of the type).
+template <class Work>
+void by_type(Type type, const Work& work) {
+  switch (type) {
     case kFloat32:
-      return attention_of<float>(call, threads);
+      return work(float());
     case kBFloat16:
-      return attention_of<bfloat16>(call, threads);
+      return work(bfloat16());
     case kFloat16:
-      return attention_of<float16>(call, threads);
+      return work(float16());
   }
+}
+
+inline void attention(const AttentionCall& call, int threads) {
+  by_type(call.type, [&](auto zero) { attention_of<decltype(zero)>(call, threads); });
 }
 
 inline void linear(const LinearCall& call, int threads) {
@@ -59,60 +66,36 @@ inline void linear(const LinearCall& call, int threads) {
 }
 
 inline void column_scores(const ScoresCall& call, int threads) {
-  switch (call.type) {
-    case kFloat32:
-      return column_scores_of<ArithmeticOf<float>::type>(call, threads);
-    case kBFloat16:
-      return column_scores_of<ArithmeticOf<bfloat16>::type>(call, threads);
-    case kFloat16:
-      return column_scores_of<ArithmeticOf<float16>::type>(call, threads);
-  }
+  by_type(call.type, [&](auto zero) { column_scores_of<typename ArithmeticOf<decltype(zero)>::type>(call, threads); });
 }
 
 inline void code_masses(const PagesCall& call, int threads) {
-  switch (call.type) {
-    case kFloat32:
-      return code_masses_of<float>(call, threads);
-    case kBFloat16:
-      return code_masses_of<bfloat16>(call, threads);
-    case kFloat16:
-      return code_masses_of<float16>(call, threads);
-  }
+  by_type(call.type, [&](auto zero) { code_masses_of<decltype(zero)>(call, threads); });
 }
 
 inline void page_bounds(const PagesCall& call, int threads) {
-  switch (call.type) {
-    case kFloat32:
-      return page_bounds_of<float>(call, threads);
-    case kBFloat16:
-      return page_bounds_of<bfloat16>(call, threads);
-    case kFloat16:
-      return page_bounds_of<float16>(call, threads);
-  }
+  by_type(call.type, [&](auto zero) { page_bounds_of<decltype(zero)>(call, threads); });
 }
 
 inline void cluster(const ClusterCall& call, int threads) {
-  switch (call.type) {
-    case kFloat32:
-      return cluster_of<float>(call, threads);
-    case kBFloat16:
-      return cluster_of<bfloat16>(call, threads);
-    case kFloat16:
-      return cluster_of<float16>(call, threads);
-  }
+  by_type(call.type, [&](auto zero) { cluster_of<decltype(zero)>(call, threads); });
 }
 
 inline void probe(const ProbeCall& call, int threads) {
-  switch (call.type) {
-    case kFloat32:
-      return probe_of<ArithmeticOf<float>::type>(call, threads);
-    case kBFloat16:
-      return probe_of<ArithmeticOf<bfloat16>::type>(call, threads);
-    case kFloat16:
-      return probe_of<ArithmeticOf<float16>::type>(call, threads);
-  }
+  by_type(call.type, [&](auto zero) { probe_of<typename ArithmeticOf<decltype(zero)>::type>(call, threads); });
 }
 
-constexpr Kernels kTable{attention, linear, column_scores, code_masses, page_bounds, top_pages, cluster, probe};
+constexpr Kernels kTable{
+    attention,
+    linear,
+    column_scores,
+    code_masses,
+    page_bounds,
+    top_pages,
+    cluster,
+    probe,
+    graph_search,
+    graph_nearest,
+};
 
 }  // namespace keysift::KEYSIFT_ISA

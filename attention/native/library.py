@@ -103,6 +103,39 @@ class ProbeCall(ctypes.Structure):
     )
 
 
+class GraphSearchCall(ctypes.Structure):
+    """Mirrors `GraphSearchCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "frames", "positions", "ends", "hubs", "entries", "links", "points")),
+        *((name, c_void_p) for name in ("keys", "scores", "scanned", "masses")),
+        ("q_strides", c_int64 * 2),
+        *((f"{name}_strides", c_int64 * 3) for name in ("k", "frames")),
+        *((name, c_int64) for name in ("rows", "heads", "kv_heads", "dim", "page_size", "pages", "degree")),
+        *((name, c_int64) for name in ("beam", "top_k", "sink", "window", "type")),
+        ("scale", c_float),
+    )
+
+
+class GraphNearestCall(ctypes.Structure):
+    """Mirrors `GraphNearestCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("q", "k", "frames", "nearest")),
+        ("k_strides", c_int64 * 3),
+        *((name, c_int64) for name in ("kv_heads", "queries", "dim", "page_size", "wanted", "first", "end", "type")),
+    )
+
+
+class GraphLinksCall(ctypes.Structure):
+    """Mirrors `GraphLinksCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("nearest", "links")),
+        *((name, c_int64) for name in ("kv_heads", "queries", "wanted", "tokens", "degree")),
+    )
+
+
 def _load() -> ctypes.CDLL:
     folder = Path(__file__).parent
     for suffix in EXTENSION_SUFFIXES:
@@ -120,6 +153,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for function in (library.keysift_code_masses, library.keysift_page_bounds, library.keysift_top_pages):
         function.argtypes, function.restype = (c_void_p, c_int, c_int), None
     for function in (library.keysift_cluster, library.keysift_probe):
+        function.argtypes, function.restype = (c_void_p, c_int, c_int), None
+    for function in (library.keysift_graph_search, library.keysift_graph_nearest, library.keysift_graph_links):
         function.argtypes, function.restype = (c_void_p, c_int, c_int), None
     return library
 

@@ -7,8 +7,20 @@ frames is about to hold something else. So prefixes are shared, sequences forked
 
 from .codes import CodeIndex
 from .flat import FlatIndex
+from .graph import Graph, GraphIndex
 from .ivf import Ivf, IvfIndex
 from .protocol import IndexSpec, PageIndex
 from .summary import BoundIndex, MeanIndex
 
-__all__ = ["BoundIndex", "CodeIndex", "FlatIndex", "IndexSpec", "Ivf", "IvfIndex", "MeanIndex", "PageIndex"]
+__all__ = [
+    "BoundIndex",
+    "CodeIndex",
+    "FlatIndex",
+    "Graph",
+    "GraphIndex",
+    "IndexSpec",
+    "Ivf",
+    "IvfIndex",
+    "MeanIndex",
+    "PageIndex",
+]
