@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from keysift.kvcache import Context
-from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, IndexSpec, Ivf, MeanIndex
+from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, Graph, IndexSpec, Ivf, MeanIndex
 
 from ..strategy import Positive
 from ..token import TokenStrategy
@@ -29,13 +29,18 @@ class Retrieval(TokenStrategy):
     """Of codes: pages whose codes are read, the most promising by the bounds of all."""
     nprobe: Positive = 64
     """Of clusters: those that are read, 16 keys each on average."""
+    beam: Positive = 128
+    """Of the graph: keys that a search keeps in view; long contexts need more, 512 at 128k tokens."""
     top_k: Positive = 100
-    """Of clusters and the graph: keys found for each query head, whose pages are then read."""
+    """Of clusters and the graph: keys that a search of single keys returns for each query head."""
+    wait: bool = False
+    """Of the graph: build it before the first answer, instead of beside the answers, which codes give meanwhile."""
 
     def make_index(self) -> IndexSpec:
         specs: dict[str, IndexSpec] = {
             "flat": FlatIndex(),
             "codes": CodeIndex(self.candidates),
+            "graph": Graph(beam=self.beam, top_k=self.top_k, sink=self.sink, window=self.window, wait=self.wait),
             "ivf": Ivf(nprobe=self.nprobe, top_k=self.top_k),
             "summary": MeanIndex(),
             "bound": BoundIndex(),
