@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ class _Known:
     """The sequence's frames; a list of its own for as long as it is open, so another one means another sequence."""
     kept: Kept
     graph: KeyGraph | None = None
+    covered: int = 0
+    """Pages of that graph."""
     age: int = -1
     """When the graph was looked up."""
 
@@ -67,6 +69,8 @@ class GraphIndex:
     A graph covers a run of full pages; sequences that share it find it. Everything happens in the caller's thread but
     the work of building.
     """
+
+    tells_shares: ClassVar[bool] = False
 
     def __init__(self, options: Graph) -> None:
         self.options = options
@@ -140,8 +144,8 @@ class GraphIndex:
         """The row's graph as far as there is one; building starts, or is done here, where too much lies behind it."""
         self._collect()
         known, size = self._of(context, row), context.spec.page_size
-        graph = self._lookup(known, context.layer)
         pages = context.step.spans[row].stop // size
+        graph = self._lookup(known, context.layer, pages)
         covered = 0 if graph is None else graph.tokens
         if pages * size - max(covered, self.options.sink) <= self.options.lag or context.layer in self._broken:
             return graph
@@ -153,7 +157,7 @@ class GraphIndex:
             self._submit(context.layer, frames, work)
             return graph
         self._put(context.layer, frames, work())
-        return self._lookup(known, context.layer)
+        return self._lookup(known, context.layer, pages)
 
     def _builds(self, layer: int, frames: tuple[int, ...]) -> bool:
         """Whether a graph over these frames, or over the first of them, is on its way."""
@@ -191,13 +195,13 @@ class GraphIndex:
         self._lengths.setdefault(layer, set()).add(len(frames))
         self._age += 1
 
-    def _lookup(self, known: _Known, layer: int) -> KeyGraph | None:
-        """The longest graph over the sequence's first frames; asked again only when some graph came or went."""
-        if known.age != self._age:
-            known.age, known.graph = self._age, None
-            for pages in sorted(self._lengths.get(layer, ()), reverse=True):
-                if pages <= len(known.held):
-                    known.graph = self.graphs.get(layer, tuple(known.held[:pages]))
-                    if known.graph is not None:
-                        break
+    def _lookup(self, known: _Known, layer: int, pages: int) -> KeyGraph | None:
+        """The longest graph over the sequence's full pages; asked again when some graph came or went, or it shrank."""
+        if known.age != self._age or pages < known.covered:
+            known.age, known.graph, known.covered = self._age, None, 0
+            for count in sorted((count for count in self._lengths.get(layer, ()) if count <= pages), reverse=True):
+                known.graph = self.graphs.get(layer, tuple(known.held[:count]))
+                if known.graph is not None:
+                    known.covered = count
+                    break
         return known.graph

@@ -117,7 +117,9 @@ def code_masses(
     """
     call, max_pages = Call(q, k, frames, positions, scale), frames.shape[2]
     everything = candidates >= max_pages
-    if not (call.supported and all(part.stride(-1) == 1 for part in codes)) or not (everything or max_pages <= MAX_PAGES):
+    if not (call.supported and all(part.stride(-1) == 1 for part in codes)) or not (
+        everything or max_pages <= MAX_PAGES
+    ):
         return NotImplemented  # type: ignore[no-any-return]
     masses = call.empty()
     if masses.numel():

@@ -83,9 +83,7 @@ class Noted(Telemetry):
         super().__init__(*args)
         self._chosen: list[Selection] = []
 
-    def record(
-        self, layer: int, selection: Selection, exact: Tensor | None = None, lse: Tensor | None = None
-    ) -> None:
+    def record(self, layer: int, selection: Selection, exact: Tensor | None = None, lse: Tensor | None = None) -> None:
         super().record(layer, selection, exact, lse)
         self._chosen.append(selection)
 

@@ -44,6 +44,8 @@ ROWS = [
     Row("retrieval", {**ZONES, "budget": 8, "epsilon": 0.0}, {"budget": 10**6, "epsilon": 0.0}),
     Row("retrieval", {**ZONES, "budget": 8, "index": "flat"}, {"budget": 10**6, "epsilon": 0.0, "index": "flat"}),
     Row("retrieval", {**ZONES, "budget": 8, "index": "summary"}, {"budget": 10**6, "epsilon": 0.0, "index": "summary"}),
+    Row("retrieval", {**ZONES, "budget": 8, "index": "ivf"}, {"budget": 10**6, "epsilon": 0.0, "index": "ivf"}),
+    Row("retrieval", {**ZONES, "budget": 8, "index": "graph", "wait": True}, {"budget": 10**6, "epsilon": 0.0}),
     Row("retrieval", {**ZONES, "budget": 8, "tail": "mean"}, {"budget": 10**6, "epsilon": 0.0, "tail": "mean"}),
     Row(
         "retrieval",

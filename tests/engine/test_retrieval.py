@@ -8,11 +8,11 @@ from keysift.engine import Engine, Request, SamplingParams, Sparsity, Unsupporte
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 
 SMALL = ("dense_below=0", "sink=16", "window=32", "budget=32", "epsilon=0")
-INDEXES = ("flat", "codes", "ivf", "summary", "bound")
+INDEXES = ("flat", "codes", "ivf", "graph", "summary", "bound")
 
 
 def request(name: str, prompt: tuple[int, ...], new: int, index: str, *more: str) -> Request:
-    arguments = (*SMALL, f"index={index}", *more)
+    arguments = (*SMALL, f"index={index}", "wait=true", *more)
     return Request(name, prompt, greedy(new), strategy="retrieval", strategy_args=arguments)
 
 

@@ -13,7 +13,17 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from keysift.kvcache import CacheSpec, Context, OutOfFrames, PagedCache, Span
-from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, IndexSpec, MeanIndex
+from keysift.kvcache.index import (
+    BoundIndex,
+    CodeIndex,
+    FlatIndex,
+    Graph,
+    GraphIndex,
+    IndexSpec,
+    Ivf,
+    IvfIndex,
+    MeanIndex,
+)
 
 PAGE, HEADS, KV_HEADS, DIM, FRAMES = 4, 4, 2, 16, 12
 SPEC = CacheSpec(num_layers=1, num_kv_heads=KV_HEADS, head_dim=DIM, page_size=PAGE)
@@ -170,6 +180,37 @@ def test_codes_find_the_page_of_a_key_and_bounds_hold() -> None:
     assert torch.equal(codes.argmax(-1), exact.argmax(-1))
     scores = exact - exact[..., -1:] + bounds[..., -1:]  # the own page is exact in both
     assert bool((bounds >= scores - 1e-4).all())
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        Ivf(segment=8, tokens_per_list=4, nprobe=2, top_k=8),
+        Graph(4, 8, 8, queries=8, lag=4, sink=4, window=4, wait=True),
+    ],
+    ids=["ivf", "graph"],
+)
+def test_a_search_after_a_rollback_finds_what_is_there_now(which: Ivf | Graph) -> None:
+    cache, life = fresh(), Life(0)
+    index = cache.index(which)
+    assert isinstance(index, IvfIndex | GraphIndex)
+    life.handle = cache.open()
+    life.keys = torch.randn(40, KV_HEADS, DIM, generator=torch.Generator().manual_seed(5))
+    write(cache, life.handle, 0, life.keys)
+    ask(cache, life, which)
+    for left, more in ((30, 1), (29, 7), (21, 2)):
+        cache.rollback(life.handle, left)
+        fill = torch.randn(more, KV_HEADS, DIM, generator=torch.Generator().manual_seed(left)) * 3
+        write(cache, life.handle, left, fill)
+        life.keys = torch.cat([life.keys[:left], fill])
+        step = cache.decode([Span(life.handle, len(life.keys) - 1, 1)])
+        hits = index.search(query(), cache.context(0, step, which))
+        found = hits.keys[0] >= 0
+        assert bool(found.any())
+        assert int(hits.keys.max()) < len(life.keys)
+        scores = torch.einsum("hd,jhd->hj", query()[0], life.keys.repeat_interleave(HEADS // KV_HEADS, 1)) * DIM**-0.5
+        true = scores.gather(1, hits.keys[0].clamp(min=0).long())
+        torch.testing.assert_close(hits.scores[0][found], true[found])
 
 
 def test_rollback_refuses_to_reopen_a_shared_page() -> None:
