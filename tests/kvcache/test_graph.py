@@ -137,7 +137,7 @@ def test_masses_are_those_of_the_hits_and_of_all_that_is_scanned() -> None:
     q, k = torch.randn(180, HEADS, 16), torch.randn(180, 2, 16)
     text.step(178, q[:178], k[:178])
     step = text.step(2, q[178:], k[178:])
-    context = text.cache.context(0, step, index)
+    context = text.cache.context(0, step)
     masses, hits = index.masses(q[178:], context), index.search(q[178:], context)
     scores = exact(q[178:], k, torch.tensor([10**6, 10**6]), Graph(sink=0, window=1), 4) * 16**-0.5
     pages = torch.unflatten(scores.masked_fill(torch.arange(180) > step.starts[:, None, None], -torch.inf), -1, (-1, 4))
@@ -169,9 +169,9 @@ def searched(options: Graph, q: Tensor, k: Tensor) -> tuple[float, float]:
     cache, index, text = opened(options, cache=spec, frames=len(k) // 8 + 1)
     start = len(k) - 64
     text.step(start, q[:start], k[:start])
-    index.search(q[:1], cache.context(0, cache.prefill(Span(text.sequence, start - 1, 1), 1), index))
+    index.search(q[:1], cache.context(0, cache.prefill(Span(text.sequence, start - 1, 1), 1)))
     step = text.step(64, q[start:], k[start:])
-    hits = index.search(q[start:], cache.context(0, step, index))
+    hits = index.search(q[start:], cache.context(0, step))
     scores = exact(q[start:], k, step.starts, options, 8)
     return recall(hits.keys, scores, options.top_k), float(hits.scanned.float().mean()) / len(k)
 
