@@ -81,6 +81,8 @@ class Engine:
                 f"max_queue: {len(self._jobs)} requests are running or waiting, at most {room}", retry_after_s=1.0
             )
         self._jobs[request.request_id] = self._job(sequence)
+        if (which := sequence.strategy.make_index()) is not None:
+            self.cache.index(which)  # from its first chunk on it sees what it will search
         self.scheduler.add(sequence)
 
     def check(self, request: Request) -> None:
@@ -115,19 +117,26 @@ class Engine:
         strategy = self._default
         if request.strategy is not None or request.strategy_args:
             strategy = self._strategy(request.strategy or self.config.strategy, request.strategy_args)
-        self._open_index(strategy)
+        self._check_index(strategy)
         sequence = Sequence(request, strategy, min(request.params.max_new_tokens, limit - length))
         sequence.keys = self._page_keys(sequence)
         return sequence
 
-    def _open_index(self, strategy: Strategy) -> None:
-        """From the prompt's first chunk on the strategy's index sees what it will search. Raises `Unsupported`."""
+    def _check_index(self, strategy: Strategy) -> None:
+        """Raises `Unsupported` where the cache cannot keep the index that the strategy searches."""
         which = strategy.make_index()
         try:
             if which is not None:
-                self.cache.index(which)
+                which.make(self.cache.spec)
         except ValueError as error:
             raise Unsupported(f"strategy {strategy.name}: {error}") from None
+
+    def _retire(self, sequence: Sequence) -> None:
+        """Without the index that only this sequence searched: requests may each ask for another one."""
+        which = sequence.strategy.make_index()
+        in_use = {self._default.make_index(), *(job.sequence.strategy.make_index() for job in self._jobs.values())}
+        if which is not None and which not in in_use:
+            self.cache.retire(which)
 
     def _strategy(self, name: str, arguments: tuple[str, ...]) -> Strategy:
         """With the `dense_below` that was measured here, where the arguments state none."""
@@ -187,6 +196,7 @@ class Engine:
     def _finish(self, job: Job, reason: FinishReason) -> Finish:
         del self._jobs[job.request_id]
         self.scheduler.finish(job.sequence)
+        self._retire(job.sequence)
         return job.finish(reason)
 
 

@@ -159,6 +159,10 @@ class PagedCache:
             self._indexes[which] = which.make(self.spec)
         return self._indexes[which]
 
+    def retire(self, which: IndexSpec) -> None:
+        """Give up an index and all that it knows; whoever asks for it again begins with an empty one."""
+        self._indexes.pop(which, None)
+
     def observe(self, layer: int, q: Tensor, step: Step) -> None:
         """Show the step's queries [T, Hq, D] of one layer, whose keys are written, to all indexes."""
         for index in self._indexes.values():

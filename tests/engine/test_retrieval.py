@@ -82,6 +82,19 @@ def test_the_most_that_was_dropped_is_told(make: Make) -> None:
     assert 1 - found.coverage - 0.1 < found.dropped_bound < 1
 
 
+def test_indexes_that_requests_asked_for_go_with_them(make: Make) -> None:
+    engine = make()
+    default = set(engine.cache._indexes)
+    for nprobe in (1, 2, 3):
+        engine.add(request(str(nprobe), tokens(60), 2, "ivf", f"nprobe={nprobe}"))
+    assert len(engine.cache._indexes) == len(default) + 3
+    engine.abort("1")
+    drain(engine)
+    assert set(engine.cache._indexes) == default
+    engine.check(request("asked", tokens(60), 2, "ivf"))
+    assert set(engine.cache._indexes) == default
+
+
 def test_an_index_that_the_cache_does_not_keep_is_refused(make: Make) -> None:
     engine = make(code_bits=0, strategy="dense")
     with pytest.raises(Unsupported, match=r"retrieval: codes: the cache keeps none \(code_bits\)"):
