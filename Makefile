@@ -44,14 +44,18 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/python tests/compile_kernels.py
 
-# About two hours on two cores, most of it for the quality of prompts.
+# About three hours on two cores, most of it for the quality of prompts and tokens.
 bench: install
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/prefill.py
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/index.py --plot benchmarks/index.svg
 	$(BIN)/python benchmarks/recall.py
+	$(BIN)/python benchmarks/recall.py --phase decode
 	$(BIN)/python benchmarks/prefill_quality.py --plot benchmarks/prefill_quality.svg
+	$(BIN)/python benchmarks/decode_quality.py --plot benchmarks/decode_quality.svg
 
 # The generator needs an older protobuf than the product runs with: an environment of its own.
 proto: $(TYPES)
