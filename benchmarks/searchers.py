@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from keysift.kvcache import CacheSpec, PagedCache, Span, Step
-from keysift.kvcache import index as indexes
-from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, IndexSpec, MeanIndex, PageIndex
+from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, Graph, IndexSpec, Ivf, MeanIndex, PageIndex
 from keysift.kvcache.index.hits import Hits
 
 PAGE, CHUNK, ROW = 16, 1024, 64
@@ -193,13 +192,12 @@ def own_families() -> dict[str, tuple[Family, list[str]]]:
         "exact pages": {"": FlatIndex()},
         "codes": {str(count): CodeIndex(candidates=count) for count in (64, 128, 256, 512, 1024, 2048)},
         "bound": {"": BoundIndex()},
-        "mean": {"": MeanIndex()},
+        "summary": {"": MeanIndex()},
+        "ivf": {str(count): Ivf(nprobe=count, top_k=BEST_KEYS) for count in (8, 16, 32, 64, 128, 256)},
+        "graph": {
+            str(beam): Graph(beam=beam, queries=2048, top_k=BEST_KEYS, wait=True) for beam in (128, 256, 512, 640, 768)
+        },
     }
-    if hasattr(indexes, "Ivf"):
-        specs["ivf"] = {str(count): indexes.Ivf(nprobe=count, top_k=BEST_KEYS) for count in (8, 16, 32, 64, 128, 256)}
-    if hasattr(indexes, "Graph"):
-        beams = (100, 150, 200, 300, 400, 600)
-        specs["graph"] = {str(beam): indexes.Graph(beam=beam, top_k=BEST_KEYS, wait=True) for beam in beams}
     return {name: (_paged(kinds), list(kinds)) for name, kinds in specs.items()}
 
 
