@@ -30,7 +30,7 @@ class TokenStrategy(Strategy, ABC):
     """Last tokens that every token reads, itself included."""
     budget: Tokens = 1024
     """Most tokens to read besides, in whole pages."""
-    epsilon: Share = 0.06
+    epsilon: Share = 0.075
     """Share of the attention that may be left out: fewer pages are read where they hold enough. 0: the whole budget."""
     tail: Literal["drop", "mean"] = "drop"
     """Pages that are not read: dropped, or standing in by their mean key and mean value."""

@@ -28,7 +28,7 @@ QUEST = {"sink": 64, "window": 256, "dense_layers": 0}
 CURVES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "page oracle": ("retrieval", [{"index": "flat", "budget": budget, **FIXED} for budget in BUDGETS]),
     "topk": ("topk", [{}]),
-    "retrieval": ("retrieval", [{"epsilon": epsilon} for epsilon in (0.02, 0.045, 0.06, 0.09)]),
+    "retrieval": ("retrieval", [{"epsilon": epsilon} for epsilon in (0.02, 0.045, 0.075, 0.09)]),
     "codes, fixed": ("retrieval", [{"budget": budget, **FIXED} for budget in BUDGETS]),
     "codes, fixed, tail": ("retrieval", [{"budget": budget, "tail": "mean", **FIXED} for budget in BUDGETS[:2]]),
     "ivf": ("retrieval", [{"index": "ivf", "budget": 512, **FIXED}]),
