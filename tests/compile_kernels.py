@@ -7,6 +7,7 @@ block may have, or misses the tensor cores. The interpreter checks the results b
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -21,9 +22,21 @@ from typing import Any
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INT32_POINTERS = {"frames", "pages", "starts", "positions"}
-FP32_POINTERS = {"lse", "pieces", "pieces_lse", "mass", "peak", "halves", "bands"}
-INT32_SCALARS = re.compile(r"window|F|FIRST|M|N|T|P|PIECES?|stride.*")
+INT32_POINTERS = {"frames", "pages", "starts", "positions", "levels", "firsts", "lasts"}
+FP32_POINTERS = {
+    "lse",
+    "pieces",
+    "pieces_lse",
+    "mass",
+    "peak",
+    "halves",
+    "bands",
+    "masses",
+    "promises",
+    "scales",
+    "kept",
+}
+INT32_SCALARS = re.compile(r"window|F|FIRST|M|N|T|P|PIECES?|stride.*|sinks|budget|spare")
 MULTIPLES_OF_16 = re.compile(r"stride_(q|k|v|ck|cv|u).*")
 TENSOR_CORES = re.compile(r"wgmma\.mma_async|mma\.sync|v_mfma")
 
@@ -54,7 +67,7 @@ class Case:
     kernel: str
     dtype: str
     target: Target
-    constants: dict[str, int]
+    constants: dict[str, int | float]
     options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
     wants_tensor_cores: bool = False
 
@@ -80,6 +93,9 @@ def cases() -> Iterator[Case]:
             for dim, queries in itertools.product((128, 256), (1, 64)):
                 if dtype != "fp16":  # the tiles and the numbers of bf16
                     yield from score_cases(target, dtype, dim, queries)
+            for dim, page_size in itertools.product((64, 128, 256), (16, 128)):
+                if dtype != "fp16" and (dim, page_size) != (64, 128):
+                    yield from page_cases(target, dtype, dim, page_size)
             merge = {"D": 128, "BLOCK_P": 16, "BLOCK_D": 128}
             store = {"H": 8, "S": 16, "D": 128, "BLOCK_H": 8, "BLOCK_D": 128}
             summarize = {"S": 16, "D": 128, "BLOCK_S": 16, "BLOCK_D": 128}
@@ -88,6 +104,8 @@ def cases() -> Iterator[Case]:
         band = {"Hkv": 8, "G": 4, "S": 16, "BLOCK_T": 16, "BLOCK_F": 64}
         yield Case("bands", "band_kernel", "fp32", target, band)
         yield Case("join", "join_kernel", "fp32", target, {"BLOCK": 64, "BLOCK_P": 16})
+        for max_pages, zones in itertools.product((64, 512, 2048, 8192), (True, False)):
+            yield heaviest_case(target, max_pages, zones)
 
 
 def attend_case(target: Target, dtype: str, dim: int, queries_per_row: int) -> Case:
@@ -126,6 +144,38 @@ def score_cases(target: Target, dtype: str, dim: int, queries: int) -> Iterator[
         )
 
 
+def page_cases(target: Target, dtype: str, dim: int, page_size: int) -> Iterator[Case]:
+    """Codes of keys, and pages scored by single queries of 32 heads over 8, as launches configure them."""
+    from keysift.kvcache.ops import encode_triton
+    from keysift.kvcache.ops import page_masses_triton as twins
+
+    keys, pages = (split(dim, page_size, DTYPES[dtype]) for split in (twins.blocks, twins.page_blocks))
+    heads = {"Hkv": 8, "G": 4, "S": page_size, "D": dim, "stride_fp": 1}
+    pages |= {"LOG_S": math.log(page_size)}
+    scan = keys | {"OWN_S": pages["OWN_S"], "LISTED": 0}
+    kernels = {"masses": keys, "bounds": pages, "centres": pages}
+    for bits in (2, 4):
+        words = {"W": dim * bits // 32, "BITS": bits}
+        kernels |= {f"codes{bits}": scan | words, f"codes{bits}-listed": scan | words | {"LISTED": 1}}
+        encoded = {"S": page_size, "D": dim} | words | encode_triton.blocks(dim, page_size)
+        options = {"num_warps": encoded.pop("num_warps"), "enable_fp_fusion": False}
+        yield Case(f"encode{bits} d={dim}", "encode_kernel", dtype, target, encoded, options)
+    for label, constants in kernels.items():
+        if label == "masses" or dtype != "fp32" or dim <= twins.WIDEST:
+            kernel, amd = re.sub(r"\d.*", "", label) + "_kernel", target.backend == "hip"
+            options = {"num_warps": 8} if label == "masses" else twins.warps(DTYPES[dtype], amd)
+            yield Case(f"{label} d={dim}", kernel, dtype, target, heads | constants, options, dtype != "fp32")
+
+
+def heaviest_case(target: Target, max_pages: int, zones: bool) -> Case:
+    """A choice among so many pages for the four heads of a group."""
+    from keysift.kvcache.ops.heaviest_triton import config
+
+    constants = {"H": 8, "G": 4, "ZONES": zones} | config(max_pages)
+    options = {"num_warps": constants.pop("num_warps")}
+    return Case(f"choose F={max_pages}", "heaviest_kernel", "fp32", target, constants, options)
+
+
 def compile_case(case: Case) -> Report:
     """Compile ahead of time and read the compiler's own account of the result."""
     import triton
@@ -148,20 +198,30 @@ def compile_case(case: Case) -> Report:
 
 def find_kernel(name: str) -> Any:
     from keysift.attention.ops import column_scores_kernels, paged_attention_triton
-    from keysift.kvcache.ops import store_triton, summarize_triton
+    from keysift.kvcache.ops import (
+        code_masses_kernels,
+        encode_triton,
+        heaviest_triton,
+        page_masses_kernels,
+        store_triton,
+        summarize_triton,
+    )
 
     modules = (paged_attention_triton, column_scores_kernels, store_triton, summarize_triton)
+    modules += (encode_triton, page_masses_kernels, code_masses_kernels, heaviest_triton)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 def argument_type(name: str, dtype: str) -> str:
     """Triton's name for the type of an argument that is not a constant."""
-    if name == "scale":
+    if name in ("scale", "slack"):
         return "fp32"
     if INT32_SCALARS.fullmatch(name):
         return "i32"
     if name == "slots":
         return "*i64"
+    if name == "bounds":
+        return "*i8"
     return "*i32" if name in INT32_POINTERS else "*fp32" if name in FP32_POINTERS else f"*{dtype}"
 
 

@@ -1,4 +1,5 @@
 """The CUDA twin of `top_pages`."""
+# mypy: allow-untyped-calls
 
 from __future__ import annotations
 
@@ -25,15 +26,13 @@ def top_pages(
     """The twin of the reference of the same name, which documents it.
 
     One launch for the dozens that the reference's two sorts and its many passes take. A row's bits do not depend on
-    the other rows, nor on how many pages the longest of them has.
+    the other rows, nor on how many pages the longest of them has. Longer lists than a program can hold are left to the
+    reference, which does not wait for the device either.
     """
     max_pages = masses.shape[2]
     if not (masses.is_cuda or INTERPRETED) or masses.dtype != torch.float32 or max_pages > MAX_PAGES:
         return NotImplemented  # type: ignore[no-any-return]
     width = min(max_pages, sinks + window + budget)
     with torch.cuda.device_of(masses):
-        return TopPages(
-            *heaviest(
-                masses, (firsts, lasts), lists=heads, width=width, sinks=sinks, budget=budget, epsilon=epsilon
-            )
-        )
+        zones = (firsts, lasts)
+        return TopPages(*heaviest(masses, zones, lists=heads, width=width, sinks=sinks, budget=budget, epsilon=epsilon))

@@ -112,7 +112,7 @@ def codes_kernel(
     m_out = m_p if LISTED else m_out & (b_page != position // S)
     p_out = masses + ((i_r * (Hkv * G) + o_h) * F)[:, None] + b_page[None, :]
     tl.store(p_out, b_mass, mask=m_h[:, None] & m_out[None, :])
-    if not LISTED:
+    if not LISTED:  # noqa: SIM102 - a constant is no part of a condition
         if i_t == 0:
             store_own(
                 masses, b_q, o_h, m_h, k, p_frames, i_r, i_kv, position, F, scale, stride_kn, stride_kh, stride_ks,

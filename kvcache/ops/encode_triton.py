@@ -38,7 +38,6 @@ def encode_kernel(
     PER_WORD: tl.constexpr = 32 // BITS
     i_n = tl.load(frames + tl.program_id(0)).to(tl.int64)
     i_h = tl.program_id(1).to(tl.int64)
-    o_s = tl.arange(0, BLOCK_S)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     p_u = summaries + i_n * stride_un + i_h * stride_uh + o_d
@@ -56,16 +55,24 @@ def encode_kernel(
     b_extent = b_half * half_scale
     b_low = b_middle * middle_scale - b_extent
     b_width = tl.maximum(b_extent * (2.0 / 2**BITS), 1e-30)
-    m_sd = (o_s < S)[:, None] & m_d[None, :]
-    p_k = k + i_n * stride_kn + i_h * stride_kh + o_s[:, None] * stride_ks + o_d[None, :]
-    b_k = tl.load(p_k, mask=m_sd, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_D]
-    b_cell = tl.floor(tl.div_rn(b_k - b_low[None, :], tl.zeros_like(b_k) + b_width[None, :]))
-    b_level = tl.minimum(tl.maximum(b_cell, 0.0), 2.0**BITS - 1).to(tl.int32)
-    b_level = tl.where(m_sd, b_level, 0) << (o_d % PER_WORD * BITS)[None, :]
-    b_word = tl.sum(tl.reshape(b_level, [BLOCK_S, BLOCK_D // PER_WORD, PER_WORD]), 2)  # no two share a bit
     o_w = tl.arange(0, BLOCK_D // PER_WORD)
-    p_w = levels + i_n * stride_wn + i_h * stride_wh + o_w[None, :] * stride_ww + o_s[:, None]
-    tl.store(p_w, b_word, mask=(o_s < S)[:, None] & (o_w < W)[None, :])
+    for i_s in range(0, S, BLOCK_S):
+        o_s = i_s + tl.arange(0, BLOCK_S)
+        m_sd = (o_s < S)[:, None] & m_d[None, :]
+        p_k = k + i_n * stride_kn + i_h * stride_kh + o_s[:, None] * stride_ks + o_d[None, :]
+        b_k = tl.load(p_k, mask=m_sd, other=0.0).to(tl.float32)  # [BLOCK_S, BLOCK_D]
+        b_cell = tl.floor(tl.div_rn(b_k - b_low[None, :], tl.zeros_like(b_k) + b_width[None, :]))
+        b_level = tl.minimum(tl.maximum(b_cell, 0.0), 2.0**BITS - 1).to(tl.int32)
+        b_level = tl.where(m_sd, b_level, 0) << (o_d % PER_WORD * BITS)[None, :]
+        b_word = tl.sum(tl.reshape(b_level, [BLOCK_S, BLOCK_D // PER_WORD, PER_WORD]), 2)  # no two share a bit
+        p_w = levels + i_n * stride_wn + i_h * stride_wh + o_w[None, :] * stride_ww + o_s[:, None]
+        tl.store(p_w, b_word, mask=(o_s < S)[:, None] & (o_w < W)[None, :])
+
+
+def blocks(dim: int, page_size: int) -> dict[str, int]:
+    """The tile that a program works in, and its warps."""
+    slots, channels = min(16, triton.next_power_of_2(page_size)), max(16, triton.next_power_of_2(dim))
+    return {"BLOCK_S": slots, "BLOCK_D": channels, "num_warps": max(1, slots * channels // 512)}
 
 
 def encode(cache_k: Tensor, summaries: Tensor, frames: Tensor, codes: Codes) -> None:
@@ -84,8 +91,7 @@ def encode(cache_k: Tensor, summaries: Tensor, frames: Tensor, codes: Codes) -> 
             D=dim,
             W=codes.levels.shape[2],
             BITS=codes.bits,
-            BLOCK_S=triton.next_power_of_2(page_size),
-            BLOCK_D=max(16, triton.next_power_of_2(dim)),
+            **blocks(dim, page_size),
             enable_fp_fusion=False,  # a key on the border of two cells falls where the reference has it
         )
     return None

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_PAGES = 16384
+MAX_PAGES = 8192
 """A list's pages live in the registers of one program: more do not fit."""
 SHARE = tl.constexpr(2**30)
 """A group's whole mass, where pages are searched."""
@@ -55,21 +55,19 @@ def heaviest_kernel(
         m_zone = ((o_f < sinks) | (o_f >= tl.load(firsts + i_l // H))) & m_seen
 
     p_m = masses + i_l * G * F + o_f
-    b_group = tl.zeros([BLOCK_F], tl.float32)
-    b_best = tl.full([BLOCK_F], float("-inf"), tl.float32)
+    b_group = tl.full([BLOCK_F], -1.0, tl.float32)  # nobody found it; a share may be 0 by rounding
     for _ in range(G):
         b_mass = tl.load(p_m, mask=m_seen, other=float("-inf"))
-        b_group += shares_of(b_mass)
-        b_best = tl.maximum(b_best, b_mass)
+        b_group = tl.where(b_mass > float("-inf"), tl.maximum(b_group, 0.0) + shares_of(b_mass), b_group)
         p_m += F
     b_group = b_group / G
-    m_free = m_seen & (b_best > float("-inf")) & ~m_zone  # a share may be 0 by rounding
+    m_free = (b_group >= 0.0) & ~m_zone
 
     b_rank = tl.where(m_free, b_group.to(tl.int32, bitcast=True) + 1, 0)
-    b_share = tl.where(m_free, (b_group * SHARE + 0.5).to(tl.int32), 0)
-    b_pair = b_share.to(tl.int64) + (1 << 40)  # sums to how many in the high bits, and their shares in the low ones
+    b_share = tl.where(m_free, (b_group * SHARE + 0.5).to(tl.uint32), 0)
+    b_pair = b_share.to(tl.int64) | (1 << 40)  # sums to how many in the high bits, and their shares in the low ones
     ALL: tl.constexpr = (1 << 40) - 1
-    limit = tl.where(spare < 0, 1 << 40, tl.sum(b_share.to(tl.int64), 0) - spare)
+    limit = tl.where(spare < 0, 2**31 - 1, tl.sum(b_share.to(tl.int32), 0) - spare)
     below = 0  # pages of this rank and less would be too many
     rank = 1 << 30  # those above are not enough, or just enough
     for _ in range(30):
@@ -82,7 +80,8 @@ def heaviest_kernel(
     above = tl.sum(tl.where(b_rank > rank, b_pair, 0), 0)
     m_equal = b_rank == rank
     b_before = tl.cumsum(m_equal.to(tl.int32), 0) - 1  # of equal pages the lower one is taken first
-    m_some = (b_before + (above >> 40) < budget) & (b_before.to(tl.int64) * b_share + (above & ALL) < limit)
+    m_some = b_before < budget - (above >> 40).to(tl.int32)
+    m_some = m_some & (b_before * b_share.to(tl.int32) < limit - (above & ALL).to(tl.int32))
     m_taken = m_zone | (b_rank > rank) | (m_equal & m_some)
     b_place = tl.cumsum(m_taken.to(tl.int32), 0) - 1
     tl.store(pages + i_l * P + b_place, o_f, mask=m_taken & (b_place < P))
@@ -97,9 +96,9 @@ def heaviest_kernel(
 
 
 def config(max_pages: int) -> dict[str, int]:
-    """The block of a list of `max_pages` pages, and its warps: 16 pages a thread, where there are threads enough."""
+    """The block of a list of `max_pages` pages, and its warps; those of AMD have 64 threads."""
     block = max(128, triton.next_power_of_2(max_pages))
-    return {"BLOCK_F": block, "num_warps": min(16, max(1, block // 512))}
+    return {"BLOCK_F": block, "num_warps": min(8, max(1, block // 256))}
 
 
 def heaviest(

@@ -18,6 +18,13 @@ from .page_masses_kernels import bounds_kernel, masses_kernel
 INTERPRETED = triton.knobs.runtime.interpret
 BLOCK_G = 16
 """Query heads of a program: what a matrix unit multiplies at once, present or not."""
+WIDEST = 128
+"""Head dim in fp32 of kernels with several products: exact ones miss NVIDIA's tensor cores and live in registers."""
+
+
+def warps(dtype: torch.dtype, amd: bool = torch.version.hip is not None) -> dict[str, int]:
+    """Of a program; those of AMD have 64 threads."""
+    return {"num_warps": 8 if dtype == torch.float32 and not amd else 4}
 
 
 def blocks(dim: int, page_size: int, dtype: torch.dtype) -> dict[str, int]:
@@ -25,17 +32,17 @@ def blocks(dim: int, page_size: int, dtype: torch.dtype) -> dict[str, int]:
 
     `tests/compile_kernels.py` holds that.
     """
-    vectors = 16 if dtype == torch.float32 else 32 if dim > 128 else 64
+    vectors = 16 if dtype == torch.float32 or dim > 128 else 64
     slots = min(triton.next_power_of_2(page_size), vectors)
     block = {"BLOCK_G": BLOCK_G, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
     return block | {"BLOCK_P": vectors // slots, "BLOCK_S": slots}
 
 
 def page_blocks(dim: int, page_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """The same for kernels with a few vectors of each page; they read every slot of a single one, the row's own."""
+    """The same for kernels with two vectors of each page; they read every slot of a single one, the row's own."""
     block = blocks(dim, 1, dtype)
     del block["BLOCK_S"]
-    return block | {"OWN_S": own_slots(dim, page_size, dtype)}
+    return block | {"BLOCK_P": min(32, block["BLOCK_P"]), "OWN_S": own_slots(dim, page_size, dtype)}
 
 
 def own_slots(dim: int, page_size: int, dtype: torch.dtype) -> int:
@@ -52,14 +59,13 @@ class Call(NamedTuple):
     positions: Tensor
     scale: float
 
-    @property
-    def supported(self) -> bool:
+    def supported(self, widest: int = 256) -> bool:
         q, k = self.q, self.k
         return (
             (q.is_cuda or INTERPRETED)
             and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
             and q.dtype == k.dtype
-            and q.shape[2] <= 256
+            and q.shape[2] <= (widest if q.dtype == torch.float32 else 256)
             and q.stride(2) == k.stride(3) == self.positions.stride(0) == 1
         )
 
@@ -86,7 +92,7 @@ class Call(NamedTuple):
 def page_masses(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, *, scale: float) -> Tensor:
     """The twin of the reference of the same name, which documents it."""
     call = Call(q, k, frames, positions, scale)
-    if not call.supported:
+    if not call.supported():
         return NotImplemented  # type: ignore[no-any-return]
     masses, max_pages = call.empty(), frames.shape[2]
     block = blocks(q.shape[2], k.shape[2], q.dtype)
@@ -96,6 +102,7 @@ def page_masses(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, *, scal
                 *(q, k, frames, positions, masses, scale, max_pages, *call.strides, *frames.stride()),
                 **call.shape,
                 **block,
+                num_warps=8,
             )
     return masses
 
@@ -116,10 +123,8 @@ def code_masses(
     Three launches: the bounds of all pages, the candidates, their codes. Where every page is a candidate, one.
     """
     call, max_pages = Call(q, k, frames, positions, scale), frames.shape[2]
-    everything = candidates >= max_pages
-    if not (call.supported and all(part.stride(-1) == 1 for part in codes)) or not (
-        everything or max_pages <= MAX_PAGES
-    ):
+    everything, in_rows = candidates >= max_pages, all(part.stride(-1) == 1 for part in codes)
+    if not (call.supported(WIDEST) and in_rows and (everything or max_pages <= MAX_PAGES)):
         return NotImplemented  # type: ignore[no-any-return]
     masses = call.empty()
     if masses.numel():
@@ -145,6 +150,7 @@ def _centres(call: Call, codes: Codes, slack: float, masses: Tensor) -> Tensor:
         LOG_S=math.log(page_size),
         **call.shape,
         **block,
+        **warps(call.q.dtype),
     )
     return promises
 
@@ -166,13 +172,14 @@ def _scan(call: Call, codes: Codes, pages: Tensor | None, masses: Tensor) -> Non
         OWN_S=own_slots(dim, page_size, call.q.dtype),
         **call.shape,
         **block,
+        **warps(call.q.dtype),
     )
 
 
 def page_bounds(q: Tensor, k: Tensor, summaries: Tensor, frames: Tensor, positions: Tensor, *, scale: float) -> Tensor:
     """The twin of the reference of the same name, which documents it."""
     call, max_pages = Call(q, k, frames, positions, scale), frames.shape[2]
-    if not call.supported or summaries.dtype != q.dtype or summaries.stride(3) != 1:
+    if not call.supported(WIDEST) or summaries.dtype != q.dtype or summaries.stride(3) != 1:
         return NotImplemented  # type: ignore[no-any-return]
     masses = call.empty()
     block = page_blocks(q.shape[2], k.shape[2], q.dtype)
@@ -184,5 +191,6 @@ def page_bounds(q: Tensor, k: Tensor, summaries: Tensor, frames: Tensor, positio
                 LOG_S=math.log(k.shape[2]),
                 **call.shape,
                 **block,
+                **warps(q.dtype),
             )
     return masses

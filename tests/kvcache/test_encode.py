@@ -53,12 +53,8 @@ def run(backend: Backend, given: Encoded, frames: list[int]) -> Codes:
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     codes = Codes(*(part.clone().to(device) for part in given.codes))
     with use_backend(backend):
-        encode(
-            given.k.to(device),
-            given.summaries.to(device),
-            torch.tensor(frames, dtype=torch.int64, device=device),
-            codes,
-        )
+        listed = torch.tensor(frames, dtype=torch.int64, device=device)
+        encode(given.k.to(device), given.summaries.to(device), listed, codes)
     return Codes(*(part.cpu() for part in codes))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,9 +18,8 @@ from keysift.kvcache.ops.summarize import summarize
 
 pytest.importorskip("triton")
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
-CODE_ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-5}
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+ROUNDING, CODE_ROUNDING = 1e-5, {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-5}
 """Of log masses. Products of 16-bit numbers are exact in fp32; but bf16 rounds three quarters of a large half width."""
 
 
@@ -36,15 +34,15 @@ class Case:
 
 
 CASES = {
-    "ragged": Case((70, 3, 48, 113)),
-    "group of three": Case((100, 33), heads=(6, 2), dim=64),
-    "more heads than a program has": Case((90,), heads=(20, 1)),
+    "ragged": Case((70, 3, 48)),
+    "group of three": Case((82, 33), heads=(6, 2), dim=64),
+    "more heads than a program has": Case((66,), heads=(20, 1)),
     "one head each": Case((65, 64), heads=(3, 3), dim=16),
     "four bits": Case((130, 20), bits=4),
     "no power of two": Case((50, 19), heads=(2, 1), dim=40, page_size=6),
     "part of a word": Case((33,), dim=8),
     "pages of one": Case((9, 1), page_size=1),
-    "pages larger than a tile": Case((300, 100), heads=(2, 1), page_size=96),
+    "pages larger than a tile": Case((200,), heads=(2, 1), page_size=96),
     "one table": Case((80, 80, 80), one_table=True),
 }
 
@@ -128,7 +126,7 @@ def run(backend: Backend, op: Op, problem: Problem) -> Tensor:
 
 def assert_same(op: Op, problem: Problem) -> Tensor:
     masses, expected = (run(backend, op, problem) for backend in ("triton", "reference"))
-    rounding = (ROUNDING if op in (exact, bounded) else CODE_ROUNDING)[problem.q.dtype]
+    rounding = ROUNDING if op in (exact, bounded) else CODE_ROUNDING[problem.q.dtype]
     torch.testing.assert_close(masses, expected, rtol=rounding, atol=rounding)
     return masses
 
@@ -143,9 +141,14 @@ def test_masses_are_those_of_the_reference(op: Op, dtype: torch.dtype, case: Cas
     assert torch.equal(masses.isneginf(), behind[:, None].expand_as(masses)), "all others hold something"
 
 
-@pytest.mark.parametrize("candidates", [0, 1, 2, 5, 6, 7])
+@EACH
+def test_half_precision(op: Op) -> None:
+    assert_same(op, make_problem(CASES["group of three"], torch.float16))
+
+
+@pytest.mark.parametrize("candidates", [0, 1, 5, 6])
 def test_any_number_of_candidates(candidates: int) -> None:
-    problem = make_problem(Case((110, 64, 16)), torch.float32)
+    problem = make_problem(Case((110, 64, 16), dim=16), torch.float32)
     few = assert_same(partial(coded, candidates=candidates), problem)
     differ = (few != run("triton", coded, problem)).sum(-1)  # of 6, 3 and 0 full pages
     assert torch.equal(differ, (torch.tensor([6, 3, 0]) - candidates).clamp(min=0)[:, None].expand(3, 4))
@@ -161,7 +164,7 @@ def test_of_equal_pages_the_lower_ones_are_candidates() -> None:
 
 @EACH
 def test_rows_alone_and_among_longer_ones_have_the_same_bits(op: Op) -> None:
-    problem = make_problem(Case((40, 2000, 130), heads=(2, 1), dim=16), torch.bfloat16)
+    problem = make_problem(Case((40, 700, 130), heads=(2, 1), dim=16), torch.bfloat16)
     alone = replace(problem, q=problem.q[:1], frames=problem.frames[:1, :, :4], positions=problem.positions[:1])
     assert torch.equal(run("triton", op, problem)[:1, :, :4], run("triton", op, alone))
 
@@ -177,7 +180,7 @@ def test_rows_before_the_first_page_see_nothing() -> None:
 def test_no_rows(op: Op) -> None:
     problem = make_problem(CASES["ragged"], torch.float32)
     none = replace(problem, q=problem.q[:0], frames=problem.frames[:0], positions=problem.positions[:0])
-    assert run("triton", op, none).shape == (0, 4, 8)
+    assert run("triton", op, none).shape == (0, 4, 5)
 
 
 def refused() -> dict[str, Problem]:
