@@ -195,7 +195,8 @@ def own_families() -> dict[str, tuple[Family, list[str]]]:
         "summary": {"": MeanIndex()},
         "ivf": {str(count): Ivf(nprobe=count, top_k=BEST_KEYS) for count in (8, 16, 32, 64, 128, 256)},
         "graph": {
-            str(beam): Graph(beam=beam, queries=2048, top_k=BEST_KEYS, wait=True) for beam in (128, 256, 512, 640, 768)
+            str(beam): Graph(beam=beam, queries=2048, top_k=BEST_KEYS, sink=0, window=1, wait=True)
+            for beam in (128, 256, 512, 640, 768)
         },
     }
     return {name: (_paged(kinds), list(kinds)) for name, kinds in specs.items()}

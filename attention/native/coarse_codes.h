@@ -46,7 +46,7 @@ void round_query(const T* query, int half, const CodeQueries& queries, int g) {
     tops = maximum(tops, q < Vec{} ? Vec{} - q : q);
   }
   const float top = highest(tops);
-  const Vec factor = splat(top > 0.0f ? kQueryMost / top : 0.0f);
+  const Vec factor = splat(top > 1e-30f ? kQueryMost / top : 0.0f);
   const Vec magic = splat(0x1.8p23f);  // rounds what it is added to
   Vec sum = {};  // NaN where any channel is
   for (int d = 0; d < queries.dim; d += kLanes) {

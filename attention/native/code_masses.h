@@ -105,17 +105,22 @@ void second_look(const PagesCall& call, const CodePlan& plan, std::int64_t task,
                make_fine(memory.fine, queries.group));
 }
 
+// That of the calling thread: its destructor is registered by whoever passes the declaration.
+inline CodeMemory& own_memory() {
+  static thread_local CodeMemory memory;
+  return memory;
+}
+
 template <class T>
 void code_masses_of(const PagesCall& call, int threads) {
   static thread_local Buffer shared;
-  static thread_local CodeMemory memory;
   const CodePlan plan = make_plan(call, shared);
   for_each_task(plan.lists * runs_of_head(call), threads,
-                [&](std::int64_t i) { first_look<T>(call, plan, run_of(call, i), memory); });
+                [&](std::int64_t i) { first_look<T>(call, plan, run_of(call, i), own_memory()); });
   if (!plan.ranked) return;
-  for_each_task(plan.lists, threads, [&](std::int64_t i) { choose_candidates(call, plan, i, memory.ranks); });
+  for_each_task(plan.lists, threads, [&](std::int64_t i) { choose_candidates(call, plan, i, own_memory().ranks); });
   for_each_task(plan.lists * plan.list_runs, threads,
-                [&](std::int64_t i) { second_look<T>(call, plan, i, memory); });
+                [&](std::int64_t i) { second_look<T>(call, plan, i, own_memory()); });
 }
 
 }  // namespace keysift::KEYSIFT_ISA

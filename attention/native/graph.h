@@ -219,7 +219,7 @@ void graph_search_of(const GraphSearchCall& call, int threads) {
                                call.k_strides[0], call.k_strides[2], call.frames_strides[2],
                                static_cast<std::uint32_t>(call.page_size)};
     const SearchRange range = search_range(call, row);
-    const T* queries[kMaxGroup];
+    const T* queries[kMaxWalks];
     for (int head = 0; head < group; ++head)
       queries[head] = static_cast<const T*>(call.q) + row * call.q_strides[0] +
                       (kv_head * group + head) * call.q_strides[1];

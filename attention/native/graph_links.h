@@ -7,7 +7,7 @@
 
 namespace keysift {
 
-constexpr int kMaxGroup = 64;  // query heads of a KV head
+constexpr int kMaxWalks = 64;  // query heads of a KV head
 
 struct ScoredToken {
   float score;

@@ -23,9 +23,11 @@ class Buffer {
  private:
   void grow(std::size_t count) {
     std::free(data_);
-    count_ = (count + 15) / 16 * 16;
-    data_ = static_cast<float*>(std::aligned_alloc(64, count_ * sizeof(float)));
+    count_ = 0;
+    const std::size_t rounded = (count + 15) / 16 * 16;
+    data_ = static_cast<float*>(std::aligned_alloc(64, rounded * sizeof(float)));
     if (data_ == nullptr) throw std::bad_alloc();
+    count_ = rounded;
   }
 
   float* data_ = nullptr;

@@ -81,7 +81,11 @@ def store_own(
         b_q, k + i_kv * stride_kh, p_frames, own, position, F, scale, stride_kn, stride_ks, stride_fp,
         S, D, BLOCK_G, 1, OWN_S, BLOCK_D,
     )  # fmt: skip
-    tl.store(masses + ((i_r * Hq + o_h) * F + own)[:, None] + tl.zeros([1, 1], tl.int32), b_own, mask=m_h[:, None])
+    tl.store(
+        masses + ((i_r * Hq + o_h) * F + own)[:, None] + tl.zeros([1, 1], tl.int32),
+        b_own,
+        mask=m_h[:, None] & (own < F),
+    )
 
 
 @triton.jit(do_not_specialize=["F"])
