@@ -66,3 +66,11 @@ KEYSIFT_EXPORT void keysift_cluster(const keysift::ClusterCall* call, int level,
 KEYSIFT_EXPORT void keysift_probe(const keysift::ProbeCall* call, int level, int threads) {
   keysift::kernels(level).probe(*call, threads);
 }
+
+KEYSIFT_EXPORT void keysift_summarize(const keysift::FillCall* call, int level, int threads) {
+  keysift::kernels(level).summarize(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_encode(const keysift::FillCall* call, int level, int threads) {
+  keysift::kernels(level).encode(*call, threads);
+}

@@ -23,6 +23,7 @@
 #include "top_pages.h"
 #include "cluster.h"
 #include "probe.h"
+#include "pages.h"
 
 namespace keysift::KEYSIFT_ISA {
 
@@ -113,6 +114,29 @@ inline void probe(const ProbeCall& call, int threads) {
   }
 }
 
-constexpr Kernels kTable{attention, linear, column_scores, code_masses, page_bounds, top_pages, cluster, probe};
+inline void summarize(const FillCall& call, int threads) {
+  switch (call.type) {
+    case kFloat32:
+      return summarize_of<float>(call, threads);
+    case kBFloat16:
+      return summarize_of<bfloat16>(call, threads);
+    case kFloat16:
+      return summarize_of<float16>(call, threads);
+  }
+}
+
+inline void encode(const FillCall& call, int threads) {
+  switch (call.type) {
+    case kFloat32:
+      return encode_of<float>(call, threads);
+    case kBFloat16:
+      return encode_of<bfloat16>(call, threads);
+    case kFloat16:
+      return encode_of<float16>(call, threads);
+  }
+}
+
+constexpr Kernels kTable{attention, linear,  column_scores, code_masses, page_bounds,
+                         top_pages, cluster, probe,         summarize,   encode};
 
 }  // namespace keysift::KEYSIFT_ISA
