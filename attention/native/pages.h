@@ -38,7 +38,8 @@ void summarize_page(const FillCall& call, std::int64_t frame, std::int64_t head)
   const Vec size = splat(static_cast<float>(call.page_size));
   for (std::int64_t d = 0; d < call.dim; d += kLanes) {
     const std::int64_t there = call.dim - d;
-    Vec least = widen_part(keys + d, there), greatest = least, key_sum = least, value_sum = widen_part(values + d, there);
+    Vec least = widen_part(keys + d, there), greatest = least, key_sum = least;
+    Vec value_sum = widen_part(values + d, there);
     for (std::int64_t token = 1; token < call.page_size; ++token) {
       const Vec key = widen_part(keys + token * call.k_strides[2] + d, there);
       least = lower(least, key);
