@@ -142,6 +142,21 @@ struct GraphLinksCall {
   std::int64_t kv_heads, queries, wanted, tokens, degree;
 };
 
+// Frames that have just become full; each kind leaves null what it neither reads nor writes.
+struct FillCall {
+  const void* k;               // [N, Hkv, S, D]
+  const void* v;               // [N, Hkv, S, D]
+  void* summaries;             // [N, Hkv, 4, D]
+  std::int32_t* levels;        // [N, Hkv, W, S]
+  std::int8_t* bounds;         // [N, Hkv, 2, D]
+  float* scales;               // [N, Hkv, 2]
+  const std::int64_t* frames;  // [filled], contiguous
+  std::int64_t k_strides[3], v_strides[3], summaries_strides[3], levels_strides[3], bounds_strides[3];
+  std::int64_t scales_strides[2];
+  std::int64_t filled, kv_heads, dim, page_size, words, bits;
+  Type type;
+};
+
 // What one instruction set offers.
 struct Kernels {
   void (*attention)(const AttentionCall&, int threads);
@@ -154,6 +169,8 @@ struct Kernels {
   void (*probe)(const ProbeCall&, int threads);
   void (*graph_search)(const GraphSearchCall&, int threads);
   void (*graph_nearest)(const GraphNearestCall&, int threads);
+  void (*summarize)(const FillCall&, int threads);
+  void (*encode)(const FillCall&, int threads);
 };
 
 extern const Kernels kPortable, kAvx2, kAvx512, kAvx512Bf16;

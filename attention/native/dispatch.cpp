@@ -79,3 +79,11 @@ KEYSIFT_EXPORT void keysift_graph_nearest(const keysift::GraphNearestCall* call,
 KEYSIFT_EXPORT void keysift_graph_links(const keysift::GraphLinksCall* call, int, int threads) {
   keysift::graph_links(*call, threads);
 }
+
+KEYSIFT_EXPORT void keysift_summarize(const keysift::FillCall* call, int level, int threads) {
+  keysift::kernels(level).summarize(*call, threads);
+}
+
+KEYSIFT_EXPORT void keysift_encode(const keysift::FillCall* call, int level, int threads) {
+  keysift::kernels(level).encode(*call, threads);
+}

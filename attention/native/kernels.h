@@ -24,6 +24,7 @@
 #include "cluster.h"
 #include "probe.h"
 #include "graph.h"
+#include "pages.h"
 
 namespace keysift::KEYSIFT_ISA {
 
@@ -85,6 +86,14 @@ inline void probe(const ProbeCall& call, int threads) {
   by_type(call.type, [&](auto zero) { probe_of<typename ArithmeticOf<decltype(zero)>::type>(call, threads); });
 }
 
+inline void summarize(const FillCall& call, int threads) {
+  by_type(call.type, [&](auto zero) { summarize_of<decltype(zero)>(call, threads); });
+}
+
+inline void encode(const FillCall& call, int threads) {
+  by_type(call.type, [&](auto zero) { encode_of<decltype(zero)>(call, threads); });
+}
+
 constexpr Kernels kTable{
     attention,
     linear,
@@ -96,6 +105,8 @@ constexpr Kernels kTable{
     probe,
     graph_search,
     graph_nearest,
+    summarize,
+    encode,
 };
 
 }  // namespace keysift::KEYSIFT_ISA

@@ -136,6 +136,17 @@ class GraphLinksCall(ctypes.Structure):
     )
 
 
+class FillCall(ctypes.Structure):
+    """Mirrors `FillCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("k", "v", "summaries", "levels", "bounds", "scales", "frames")),
+        *((f"{name}_strides", c_int64 * 3) for name in ("k", "v", "summaries", "levels", "bounds")),
+        ("scales_strides", c_int64 * 2),
+        *((name, c_int64) for name in ("filled", "kv_heads", "dim", "page_size", "words", "bits", "type")),
+    )
+
+
 def _load() -> ctypes.CDLL:
     folder = Path(__file__).parent
     for suffix in EXTENSION_SUFFIXES:
@@ -155,6 +166,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for function in (library.keysift_cluster, library.keysift_probe):
         function.argtypes, function.restype = (c_void_p, c_int, c_int), None
     for function in (library.keysift_graph_search, library.keysift_graph_nearest, library.keysift_graph_links):
+        function.argtypes, function.restype = (c_void_p, c_int, c_int), None
+    for function in (library.keysift_summarize, library.keysift_encode):
         function.argtypes, function.restype = (c_void_p, c_int, c_int), None
     return library
 

@@ -32,7 +32,7 @@ class Codes(NamedTuple):
         return 4 if 32 * self.levels.shape[-2] >= 4 * self.bounds.shape[-1] else 2
 
 
-@op(triton="keysift.kvcache.ops.encode_triton:encode")
+@op(native="keysift.attention.native.encode:encode", triton="keysift.kvcache.ops.encode_triton:encode")
 def encode(cache_k: Tensor, summaries: Tensor, frames: Tensor, codes: Codes) -> None:
     """Write the codes of the listed frames, in place.
 

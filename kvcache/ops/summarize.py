@@ -8,7 +8,10 @@ from torch import Tensor
 from .dispatch import op
 
 
-@op(triton="keysift.kvcache.ops.summarize_triton:summarize")
+@op(
+    native="keysift.attention.native.summarize:summarize",
+    triton="keysift.kvcache.ops.summarize_triton:summarize",
+)
 def summarize(summaries: Tensor, cache_k: Tensor, cache_v: Tensor, frames: Tensor) -> None:
     """Write mean, minimum and maximum of the keys and the mean value of each listed frame, in place.
 

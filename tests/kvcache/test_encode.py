@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -13,9 +14,12 @@ from keysift.kvcache.ops import BackendUnavailable, use_backend
 from keysift.kvcache.ops.dispatch import Backend
 from keysift.kvcache.ops.encode import Codes, decode, encode
 from keysift.kvcache.ops.summarize import summarize
+from tests.problems import built
 
 NO_TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-BACKENDS = [pytest.param("reference"), pytest.param("triton", marks=NO_TRITON)]
+NOT_BUILT = pytest.mark.skipif(not built("keysift.attention.native.encode"), reason="not built")
+TWINS = [pytest.param("native", marks=NOT_BUILT), pytest.param("triton", marks=NO_TRITON)]
+BACKENDS = ["reference", *TWINS]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 BITS = pytest.mark.parametrize("bits", [2, 4])
 SHAPES = [
@@ -23,6 +27,7 @@ SHAPES = [
     pytest.param(1, 1, 16, id="pages-of-one"),
     pytest.param(3, 6, 40, id="no-power-of-two"),
     pytest.param(1, 32, 8, id="part-of-a-word"),
+    pytest.param(2, 5, 21, id="odd"),
 ]
 FRAMES, LISTED, UNTOUCHED = 6, [4, 0], -77
 
@@ -49,12 +54,13 @@ def prepare(heads: int, page_size: int, dim: int, bits: int, dtype: torch.dtype)
     return Encoded(k.to(dtype), summaries, Codes(levels, bounds, torch.full((FRAMES, heads, 2), float(UNTOUCHED))))
 
 
-def run(backend: Backend, given: Encoded, frames: list[int]) -> Codes:
+def run(
+    backend: Backend, given: Encoded, frames: list[int], layout: Callable[[Tensor], Tensor] = Tensor.clone
+) -> Codes:
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    codes = Codes(*(part.clone().to(device) for part in given.codes))
+    k, summaries, *codes = (layout(part.to(device)) for part in (given.k, given.summaries, *given.codes))
     with use_backend(backend):
-        listed = torch.tensor(frames, dtype=torch.int64, device=device)
-        encode(given.k.to(device), given.summaries.to(device), listed, codes)
+        encode(k, summaries, torch.tensor(frames, dtype=torch.int64, device=device), Codes(*codes))
     return Codes(*(part.cpu() for part in codes))
 
 
@@ -137,10 +143,63 @@ def test_the_twins_write_the_same_bits_in_the_listed_frames_and_nothing_else(
     backend: Backend, dtype: torch.dtype, bits: int, heads: int, page_size: int, dim: int
 ) -> None:
     given = prepare(heads, page_size, dim, bits, dtype)
-    written, expected = run(backend, given, LISTED), run("reference", given, LISTED)
+    assert_same(run(backend, given, LISTED), run("reference", given, LISTED))
+
+
+@NOT_BUILT
+@DTYPES
+@BITS
+@pytest.mark.parametrize(("heads", "page_size", "dim"), SHAPES)
+def test_every_instruction_set_writes_the_same_bits(
+    dtype: torch.dtype, bits: int, heads: int, page_size: int, dim: int
+) -> None:
+    from keysift.attention.native.library import isas, use_isa
+
+    given = prepare(heads, page_size, dim, bits, dtype)
+    expected = run("reference", given, LISTED)
+    for isa in isas():
+        with use_isa(isa):
+            assert_same(run("native", given, LISTED), expected)
+
+
+@NOT_BUILT
+@BITS
+def test_keys_on_the_border_of_two_cells_fall_where_the_reference_has_them(bits: int) -> None:
+    """Keys of few values, most of which are such borders but for rounding."""
+    from keysift.attention.native.library import isas, use_isa
+
+    given = prepare(2, 64, 64, bits, torch.float32)
+    given.k[LISTED] = torch.randint(-6, 7, (len(LISTED), 2, 64, 64)) * torch.rand(2, 1, 64)
+    with use_backend("reference"):
+        summarize(given.summaries, given.k, given.k, torch.tensor(LISTED))
+    expected = run("reference", given, LISTED)
+    for isa in isas():
+        with use_isa(isa):
+            assert_same(run("native", given, LISTED), expected)
+
+
+@NOT_BUILT
+def test_many_frames_on_many_threads() -> None:
+    """As many as are worth a second thread."""
+    from keysift.attention.native.summarize import ALONE
+
+    frames = torch.randperm(ALONE // 4096 + 1)
+    k = torch.randn(len(frames), 1, 64, 64).to(torch.bfloat16)
+    summaries = torch.stack([k.mean(2), k.amin(2), k.amax(2), k.mean(2)], dim=2)
+    shapes = ((4, 64), torch.int32), ((2, 64), torch.int8), ((2,), torch.float32)
+    apart = [Codes(*(torch.zeros(len(frames), 1, *shape, dtype=dtype) for shape, dtype in shapes)) for _ in range(2)]
+    with use_backend("native"):
+        encode(k, summaries, frames, apart[0])
+    with use_backend("reference"):
+        encode(k, summaries, frames, apart[1])
+    assert all(torch.equal(*parts) for parts in zip(*apart, strict=True))
+
+
+def assert_same(written: Codes, expected: Codes) -> None:
+    """The same bits in the listed frames, and nothing in the others."""
+    rest = [frame for frame in range(FRAMES) if frame not in LISTED]
     for part, reference in zip(written, expected, strict=True):
         assert torch.equal(part, reference)
-        rest = [frame for frame in range(FRAMES) if frame not in LISTED]
         assert (part[rest] == UNTOUCHED).all()
         assert not (part[LISTED] == UNTOUCHED).all()
 
@@ -151,9 +210,21 @@ def test_no_frames(backend: Backend) -> None:
     assert all(torch.equal(*parts) for parts in zip(run(backend, given, []), given.codes, strict=True))
 
 
-@NO_TRITON
-def test_codes_apart_are_refused() -> None:
+@pytest.mark.parametrize("backend", TWINS)
+def test_codes_apart_are_refused(backend: Backend) -> None:
     given = prepare(1, 16, 16, 2, torch.float32)
     apart = given.codes._replace(levels=given.codes.levels.repeat_interleave(2, -1)[..., ::2])
-    with pytest.raises(BackendUnavailable, match="encode"), use_backend("triton"):
+    with pytest.raises(BackendUnavailable, match="encode"), use_backend(backend):
         encode(given.k, given.summaries, torch.tensor(LISTED), apart)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@BITS
+def test_parts_of_larger_tensors(backend: Backend, bits: int) -> None:
+    given = prepare(2, 6, 40, bits, torch.bfloat16)
+    assert_same(run(backend, given, LISTED, within), run("reference", given, LISTED))
+
+
+def within(part: Tensor) -> Tensor:
+    """The same numbers as part of a larger tensor: only the last axis lies side by side."""
+    return torch.stack([part, part], dim=-2)[..., 0, :]
