@@ -19,6 +19,8 @@ Tokens = Annotated[int, Field(ge=0, le=LARGEST)]
 """A number of tokens."""
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Few = Annotated[int, Field(ge=1, le=4096)]
+"""A number of things that each query makes room for."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

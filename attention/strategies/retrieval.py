@@ -10,7 +10,7 @@ from torch import Tensor
 from keysift.kvcache import Context
 from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, Graph, IndexSpec, Ivf, MeanIndex
 
-from ..strategy import Positive
+from ..strategy import Few, Positive
 from ..token import TokenStrategy
 
 
@@ -27,11 +27,11 @@ class Retrieval(TokenStrategy):
     """What searches: all keys exactly, their codes, clusters, a graph, the pages' mean keys, or their bounds."""
     candidates: Positive = 512
     """Of codes: pages whose codes are read, the most promising by the bounds of all."""
-    nprobe: Positive = 64
+    nprobe: Few = 64
     """Of clusters: those that are read, 16 keys each on average."""
-    beam: Positive = 128
+    beam: Few = 128
     """Of the graph: keys that a search keeps in view; long contexts need more, 512 at 128k tokens."""
-    top_k: Positive = 100
+    top_k: Few = 100
     """Of clusters and the graph: keys that a search of single keys returns for each query head."""
     wait: bool = False
     """Of the graph: build it before the first answer, instead of beside the answers, which codes give meanwhile."""

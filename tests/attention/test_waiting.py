@@ -17,7 +17,8 @@ from keysift.kvcache.ops import use_backend
 from .devices import NoWaiting
 
 PAGE, ROW, HEADS, KV_HEADS, DIM = 16, 64, 4, 2, 64
-SMALL: dict[str, object] = {"sink": 16, "local": 16, "window": 32, "budget": 32, "top_k": 4, "last_rows_dense": 0}
+SMALL: dict[str, object] = {"sink": 16, "local": 16, "window": 32, "last_rows_dense": 0}
+SMALL |= {"budget": 32, "top_k": 4, "dense_layers": 0}
 FULL: dict[str, object] = {"coverage": 0.9, "min_budget": 32, "slash_alpha": 0.5, "sampling": "tail", "tau": 0.8}
 STRATEGIES = pytest.mark.parametrize("name", sorted(known()))
 OPTIONS = pytest.mark.parametrize("options", [SMALL, SMALL | FULL], ids=["plain", "all-options"])
