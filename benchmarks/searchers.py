@@ -120,10 +120,21 @@ class Paged:
                 began = time.perf_counter()
                 which.observe(self.problem.shown[start:stop], cache.context(0, step))
                 self.build_seconds[setting] += time.perf_counter() - began
+        self._build(first)
         for _ in range(BATCH):
             self.sequences.append(cache.open())
             cache.share(self.sequences[-1], step.held[0])
             cache.reserve(self.sequences[-1], len(keys) + 1)
+
+    def _build(self, first: int) -> None:
+        """The prompt's own sequence searches first: it alone has the queries that a graph is trained by."""
+        keys = self.problem.keys
+        step = self.cache.decode([Span(first, len(keys) - 1, 1)])
+        self.cache.append(0, keys[-1:], torch.zeros_like(keys[-1:]), step)
+        for setting, which in self.built.items():
+            began = time.perf_counter()
+            which.masses(self.problem.shown[-1:], self.cache.context(0, step))
+            self.build_seconds[setting] += time.perf_counter() - began
 
     def _finish(self, setting: str) -> None:
         """Search once, for what is built at the first search; what a second one takes less was building."""
