@@ -22,12 +22,12 @@ from threading import Thread
 from document import TOPICS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from keysift.engine import Finish, PrefillProgress, SamplingParams, TokenOutput
 from keysift.server.client import Client
 
-STRATEGIES = ("dense", "sift")
+STRATEGIES = ("dense", "sift+retrieval")
 DOCUMENT = ("assignment", "import", "naming", "class")
 ABOUT = "assert"
 CHARACTERS = 28_000
@@ -118,7 +118,7 @@ def complete(finish: Finish) -> bool:
 
 def table(finishes: list[Finish]) -> Table:
     columns = ("prompt tokens", "TTFT s", "TPOT ms", "prefill density", "decode density", "KV read GB")
-    result = Table("strategy", *columns, title=QUESTION)
+    result = Table(Column("strategy", min_width=14), *columns, title=QUESTION)
     for column in result.columns[1:]:
         column.justify = "right"
     for finish in finishes:
