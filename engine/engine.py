@@ -182,7 +182,7 @@ class Engine:
         for sequence, reads, coverage in zip(batch.sequences, result.reads, result.coverage, strict=True):
             sequence.reads[batch.phase] += reads
             sequence.coverage[batch.phase] += coverage
-            sequence.bytes_moved += result.bytes_moved // len(batch.sequences)
+            sequence.traffic[batch.phase] += result.traffic // len(batch.sequences)
         sampled = batch.sampled
         self.scheduler.commit(batch, [token for token, _ in result.sampled])
         outputs: list[Output] = []

@@ -45,7 +45,10 @@ COVERAGE_MIN = Histogram(
 WIDENED = Histogram(
     "keysift_widened_share", "Share of the probes whose rows were widened to everything", _BY_STRATEGY, buckets=_SHARES
 )
-KV_BYTES_MOVED = _counter("kv_bytes_moved_total", "KV bytes moved between memories")
+KV_BYTES_MOVED = _counter("kv_bytes_moved_total", "KV bytes fetched from their home")
+KV_BYTES_WRITTEN = _counter("kv_bytes_written_total", "KV bytes written to their home")
+KV_TIER_HITS = _counter("kv_tier_hits_total", "Pages of a layer and head that new tokens found in the pool")
+KV_TIER_MISSES = _counter("kv_tier_misses_total", "Pages of a layer and head that new tokens had to fetch")
 DENSE_FALLBACK = _counter("dense_fallback_total", "Requests that ran dense below a strategy's crossover")
 
 
@@ -67,6 +70,9 @@ def observe_finish(finish: Finish, sequence: Sequence) -> None:
     PREFIX_HITS.labels(label).inc(usage.cached_tokens)
     REQUEST_QUEUE_TIME.labels(label).observe(timings.queue_ms / 1e3)
     KV_BYTES_MOVED.labels(label).inc(sparsity.kv_bytes_moved)
+    KV_BYTES_WRITTEN.labels(label).inc(sparsity.kv_bytes_written)
+    KV_TIER_HITS.labels(label).inc(sparsity.kv_hits)
+    KV_TIER_MISSES.labels(label).inc(sparsity.kv_misses)
     DENSE_FALLBACK.labels(label).inc(sparsity.dense_fallback)
     if usage.completion_tokens:
         TIME_TO_FIRST_TOKEN.labels(label).observe(timings.ttft_ms / 1e3)

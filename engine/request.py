@@ -129,6 +129,19 @@ class Sparsity:
     """Share of the attention that came from pages' means; what is neither kept nor estimated was dropped."""
     dropped_bound: float | None = 0.0
     """The most of the attention that dropped pages can hold, mean over tokens, layers and heads; None: nobody told."""
+    kv_bytes_written: int = 0
+    """Bytes of keys and values written to their home; `kv_bytes_moved` are those fetched from it."""
+    decode_bytes_moved: int = 0
+    """Of `kv_bytes_moved`, what generated tokens fetched."""
+    kv_hits: int = 0
+    """Pages of one layer and KV head that generated tokens found in the pool."""
+    kv_misses: int = 0
+    """The same that they had to fetch."""
+    kv_overlap: float | None = None
+    """Share of the pages of a generated token that the token before had read too, mean over tokens, layers and heads;
+    None: nothing compared them."""
+    valve: float = 0.0
+    """Share of the choices under a locality bound that let in more pages than it allows: it would have missed too much."""
 
 
 @dataclass(frozen=True, slots=True)

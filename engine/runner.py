@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 
 from keysift.attention import Coverage, Dense, Reads, Telemetry, bind
-from keysift.kvcache import PagedCache, Phase, Span, Step
+from keysift.kvcache import PagedCache, Phase, Span, Step, Traffic
 from keysift.kvcache.ops import BackendUnavailable, use_backend
 
 from .config import Backend
@@ -26,7 +26,7 @@ class StepResult:
     sampled: list[Sampled]
     reads: list[Reads]
     coverage: list[Coverage]
-    bytes_moved: int
+    traffic: Traffic
 
 
 class Runner:
@@ -58,13 +58,13 @@ class Runner:
         """Run the batch and sample with one state for each of `batch.sampled`."""
         step = self._step(batch)
         telemetry = Telemetry(self._cache.spec, step)
-        moved = self._cache.tier.bytes_moved
+        before = self._cache.tier.traffic
         attend = bind(batch.strategy, self._cache, step, telemetry)
         with torch.inference_mode(), use_backend(self._backend):
             logits = self._model.forward(self._input_ids(batch), step.positions, self._last(batch), attend)
             sampled = sample(logits, states)
         reads = telemetry.reads()
-        return StepResult(sampled, reads, telemetry.covered(reads), self._cache.tier.bytes_moved - moved)
+        return StepResult(sampled, reads, telemetry.covered(reads), self._cache.tier.traffic - before)
 
     def _step(self, batch: Batch) -> Step:
         if batch.phase is Phase.PREFILL:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from keysift.attention import Coverage, Dense, Reads, Strategy
-from keysift.kvcache import PageKeys, Phase
+from keysift.kvcache import PageKeys, Phase, Traffic
 
 from .request import PrefillProgress, PromptInfo, Request, Sparsity, Timings, Usage
 
@@ -39,7 +39,7 @@ class Sequence:
     last_token: float | None = None
     reads: dict[Phase, Reads] = field(default_factory=lambda: dict.fromkeys(Phase, Reads()))
     coverage: dict[Phase, Coverage] = field(default_factory=lambda: dict.fromkeys(Phase, Coverage()))
-    bytes_moved: int = 0
+    traffic: dict[Phase, Traffic] = field(default_factory=lambda: dict.fromkeys(Phase, Traffic()))
     chose: set[Phase] = field(default_factory=set)
     """Phases in which the strategy has chosen pages."""
     fell_back: set[Phase] = field(default_factory=set)
@@ -156,6 +156,7 @@ class Sequence:
         phase that was dense throughout is left out, so that many generated tokens cannot hide what their prompt lost.
         """
         prefill, decode = self.reads[Phase.PREFILL], self.reads[Phase.DECODE]
+        moved, at_tokens = self.traffic[Phase.PREFILL], self.traffic[Phase.DECODE]
         chose = sum((coverage for coverage in self.coverage.values() if coverage.chose), Coverage())
         return Sparsity(
             strategy=self.strategy.name,
@@ -164,9 +165,13 @@ class Sequence:
             coverage=chose.mean,
             dense_fallback=bool(self.fell_back - self.chose),
             kv_bytes_read=prefill.bytes + decode.bytes,
-            kv_bytes_moved=self.bytes_moved,
+            kv_bytes_moved=moved.fetched + at_tokens.fetched,
             coverage_min=chose.least,
             widened=chose.widened_share,
             estimated=chose.estimated_share,
             dropped_bound=chose.dropped_bound,
+            kv_bytes_written=moved.written + at_tokens.written,
+            decode_bytes_moved=at_tokens.fetched,
+            kv_hits=at_tokens.hits,
+            kv_misses=at_tokens.misses,
         )

@@ -16,11 +16,12 @@ Axis letters, used in every shape of this project:
 from .allocator import FrameAllocator, OutOfFrames
 from .cache import PagedCache
 from .context import Context
+from .errors import HomeError
 from .prefix import PageKeys, PrefixCache
 from .selection import Selection
 from .spec import CacheSpec
 from .step import Phase, Span, Step
-from .tiers import DeviceTier, Frames, Tier
+from .tiers import DeviceTier, Frames, Tier, Traffic
 
 __all__ = [
     "CacheSpec",
@@ -28,6 +29,7 @@ __all__ = [
     "DeviceTier",
     "FrameAllocator",
     "Frames",
+    "HomeError",
     "OutOfFrames",
     "PageKeys",
     "PagedCache",
@@ -37,4 +39,5 @@ __all__ = [
     "Span",
     "Step",
     "Tier",
+    "Traffic",
 ]

@@ -28,6 +28,29 @@ class Frames:
     """[R, Hkv, F] int32, page -> frame."""
 
 
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What reading and writing pages has moved between memories."""
+
+    hits: int = 0
+    """Pages of one layer and KV head that were where an op could read them."""
+    misses: int = 0
+    """The same that had to be fetched first."""
+    fetched: int = 0
+    """Bytes that came from the pages' home."""
+    written: int = 0
+    """Bytes that went there."""
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
+
+    def __sub__(self, other: Traffic) -> Traffic:
+        return Traffic(*(getattr(self, name) - getattr(other, name) for name in self.__slots__))
+
+    def __floordiv__(self, parts: int) -> Traffic:
+        return Traffic(*(getattr(self, name) // parts for name in self.__slots__))
+
+
 class Tier(Protocol):
     """Holds the pages of all layers and brings those that a selection names where an op can read them."""
 
@@ -44,14 +67,14 @@ class Tier(Protocol):
         """The keys of each full frame in a few bits; without a word where the spec has no codes."""
 
     @property
-    def bytes_moved(self) -> int:
-        """Bytes that reading has moved between memories since the start."""
+    def traffic(self) -> Traffic:
+        """What has moved since the start; may wait for the device."""
 
 
 class DeviceTier:
     """Every page stays on the compute device; nothing moves."""
 
-    bytes_moved = 0
+    traffic = Traffic()
 
     def __init__(self, spec: CacheSpec, num_frames: int, device: torch.device) -> None:
         shape = (spec.num_layers, num_frames, spec.num_kv_heads)

@@ -705,6 +705,12 @@ class Sparsity(google.protobuf.message.Message):
     WIDENED_FIELD_NUMBER: builtins.int
     ESTIMATED_FIELD_NUMBER: builtins.int
     DROPPED_BOUND_FIELD_NUMBER: builtins.int
+    KV_BYTES_WRITTEN_FIELD_NUMBER: builtins.int
+    DECODE_BYTES_MOVED_FIELD_NUMBER: builtins.int
+    KV_HITS_FIELD_NUMBER: builtins.int
+    KV_MISSES_FIELD_NUMBER: builtins.int
+    KV_OVERLAP_FIELD_NUMBER: builtins.int
+    VALVE_FIELD_NUMBER: builtins.int
     strategy: builtins.str
     prefill_density: builtins.float
     """Fraction of the causal context that prompt tokens attended to, 0 to 1."""
@@ -731,6 +737,21 @@ class Sparsity(google.protobuf.message.Message):
     """
     dropped_bound: builtins.float
     """The most of the attention that dropped pages can hold, a mean like coverage. Not set where nothing told it."""
+    kv_bytes_written: builtins.int
+    """Bytes of keys and values written to the KV home; kv_bytes_moved are those fetched from it."""
+    decode_bytes_moved: builtins.int
+    """Of kv_bytes_moved, what new tokens fetched."""
+    kv_hits: builtins.int
+    """Pages of one layer and KV head that new tokens found in the pool, and those that they had to fetch."""
+    kv_misses: builtins.int
+    kv_overlap: builtins.float
+    """Share of the pages that new tokens read which the token before had read too: a mean over tokens, layers and heads.
+    Not set where nothing compared them.
+    """
+    valve: builtins.float
+    """Share of the choices under a locality bound, 0 to 1, that let in more pages than it allows because the attention
+    that it would have refused was too much.
+    """
     def __init__(
         self,
         *,
@@ -745,15 +766,23 @@ class Sparsity(google.protobuf.message.Message):
         widened: builtins.float = ...,
         estimated: builtins.float = ...,
         dropped_bound: builtins.float | None = ...,
+        kv_bytes_written: builtins.int = ...,
+        decode_bytes_moved: builtins.int = ...,
+        kv_hits: builtins.int = ...,
+        kv_misses: builtins.int = ...,
+        kv_overlap: builtins.float | None = ...,
+        valve: builtins.float = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_coverage", b"_coverage", "_coverage_min", b"_coverage_min", "_dropped_bound", b"_dropped_bound", "coverage", b"coverage", "coverage_min", b"coverage_min", "dropped_bound", b"dropped_bound"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_coverage", b"_coverage", "_coverage_min", b"_coverage_min", "_dropped_bound", b"_dropped_bound", "coverage", b"coverage", "coverage_min", b"coverage_min", "decode_density", b"decode_density", "dense_fallback", b"dense_fallback", "dropped_bound", b"dropped_bound", "estimated", b"estimated", "kv_bytes_moved", b"kv_bytes_moved", "kv_bytes_read", b"kv_bytes_read", "prefill_density", b"prefill_density", "strategy", b"strategy", "widened", b"widened"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_coverage", b"_coverage", "_coverage_min", b"_coverage_min", "_dropped_bound", b"_dropped_bound", "_kv_overlap", b"_kv_overlap", "coverage", b"coverage", "coverage_min", b"coverage_min", "dropped_bound", b"dropped_bound", "kv_overlap", b"kv_overlap"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_coverage", b"_coverage", "_coverage_min", b"_coverage_min", "_dropped_bound", b"_dropped_bound", "_kv_overlap", b"_kv_overlap", "coverage", b"coverage", "coverage_min", b"coverage_min", "decode_bytes_moved", b"decode_bytes_moved", "decode_density", b"decode_density", "dense_fallback", b"dense_fallback", "dropped_bound", b"dropped_bound", "estimated", b"estimated", "kv_bytes_moved", b"kv_bytes_moved", "kv_bytes_read", b"kv_bytes_read", "kv_bytes_written", b"kv_bytes_written", "kv_hits", b"kv_hits", "kv_misses", b"kv_misses", "kv_overlap", b"kv_overlap", "prefill_density", b"prefill_density", "strategy", b"strategy", "valve", b"valve", "widened", b"widened"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_coverage", b"_coverage"]) -> typing.Literal["coverage"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_coverage_min", b"_coverage_min"]) -> typing.Literal["coverage_min"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_dropped_bound", b"_dropped_bound"]) -> typing.Literal["dropped_bound"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_kv_overlap", b"_kv_overlap"]) -> typing.Literal["kv_overlap"] | None: ...
 
 Global___Sparsity: typing_extensions.TypeAlias = Sparsity
 

@@ -20,7 +20,7 @@ from .conftest import Run, Running
 
 SPARSITY = (
     "strategy prefill_density decode_density coverage dense_fallback kv_bytes_read kv_bytes_moved coverage_min widened"
-    " estimated dropped_bound"
+    " estimated dropped_bound kv_bytes_written decode_bytes_moved kv_hits kv_misses kv_overlap valve"
 )
 
 
