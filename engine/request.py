@@ -141,7 +141,7 @@ class Sparsity:
     """Share of the pages of a generated token that the token before had read too, mean over tokens, layers and heads;
     None: nothing compared them."""
     valve: float = 0.0
-    """Share of the choices under a locality bound that let in more pages than it allows: it would have missed too much."""
+    """Share of the choices under a locality bound that let in more pages than it allows, so as not to miss too much."""
 
 
 @dataclass(frozen=True, slots=True)
