@@ -42,6 +42,11 @@ class Context:
         own = self.step.last_pages[:, None, None]
         return Selection(own.expand(-1, self.spec.num_kv_heads, 1))
 
+    def own_page(self) -> tuple[Tensor, Tensor]:
+        """Keys [*, Hkv, S, D], and where in them the page of each row's last query is: [R, Hkv] int32."""
+        frames, last = self.fetch(self.own()), self.step.last_pages.long()
+        return frames.k, frames.table.gather(2, last[:, None, None].expand(-1, self.spec.num_kv_heads, 1))[..., 0]
+
     @property
     def tells_shares(self) -> bool:
         """Shares of the index's masses are shares of attention, more or less."""

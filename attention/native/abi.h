@@ -50,7 +50,8 @@ struct ScoresCall {
 // One scan over the pages of single queries; each kind leaves null what it does not read.
 struct PagesCall {
   const void* q;                  // [R, Hq, D]
-  const void* k;                  // [N, Hkv, S, D]
+  const void* k;                  // [*, Hkv, S, D], read for the rows' own pages
+  const std::int32_t* own;        // [R, Hkv], their frames in k
   const void* summaries;          // [N, Hkv, 4, D], contiguous, as are the next three
   const std::int32_t* levels;     // [N, Hkv, W, S]
   const std::int8_t* bounds;      // [N, Hkv, 2, D]
@@ -58,7 +59,7 @@ struct PagesCall {
   const std::int32_t* frames;     // [R, Hkv, F]
   const std::int32_t* positions;  // [R], contiguous
   float* masses;                  // [R, Hq, F], contiguous
-  std::int64_t q_strides[2], k_strides[3], frames_strides[3];
+  std::int64_t q_strides[2], k_strides[3], frames_strides[3], own_strides[2];
   std::int64_t rows, heads, kv_heads, dim, page_size, pages, words, candidates;
   Type type;
   float scale, slack;

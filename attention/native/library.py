@@ -58,10 +58,11 @@ class PagesCall(ctypes.Structure):
     """Mirrors `PagesCall` of abi.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "k", "summaries", "levels", "bounds", "scales", "frames", "positions")),
-        ("masses", c_void_p),
+        *((name, c_void_p) for name in ("q", "k", "own", "summaries", "levels", "bounds", "scales", "frames")),
+        *((name, c_void_p) for name in ("positions", "masses")),
         ("q_strides", c_int64 * 2),
         *((f"{name}_strides", c_int64 * 3) for name in ("k", "frames")),
+        ("own_strides", c_int64 * 2),
         *((name, c_int64) for name in ("rows", "heads", "kv_heads", "dim", "page_size", "pages", "words")),
         *((name, c_int64) for name in ("candidates", "type")),
         *((name, c_float) for name in ("scale", "slack")),

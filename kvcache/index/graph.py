@@ -129,9 +129,9 @@ class GraphIndex:
         return search_graphs(q, frames.k, frames.table, positions, graphs, reach, context.spec.softmax_scale)
 
     def _by_codes(self, q: Tensor, context: Context) -> Tensor:
-        frames, codes = context.fetch(context.own()), context.tier.codes(context.layer)
-        scale, starts = context.spec.softmax_scale, context.step.starts
-        return code_masses(q, frames.k, codes, frames.table, starts, scale=scale, candidates=512)
+        codes, step = context.tier.codes(context.layer), context.step
+        scale = context.spec.softmax_scale
+        return code_masses(q, *context.own_page(), codes, step.table, step.starts, scale=scale, candidates=512)
 
     def _of(self, context: Context, row: int) -> _Known:
         span, held = context.step.spans[row], context.step.held[row]
