@@ -17,6 +17,8 @@ from .allocator import FrameAllocator, OutOfFrames
 from .cache import PagedCache
 from .context import Context
 from .errors import HomeError
+from .home import Home, MemoryHome
+from .offload import OffloadTier, PoolSize
 from .prefix import PageKeys, PrefixCache
 from .selection import Selection
 from .spec import CacheSpec
@@ -29,11 +31,15 @@ __all__ = [
     "DeviceTier",
     "FrameAllocator",
     "Frames",
+    "Home",
     "HomeError",
+    "MemoryHome",
+    "OffloadTier",
     "OutOfFrames",
     "PageKeys",
     "PagedCache",
     "Phase",
+    "PoolSize",
     "PrefixCache",
     "Selection",
     "Span",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .allocator import FrameAllocator
 from .context import Context
+from .errors import HomeError
 from .index.protocol import IndexSpec, PageIndex
 from .prefix import PrefixCache
 from .spec import CacheSpec
@@ -25,13 +26,21 @@ class PagedCache:
     """
 
     def __init__(
-        self, spec: CacheSpec, num_frames: int, *, max_sequences: int, max_len: int, device: torch.device | str = "cpu"
+        self,
+        spec: CacheSpec,
+        num_frames: int,
+        *,
+        max_sequences: int,
+        max_len: int,
+        device: torch.device | str = "cpu",
+        tier: Tier | None = None,
     ) -> None:
+        """`tier` has room for as many frames and sequences; none: everything stays on the device."""
         self.spec = spec
         self.device = torch.device(device)
         self.allocator = FrameAllocator(num_frames)
         self.prefix = PrefixCache(self.allocator)
-        self.tier: Tier = DeviceTier(spec, num_frames, self.device)
+        self.tier: Tier = tier or DeviceTier(spec, num_frames, self.device)
         shape = (max_sequences, spec.pages_for(max_len))
         self._tables = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._frames: dict[int, list[int]] = {}
@@ -60,10 +69,19 @@ class PagedCache:
 
         Raises:
             OutOfFrames: there are too few; nothing was reserved.
+            HomeError: there are enough, but the tier has no room for them; nothing was reserved either.
         """
         missing = self.spec.pages_for(tokens) - len(self._frames[sequence])
-        if missing > 0:
-            self._append(sequence, self.allocator.take(missing))
+        if missing <= 0:
+            return
+        frames = self.allocator.take(missing)
+        try:
+            self.tier.claim(frames)
+        except HomeError:
+            for frame in reversed(frames):
+                self.allocator.release(frame)
+            raise
+        self._append(sequence, frames)
 
     def _append(self, sequence: int, frames: list[int]) -> None:
         held = self._frames[sequence]

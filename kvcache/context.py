@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -73,5 +74,13 @@ class Context:
         return Frames(means[:, :, :1], means[:, :, 1:], self.step.table)
 
     def fetch(self, selection: Selection) -> Frames:
-        """The selected pages where an op can read them."""
+        """The selected pages where an op can read them, until the next fetch.
+
+        Raises:
+            HomeError: the tier cannot have so many at hand at once; see `parts`.
+        """
         return self.tier.resident(self.layer, selection, self.step)
+
+    def parts(self, selection: Selection) -> Iterator[tuple[Selection, Frames]]:
+        """The same, however much it is: disjoint parts one after the other, whose attention can be merged."""
+        return self.tier.parts(self.layer, selection, self.step)

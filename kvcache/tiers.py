@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from .ops.encode import Codes, encode
+from .descriptions import Descriptions
+from .ops.encode import Codes
 from .ops.store import store
-from .ops.summarize import summarize
 from .selection import Selection
-from .spec import SUMMARIES, CacheSpec
+from .spec import CacheSpec
 from .step import Step
 
 
@@ -52,13 +53,28 @@ class Traffic:
 
 
 class Tier(Protocol):
-    """Holds the pages of all layers and brings those that a selection names where an op can read them."""
+    """Holds the pages of all layers and brings those that a selection names where an op can read them.
+
+    A page lives in its home frame, the one that tables name; where an op reads it is the tier's business.
+    """
+
+    steady: ClassVar[bool]
+    """What was once readable stays where it is, so that a thread beside may go on reading it."""
+
+    def claim(self, frames: Sequence[int]) -> None:
+        """These frames are about to be used. Raises `HomeError` where there is no room for them."""
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         """Put the step's keys and values [T, Hkv, D] into their slots; summarise and encode pages that become full."""
 
     def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
-        """The selected pages, readable now."""
+        """The selected pages, readable until the next call. Raises `HomeError` where they do not fit at once."""
+
+    def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
+        """The same in as many disjoint parts as it takes, each readable until the next is asked for."""
+
+    def foresee(self, layer: int, step: Step) -> None:
+        """Begin to bring what the layer will probably read, if anything tells; a guess that costs nothing but time."""
 
     def summaries(self, layer: int) -> Tensor:
         """[N, Hkv, 4, D]: mean, least and greatest key and mean value of each full frame."""
@@ -66,44 +82,49 @@ class Tier(Protocol):
     def codes(self, layer: int) -> Codes:
         """The keys of each full frame in a few bits; without a word where the spec has no codes."""
 
+    def holds(self, pages: int) -> bool:
+        """Whether all of so many pages of one layer can be read at once."""
+
     @property
     def traffic(self) -> Traffic:
         """What has moved since the start; may wait for the device."""
+
+    def close(self) -> None:
+        """Give up all memory and files; nothing may be asked afterwards."""
 
 
 class DeviceTier:
     """Every page stays on the compute device; nothing moves."""
 
+    steady: ClassVar[bool] = True
     traffic = Traffic()
 
     def __init__(self, spec: CacheSpec, num_frames: int, device: torch.device) -> None:
-        shape = (spec.num_layers, num_frames, spec.num_kv_heads)
-        self.k = torch.empty(*shape, spec.page_size, spec.head_dim, dtype=spec.dtype, device=device)
+        shape = (spec.num_layers, num_frames, spec.num_kv_heads, spec.page_size, spec.head_dim)
+        self.k = torch.empty(shape, dtype=spec.dtype, device=device)
         self.v = torch.empty_like(self.k)
-        self._summaries = torch.empty(*shape, SUMMARIES, spec.head_dim, dtype=spec.dtype, device=device)
-        self._codes = _empty_codes(shape, spec, device)
+        self._descriptions = Descriptions(spec, num_frames, device)
+        self.summaries, self.codes = self._descriptions.summaries, self._descriptions.codes
+
+    def claim(self, frames: Sequence[int]) -> None:
+        pass
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         store(self.k[layer], self.v[layer], k, v, step.slots)
         if step.filled.shape[0]:
-            summarize(self._summaries[layer], self.k[layer], self.v[layer], step.filled)
-            if self._codes.levels.numel():
-                encode(self.k[layer], self._summaries[layer], step.filled, self.codes(layer))
+            self._descriptions.fill(layer, self.k[layer], self.v[layer], step.filled)
 
     def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
         return Frames(self.k[layer], self.v[layer], step.table)
 
-    def summaries(self, layer: int) -> Tensor:
-        return self._summaries[layer]
+    def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
+        yield selection, self.resident(layer, selection, step)
 
-    def codes(self, layer: int) -> Codes:
-        return Codes(*(part[layer] for part in self._codes))
+    def foresee(self, layer: int, step: Step) -> None:
+        pass
 
+    def holds(self, pages: int) -> bool:
+        return True
 
-def _empty_codes(shape: tuple[int, int, int], spec: CacheSpec, device: torch.device) -> Codes:
-    dim = spec.head_dim if spec.code_bits else 0
-    return Codes(
-        torch.empty(*shape, spec.code_words, spec.page_size, dtype=torch.int32, device=device),
-        torch.empty(*shape, 2, dim, dtype=torch.int8, device=device),
-        torch.empty(*shape, 2, dtype=torch.float32, device=device),
-    )
+    def close(self) -> None:
+        pass

@@ -158,6 +158,28 @@ struct FillCall {
   Type type;
 };
 
+// One layer's bounded pool, and the pages that it should hold.
+struct AdmitCall {
+  std::int32_t* where;         // [Hkv, N], contiguous, home frame -> slot, as are the next two
+  std::int32_t* owner;         // [Hkv, C], slot -> home frame
+  std::int32_t* used;          // [Hkv, C]
+  const std::int32_t* frames;  // [R, Hkv, F]
+  const std::int32_t* pages;   // [R, H, P]
+  std::int32_t* loads;         // [Hkv, W], contiguous, as slots
+  std::int32_t* slots;
+  std::int64_t* found;         // [Hkv, 3]
+  std::int64_t frames_strides[3], pages_strides[3];
+  std::int64_t count, capacity, rows, kv_heads, lists, pages_per_list, width, now, before;  // N, C, R, Hkv, H, P, W
+};
+
+// Pieces of a file that go to places in memory.
+struct ReadCall {
+  char* memory;
+  const std::int64_t* offsets;  // [n], contiguous, in the file
+  const std::int64_t* targets;  // [n], contiguous, in memory
+  std::int64_t count, size, file;
+};
+
 // What one instruction set offers.
 struct Kernels {
   void (*attention)(const AttentionCall&, int threads);

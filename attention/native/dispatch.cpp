@@ -1,6 +1,7 @@
 // The exported functions. The level of the instruction set is an argument, so nothing here remembers anything.
 #include "abi.h"
 #include "graph_links.h"
+#include "pool.h"
 
 namespace keysift {
 namespace {
@@ -87,3 +88,7 @@ KEYSIFT_EXPORT void keysift_summarize(const keysift::FillCall* call, int level, 
 KEYSIFT_EXPORT void keysift_encode(const keysift::FillCall* call, int level, int threads) {
   keysift::kernels(level).encode(*call, threads);
 }
+
+KEYSIFT_EXPORT void keysift_admit(const keysift::AdmitCall* call, int, int) { keysift::admit(*call); }
+
+KEYSIFT_EXPORT int keysift_read_pieces(const keysift::ReadCall* call, int, int) { return keysift::read_pieces(*call); }

@@ -148,6 +148,26 @@ class FillCall(ctypes.Structure):
     )
 
 
+class AdmitCall(ctypes.Structure):
+    """Mirrors `AdmitCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("where", "owner", "used", "frames", "pages", "loads", "slots", "found")),
+        *((f"{name}_strides", c_int64 * 3) for name in ("frames", "pages")),
+        *((name, c_int64) for name in ("count", "capacity", "rows", "kv_heads", "lists", "pages_per_list", "width")),
+        *((name, c_int64) for name in ("now", "before")),
+    )
+
+
+class ReadCall(ctypes.Structure):
+    """Mirrors `ReadCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("memory", "offsets", "targets")),
+        *((name, c_int64) for name in ("count", "size", "file")),
+    )
+
+
 def _load() -> ctypes.CDLL:
     folder = Path(__file__).parent
     for suffix in EXTENSION_SUFFIXES:
@@ -170,6 +190,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         function.argtypes, function.restype = (c_void_p, c_int, c_int), None
     for function in (library.keysift_summarize, library.keysift_encode):
         function.argtypes, function.restype = (c_void_p, c_int, c_int), None
+    library.keysift_admit.argtypes, library.keysift_admit.restype = (c_void_p, c_int, c_int), None
+    library.keysift_read_pieces.argtypes, library.keysift_read_pieces.restype = (c_void_p, c_int, c_int), c_int
     return library
 
 

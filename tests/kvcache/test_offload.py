@@ -1,0 +1,70 @@
+"""An offloaded cache answers as one that has everything at hand, whatever the size of its pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from keysift.attention import make
+from keysift.kvcache import CacheSpec, HomeError
+from tests.attention.test_strategies import IDS, ROWS, Row
+from tests.tiers import in_file, in_memory, offloaded, on_device, run
+
+PAGE, CHUNK, ROW = 4, 32, 8
+LENGTHS = (90, 37, 64)
+
+
+def spec_of(dtype: torch.dtype = torch.float32, **changes: object) -> CacheSpec:
+    return CacheSpec(num_layers=2, num_kv_heads=2, head_dim=16, page_size=PAGE, dtype=dtype, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("row", ROWS, ids=IDS)
+def test_a_large_pool_changes_no_bit(row: Row, tmp_path: Path) -> None:
+    strategy = make(row.name, **row.sparse)
+    wanted = run(on_device(spec_of()), strategy, LENGTHS, CHUNK, ROW, new=12)
+    for home in (in_memory, in_file(tmp_path)):
+        cache = offloaded(home, slots=100, staged=100)(spec_of())
+        found = run(cache, strategy, LENGTHS, CHUNK, ROW, new=12)
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+        cache.tier.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["retrieval", "quest"])
+@pytest.mark.parametrize("slots", [0, 12, 24, 60])
+def test_a_small_pool_changes_no_bit_either(name: str, slots: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """As long as the stage takes a layer; 24 slots hold what all three read at once, 12 do not."""
+    strategy = make(name, sink=4, window=6, budget=16, epsilon=0.0, dense_layers=0, dense_below=0)
+    wanted = run(on_device(spec_of(dtype)), strategy, LENGTHS, CHUNK, ROW, new=12)
+    cache = offloaded(in_file(tmp_path), slots=slots, staged=80)(spec_of(dtype))
+    found = run(cache, strategy, LENGTHS, CHUNK, ROW, new=12)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("name", ["dense", "streaming", "quest"])
+@pytest.mark.parametrize("staged", [9, 10, 15, 23])
+def test_a_stage_smaller_than_a_layer_reads_in_parts(name: str, staged: int) -> None:
+    strategy = make(name, **{} if name == "dense" else {"window": 40, "sink": 8})
+    wanted = run(on_device(spec_of()), strategy, LENGTHS, CHUNK, ROW, new=12)
+    cache = offloaded(in_memory, slots=3, staged=staged)(spec_of())
+    found = run(cache, strategy, LENGTHS, CHUNK, ROW, new=12)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_cannot_be_read_at_once_says_so() -> None:
+    cache = offloaded(in_memory, slots=3, staged=10)(spec_of())
+    with pytest.raises(HomeError, match=r"kv_memory: 1\d pages of a layer .* room for 10 pages = 10240 bytes") as caught:
+        run(cache, make("sift"), (90,), CHUNK, ROW, new=0)
+    assert caught.value.exhausted
+
+
+def test_windows_are_read_from_the_pool() -> None:
+    spec = spec_of(windows=(0, 9))
+    strategy = make("quest", budget=16, dense_layers=0)
+    wanted = run(on_device(spec), strategy, LENGTHS, CHUNK, ROW, new=12)
+    cache = offloaded(in_memory, slots=24, staged=30)(spec)
+    found = run(cache, strategy, LENGTHS, CHUNK, ROW, new=12)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
