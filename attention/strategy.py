@@ -40,6 +40,11 @@ class Strategy:
     yardstick: ClassVar[bool] = False
     """It is there to measure others by and never saves time, so nothing asks from which length on it does."""
 
+    @property
+    def scans(self) -> bool:
+        """It looks at all keys of a layer at once, beside those that it chooses."""
+        return False
+
     def __post_init__(self) -> None:
         """Raises `ValueError` naming the first field whose value is out of its bounds."""
         for name, check in _checks(type(self)).items():  # type: ignore[arg-type]  # a class is hashable

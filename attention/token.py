@@ -74,5 +74,10 @@ class TokenStrategy(Strategy, ABC):
             return replace(selection, estimated=Selection.from_mask(rest).pages)
         return replace(selection, bound=tail.bound(q, context, mask))
 
+    @property
+    def scans(self) -> bool:
+        which = self.make_index()
+        return which is not None and which.scans
+
     def part(self, phase: Phase) -> Strategy:
         return self if phase is Phase.DECODE else Dense()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class Graph:
     """One graph for each KV head of each layer, walked best first; what it does not cover yet is scanned."""
 
+    scans: ClassVar[bool] = True
+
     degree: int = 32
     """Links of a key, besides those to the tokens before and behind it."""
     beam: int = 128

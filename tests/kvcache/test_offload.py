@@ -56,7 +56,9 @@ def test_a_stage_smaller_than_a_layer_reads_in_parts(name: str, staged: int) -> 
 
 def test_what_cannot_be_read_at_once_says_so() -> None:
     cache = offloaded(in_memory, slots=3, staged=10)(spec_of())
-    with pytest.raises(HomeError, match=r"kv_memory: 1\d pages of a layer .* room for 10 pages = 10240 bytes") as caught:
+    with pytest.raises(
+        HomeError, match=r"kv_memory: 1\d pages of a layer .* room for 10 pages = 10240 bytes"
+    ) as caught:
         run(cache, make("sift"), (90,), CHUNK, ROW, new=0)
     assert caught.value.exhausted
 
