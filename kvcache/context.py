@@ -38,15 +38,9 @@ class Context:
         """The first `sink` tokens and every query's last `window`, in whole pages."""
         return Selection.zones(self.step, self.spec.num_kv_heads, sink=sink, window=window)
 
-    def own(self) -> Selection:
-        """The page of each row's last query alone."""
-        own = self.step.last_pages[:, None, None]
-        return Selection(own.expand(-1, self.spec.num_kv_heads, 1))
-
     def own_page(self) -> tuple[Tensor, Tensor]:
         """Keys [*, Hkv, S, D], and where in them the page of each row's last query is: [R, Hkv] int32."""
-        frames, last = self.fetch(self.own()), self.step.last_pages.long()
-        return frames.k, frames.table.gather(2, last[:, None, None].expand(-1, self.spec.num_kv_heads, 1))[..., 0]
+        return self.tier.own(self.layer, self.step)
 
     @property
     def tells_shares(self) -> bool:

@@ -9,6 +9,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,22 @@ from .spec import CacheSpec
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+class Place(NamedTuple):
+    """Where one layer's pages are in a file of extents."""
+
+    extent: int
+    """Pages of an extent."""
+    extent_bytes: int
+    layer_offset: int
+    """Bytes of an extent before this layer's."""
+    piece_bytes: int
+    """Of one head of a page."""
+
+    def of(self, frame: int, head: int, kv_heads: int) -> int:
+        page = frame % self.extent * kv_heads + head
+        return frame // self.extent * self.extent_bytes + self.layer_offset + page * self.piece_bytes
+
+
 class FileHome:
     """One nameless file in a folder: nobody can delete or cut it, and it is gone with the process, however that ends.
 
@@ -31,7 +48,7 @@ class FileHome:
 
     def __init__(self, spec: CacheSpec, folder: Path) -> None:
         self._folder = folder
-        self._piece_bytes = spec.read_bytes
+        self._kv_heads, self._piece_bytes = spec.num_kv_heads, spec.read_bytes
         self._page_bytes = spec.num_kv_heads * spec.read_bytes
         self._extent_bytes = spec.num_layers * EXTENT * self._page_bytes
         self._claimed: set[int] = set()
@@ -61,20 +78,16 @@ class FileHome:
             self._move("read", _pread, self._offset(layer, frames[start]), pages[start:stop])
 
     def fetch(self, layer: int, pool: Tensor, loads: Tensor, slots: Tensor) -> None:
-        heads, places = (loads >= 0).nonzero(as_tuple=True)
-        frames, kv_heads = loads[heads, places].long(), pool.shape[1]
-        offsets = self._offsets(layer, frames) + heads * self._piece_bytes
-        targets = (slots[heads, places].long() * kv_heads + heads) * self._piece_bytes
         try:
-            read_pieces(pool, self._fd, offsets, targets, self._piece_bytes)
+            read_pieces(pool, self._fd, self._place(layer), loads, slots)
         except OSError as error:
             raise self._failed("read", error) from error
 
-    def _offset(self, layer: int, frame: int) -> int:
-        return frame // EXTENT * self._extent_bytes + (layer * EXTENT + frame % EXTENT) * self._page_bytes
+    def _place(self, layer: int) -> Place:
+        return Place(EXTENT, self._extent_bytes, layer * EXTENT * self._page_bytes, self._piece_bytes)
 
-    def _offsets(self, layer: int, frames: Tensor) -> Tensor:
-        return frames // EXTENT * self._extent_bytes + (layer * EXTENT + frames % EXTENT) * self._page_bytes
+    def _offset(self, layer: int, frame: int) -> int:
+        return self._place(layer).of(frame, 0, self._kv_heads)
 
     def _move(self, what: str, call: Callable[[int, memoryview, int], int], offset: int, pages: Tensor) -> None:
         """All bytes of contiguous pages, in as many calls as it takes."""
@@ -99,15 +112,14 @@ def bytes_of(pages: Tensor) -> memoryview:
 
 
 @op(native="keysift.attention.native.read_pieces:read_pieces")
-def read_pieces(memory: Tensor, fd: int, offsets: Tensor, targets: Tensor, size: int) -> None:
-    """Read `size` bytes of a file from each of `offsets` [n] int64 to bytes `targets` [n] int64 of contiguous memory.
-
-    Raises `OSError`.
-    """
-    whole = bytes_of(memory)
-    for offset, target in zip(offsets.tolist(), targets.tolist(), strict=True):
-        if _pread(fd, whole[target : target + size], offset) != size:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+def read_pieces(pool: Tensor, fd: int, place: Place, loads: Tensor, slots: Tensor) -> None:
+    """As `keysift.kvcache.ops.fetch`, from a file, for a contiguous pool. Raises `OSError`."""
+    whole, kv_heads, size = bytes_of(pool), pool.shape[1], place.piece_bytes
+    for head, (frames, targets) in enumerate(zip(loads.tolist(), slots.tolist(), strict=True)):
+        for frame, slot in zip(frames, targets, strict=True):
+            start = (slot * kv_heads + head) * size
+            if frame >= 0 and _pread(fd, whole[start : start + size], place.of(frame, head, kv_heads)) != size:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
 
 
 def _pread(fd: int, memory: memoryview, offset: int) -> int:

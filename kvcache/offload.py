@@ -19,7 +19,7 @@ from .selection import Selection
 from .spec import CacheSpec
 from .stage import Stage
 from .step import Phase, Step
-from .tiers import Frames, Traffic
+from .tiers import Frames, Traffic, own_page
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +81,12 @@ class OffloadTier:
             return self._from_pool(layer, selection, step)
         return self._from_stage(layer, _named(selection, step), step)
 
+    def own(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
+        if step.phase is Phase.PREFILL:
+            return own_page(self.resident(layer, Selection.own(step, self.spec.num_kv_heads), step), step)
+        self._begin(step)
+        return self._pool.pages[layer, :, :, 0], self._tails[:, None].expand(-1, self.spec.num_kv_heads)
+
     def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
         if self._pooled(layer, selection, step):
             yield selection, self._from_pool(layer, selection, step)
@@ -116,6 +122,9 @@ class OffloadTier:
             self._step = step
             self._clock += 2
             self._listed.clear()
+            tails = [self._pool.capacity + span.sequence for span in step.spans]
+            self._tails = torch.tensor(tails, dtype=torch.int32, device=step.starts.device)  # [B]
+            self._slots = self._tails.long() * self.spec.page_size + step.starts[: len(tails)] % self.spec.page_size
 
     def _write_chunk(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         """A prompt's chunk goes through the stage, where its own queries find it, to its home."""
@@ -145,8 +154,7 @@ class OffloadTier:
                 if span.start % size:
                     self._home.read(layer, [frame], tail[None])
         tails = self._pool.pages[layer]
-        slots = [(self._pool.capacity + span.sequence) * size + span.start % size for span in spans]
-        store(tails[:, :, 0], tails[:, :, 1], k, v, torch.tensor(slots, device=k.device))
+        store(tails[:, :, 0], tails[:, :, 1], k, v, self._slots)
         if filled := [
             (held[span.start // size], span)
             for span, held in zip(spans, step.held, strict=True)
@@ -177,7 +185,7 @@ class OffloadTier:
         self._found += admitted.found.sum(0)
         pages = self._pool.pages[layer]
         self._home.fetch(layer, pages, admitted.loads, admitted.slots)
-        return Frames(pages[:, :, 0], pages[:, :, 1], self._pool.table(layer, step.table))
+        return Frames(pages[:, :, 0], pages[:, :, 1], admitted.table)
 
     def _from_stage(self, layer: int, named: Tensor, step: Step) -> Frames:
         """Frames [n] int32, ascending and unique."""

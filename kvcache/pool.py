@@ -65,8 +65,3 @@ class Pool:
             wide = torch.nn.functional.pad(table, (0, 1))
             table.copy_(wide.scatter_(1, slots, -1)[:, :-1])
         where[:, index] = -1
-
-    def table(self, layer: int, frames: Tensor) -> Tensor:
-        """[R, Hkv, F] int32, where the pages of home frames [R, Hkv, F] are; 0 for those that are not here."""
-        heads = torch.arange(frames.shape[1], device=frames.device)[:, None]
-        return self._where[layer][heads, frames.long()].clamp_(min=0)

@@ -35,6 +35,11 @@ class Selection:
         return cls(pages[:, None].expand(-1, heads, -1), complete=True)
 
     @classmethod
+    def own(cls, step: Step, heads: int) -> Selection:
+        """The page of each row's last query alone."""
+        return cls(step.last_pages[:, None, None].expand(-1, heads, 1))
+
+    @classmethod
     def zones(cls, step: Step, heads: int, *, sink: int, window: int) -> Selection:
         """The first `sink` tokens and, for every query of the row, the last `window`, rounded out to whole pages."""
         page_size = step.page_size

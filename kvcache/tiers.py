@@ -70,6 +70,9 @@ class Tier(Protocol):
     def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
         """The selected pages, readable until the next call. Raises `HomeError` where they do not fit at once."""
 
+    def own(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
+        """Keys [*, Hkv, S, D], and where in them the page of each row's last query is: [R, Hkv] int32."""
+
     def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
         """The same in as many disjoint parts as it takes, each readable until the next is asked for."""
 
@@ -117,6 +120,9 @@ class DeviceTier:
     def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
         return Frames(self.k[layer], self.v[layer], step.table)
 
+    def own(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
+        return own_page(Frames(self.k[layer], self.v[layer], step.table), step)
+
     def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
         yield selection, self.resident(layer, selection, step)
 
@@ -128,3 +134,9 @@ class DeviceTier:
 
     def close(self) -> None:
         pass
+
+
+def own_page(frames: Frames, step: Step) -> tuple[Tensor, Tensor]:
+    """Of frames that hold it: see `Tier.own`."""
+    last = step.last_pages.long()[:, None, None].expand(-1, frames.table.shape[1], 1)
+    return frames.k, frames.table.gather(2, last)[..., 0]

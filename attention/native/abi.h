@@ -168,16 +168,19 @@ struct AdmitCall {
   std::int32_t* loads;         // [Hkv, W], contiguous, as slots
   std::int32_t* slots;
   std::int64_t* found;         // [Hkv, 3]
+  std::int32_t* table;         // [R, Hkv, F], contiguous
   std::int64_t frames_strides[3], pages_strides[3];
-  std::int64_t count, capacity, rows, kv_heads, lists, pages_per_list, width, now, before;  // N, C, R, Hkv, H, P, W
+  std::int64_t count, capacity, rows, kv_heads, lists, pages_per_list, width;  // N, C, R, Hkv, H, P, W
+  std::int64_t max_pages, now, before;                                                    // F
 };
 
-// Pieces of a file that go to places in memory.
+// Single heads of pages that go from a file into a pool.
 struct ReadCall {
-  char* memory;
-  const std::int64_t* offsets;  // [n], contiguous, in the file
-  const std::int64_t* targets;  // [n], contiguous, in memory
-  std::int64_t count, size, file;
+  char* pool;                 // [C, Hkv, piece]
+  const std::int32_t* loads;  // [Hkv, W], contiguous, as slots; -1: nothing
+  const std::int32_t* slots;
+  std::int64_t kv_heads, width, file;
+  std::int64_t extent, extent_bytes, layer_offset, piece_bytes;  // pages of an extent; where a layer begins in it
 };
 
 // What one instruction set offers.

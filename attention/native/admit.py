@@ -21,9 +21,10 @@ def admit(frames: Tensor, pages: Tensor, residents: Residents, *, now: int, befo
     width = min(capacity, rows * lists // kv_heads * listed)
     loads, slots = torch.full((2, kv_heads, width), -1, dtype=torch.int32)
     found = torch.zeros((kv_heads, 3), dtype=torch.int64)
+    table = torch.zeros((rows, kv_heads, frames.shape[2]), dtype=torch.int32)
     call = AdmitCall(
-        *(tensor.data_ptr() for tensor in (*residents, frames, pages, loads, slots, found)),
-        frames.expand(rows, kv_heads, -1).stride(),
+        *(tensor.data_ptr() for tensor in (*residents, frames, pages, loads, slots, found, table)),
+        frames.stride(),
         pages.stride(),
         count,
         capacity,
@@ -32,8 +33,9 @@ def admit(frames: Tensor, pages: Tensor, residents: Residents, *, now: int, befo
         lists,
         listed,
         width,
+        frames.shape[2],
         now,
         before,
     )
     kernels.keysift_admit(ctypes.byref(call), 0, 1)
-    return Admitted(loads, slots, found)
+    return Admitted(loads, slots, found, table)

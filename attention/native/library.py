@@ -153,9 +153,10 @@ class AdmitCall(ctypes.Structure):
 
     _fields_ = (
         *((name, c_void_p) for name in ("where", "owner", "used", "frames", "pages", "loads", "slots", "found")),
+        ("table", c_void_p),
         *((f"{name}_strides", c_int64 * 3) for name in ("frames", "pages")),
         *((name, c_int64) for name in ("count", "capacity", "rows", "kv_heads", "lists", "pages_per_list", "width")),
-        *((name, c_int64) for name in ("now", "before")),
+        *((name, c_int64) for name in ("max_pages", "now", "before")),
     )
 
 
@@ -163,8 +164,9 @@ class ReadCall(ctypes.Structure):
     """Mirrors `ReadCall` of abi.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("memory", "offsets", "targets")),
-        *((name, c_int64) for name in ("count", "size", "file")),
+        *((name, c_void_p) for name in ("pool", "loads", "slots")),
+        *((name, c_int64) for name in ("kv_heads", "width", "file", "extent", "extent_bytes", "layer_offset")),
+        ("piece_bytes", c_int64),
     )
 
 

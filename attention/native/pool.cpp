@@ -24,7 +24,7 @@ Head head_of(const AdmitCall& call, std::int64_t head) {
           call.loads + head * call.width, call.slots + head * call.width,    call.found + head * 3};
 }
 
-// Calls use(frame) for every page that a row lists for a KV head, as often as it is listed.
+// Calls use(row, page, frame) for every page that a row lists for a KV head, as often as it is listed.
 template <class Use>
 void for_each_listed(const AdmitCall& call, std::int64_t head, Use use) {
   const std::int64_t group = call.lists / call.kv_heads;
@@ -34,7 +34,8 @@ void for_each_listed(const AdmitCall& call, std::int64_t head, Use use) {
         const std::int64_t* strides = call.pages_strides;
         const std::int64_t page = call.pages[row * strides[0] + list * strides[1] + i * strides[2]];
         if (page < 0) break;
-        use(call.frames[row * call.frames_strides[0] + head * call.frames_strides[1] + page * call.frames_strides[2]]);
+        const std::int64_t* places = call.frames_strides;
+        use(row, page, call.frames[row * places[0] + head * places[1] + page * places[2]]);
       }
 }
 
@@ -43,7 +44,7 @@ void look(const AdmitCall& call, std::int64_t head, std::vector<std::int32_t>& m
   const Head mine = head_of(call, head);
   misses.clear();
   seen.assign(call.capacity, 0);
-  for_each_listed(call, head, [&](std::int32_t frame) {
+  for_each_listed(call, head, [&](std::int64_t, std::int64_t, std::int32_t frame) {
     const std::int32_t slot = mine.where[frame];
     if (slot == kNowhere) {
       mine.where[frame] = kComing;
@@ -71,6 +72,25 @@ void choose_victims(const AdmitCall& call, const Head& mine, std::size_t count,
   victims.erase(end, victims.end());
 }
 
+// Tells the rows where their pages are.
+void write_table(const AdmitCall& call, std::int64_t head) {
+  const std::int32_t* where = head_of(call, head).where;
+  for_each_listed(call, head, [&](std::int64_t row, std::int64_t page, std::int32_t frame) {
+    call.table[(row * call.kv_heads + head) * call.max_pages + page] = std::max(where[frame], 0);
+  });
+}
+
+int read_whole(int file, char* target, std::int64_t size, std::int64_t offset) {
+  for (std::int64_t done = 0; done < size;) {
+    const ssize_t moved =
+        pread(file, target + done, static_cast<std::size_t>(size - done), static_cast<off_t>(offset + done));
+    if (moved < 0 && errno == EINTR) continue;
+    if (moved <= 0) return moved < 0 ? errno : EIO;
+    done += moved;
+  }
+  return 0;
+}
+
 }  // namespace
 
 void admit(const AdmitCall& call) {
@@ -94,19 +114,18 @@ void admit(const AdmitCall& call) {
       mine.slots[i] = slot;
       mine.used[slot] = static_cast<std::int32_t>(call.now);
     }
+    write_table(call, head);
   }
 }
 
 int read_pieces(const ReadCall& call) {
-  for (std::int64_t i = 0; i < call.count; ++i) {
-    char* target = call.memory + call.targets[i];
-    for (std::int64_t done = 0; done < call.size;) {
-      const ssize_t moved = pread(static_cast<int>(call.file), target + done, static_cast<std::size_t>(call.size - done),
-                                  static_cast<off_t>(call.offsets[i] + done));
-      if (moved < 0 && errno == EINTR) continue;
-      if (moved <= 0) return moved < 0 ? errno : EIO;
-      done += moved;
-    }
+  for (std::int64_t i = 0; i < call.kv_heads * call.width; ++i) {
+    if (call.loads[i] < 0) continue;
+    const std::int64_t head = i / call.width, frame = call.loads[i];
+    const std::int64_t offset = frame / call.extent * call.extent_bytes + call.layer_offset +
+                                (frame % call.extent * call.kv_heads + head) * call.piece_bytes;
+    char* target = call.pool + (call.slots[i] * call.kv_heads + head) * call.piece_bytes;
+    if (const int error = read_whole(static_cast<int>(call.file), target, call.piece_bytes, offset)) return error;
   }
   return 0;
 }

@@ -7,11 +7,13 @@ import os
 
 from torch import Tensor
 
+from keysift.kvcache.home_file import Place
+
 from .library import ReadCall, kernels
 
 
-def read_pieces(memory: Tensor, fd: int, offsets: Tensor, targets: Tensor, size: int) -> None:
+def read_pieces(pool: Tensor, fd: int, place: Place, loads: Tensor, slots: Tensor) -> None:
     """See the reference."""
-    call = ReadCall(memory.data_ptr(), offsets.data_ptr(), targets.data_ptr(), offsets.shape[0], size, fd)
+    call = ReadCall(pool.data_ptr(), loads.data_ptr(), slots.data_ptr(), *loads.shape, fd, *place)
     if error := kernels.keysift_read_pieces(ctypes.byref(call), 0, 1):
         raise OSError(error, os.strerror(error))

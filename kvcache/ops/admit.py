@@ -30,6 +30,8 @@ class Admitted(NamedTuple):
     """[Hkv, W] int32, where each goes."""
     found: Tensor
     """[Hkv, 3] int64: pages that were there, those of them that had been fetched ahead, and pages that were not."""
+    table: Tensor
+    """[R, Hkv, F] int32, page -> slot of the listed pages; elsewhere any slot or frame number that there is."""
 
 
 @op(native="keysift.attention.native.admit:admit")
@@ -66,7 +68,9 @@ def admit(frames: Tensor, pages: Tensor, residents: Residents, *, now: int, befo
     loads.masked_fill_(~taken, -1)
     slots = torch.where(taken, oldest.indices[:, :width].int(), -1)
     _replace(residents, loads, slots, now)
-    return Admitted(loads, slots, torch.stack([there.sum(1), early, missing.sum(1)], 1))
+    heads = torch.arange(kv_heads, device=where.device)[:, None]
+    table = where[heads, frames.expand(pages.shape[0], kv_heads, -1).long()].clamp_(min=0)
+    return Admitted(loads, slots, torch.stack([there.sum(1), early, missing.sum(1)], 1), table)
 
 
 def _wanted(frames: Tensor, pages: Tensor, count: int, kv_heads: int) -> Tensor:

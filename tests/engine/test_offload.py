@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from keysift.engine import Engine, InvalidRequest, Request, ResourceExhausted
-from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
+from keysift.engine import Engine, Request
+from tests.engine.driver import Make, drain, greedy, said, tokens
 
 PAIR = "dense+retrieval"
 ARGS = ("retrieval.dense_below=0", "retrieval.sink=16", "retrieval.window=32", "retrieval.budget=64")
