@@ -35,6 +35,8 @@ def bind(strategy: Strategy, cache: PagedCache, step: Step, telemetry: Telemetry
         window = spec.window(layer)
         selection = context.zones(sink=0, window=window) if window else choose(q, context)
         out, lse = _read(q, context, selection, window)
+        if selection.ahead is not None:
+            cache.tier.foresee(layer, selection.ahead, step)
         exact = lse
         if selection.estimated is not None:
             out, lse = merge(out, lse, *estimate(q, context, selection.estimated))

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from keysift.kvcache import Context, Phase, Selection
@@ -51,8 +52,9 @@ class TokenStrategy(Strategy, ABC):
             return context.all()
         step, heads = context.step, context.spec.num_kv_heads
         window = min(self.window, step.max_pages * step.page_size)  # positions are int32
+        masses = self.masses(q, context)
         chosen = top_pages(
-            self.masses(q, context),
+            masses,
             (step.starts - window + 1).clamp(min=0) // step.page_size,
             step.last_pages,
             heads=heads,
@@ -61,7 +63,8 @@ class TokenStrategy(Strategy, ABC):
             budget=self.budget // step.page_size,
             epsilon=self.epsilon,
         )
-        return self._account(q, context, chosen)
+        selection = self._account(q, context, chosen)
+        return replace(selection, ahead=nearly(masses, selection, context)) if context.tier.ahead else selection
 
     def _account(self, q: Tensor, context: Context, chosen: TopPages) -> Selection:
         """The selection, and what becomes of the pages outside it."""
@@ -81,3 +84,17 @@ class TokenStrategy(Strategy, ABC):
 
     def part(self, phase: Phase) -> Strategy:
         return self if phase is Phase.DECODE else Dense()
+
+
+def nearly(masses: Tensor, selection: Selection, context: Context) -> Tensor:
+    """[R, H, P] int32, the heaviest pages that were not chosen, by masses [R, Hq, F]: see `Selection.ahead`.
+
+    On real text every third page that a token reads and the one before did not is among the 8 that came next there.
+    """
+    heads, count = selection.pages.shape[1], min(context.tier.ahead, masses.shape[2])
+    shares = torch.unflatten(masses.softmax(-1).nan_to_num(0.0), 1, (heads, -1)).mean(2)  # [R, H, F]
+    shares = shares.masked_fill(selection.mask(masses.shape[2]), 0.0)
+    best = shares.topk(count)
+    return Selection.from_mask(
+        torch.zeros_like(shares, dtype=torch.bool).scatter(2, best.indices, best.values > 0)
+    ).pages[..., :count]

@@ -46,6 +46,13 @@ class EngineConfig(Checked):
     kv_home_memory: ByteSize | None = Field(
         None, description="most bytes of the KV home; none: what the requests can fill and the place has room for"
     )
+    kv_prefetch: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="pages of each layer and KV head that a token may fetch from the KV home on a guess at what the "
+        "next one reads; pays where reading waits for a disk",
+    )
     dtype: Dtype = Field("auto", description="of weights and pages; auto: bfloat16 where the hardware multiplies it")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     backend: Backend = Field(

@@ -112,7 +112,7 @@ def _pool(config: EngineConfig, spec: CacheSpec, given: int, longest: int) -> Po
             f"at least {needed} bytes: a prompt's chunk of one layer, and in each of {layers} layers one page and "
             f"{tails} open ones (max_num_seqs), got {given}",
         )
-    return PoolSize(slots, staged, tails)
+    return PoolSize(slots, staged, tails, config.kv_prefetch)
 
 
 def _mib(size: int) -> str:

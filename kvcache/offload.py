@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .ahead import Ahead, beside
 from .descriptions import Descriptions
 from .errors import HomeError
 from .home import Home
-from .ops.admit import admit
+from .ops.admit import Admitted, admit
 from .ops.store import store
 from .pool import Pool
 from .selection import Selection
@@ -32,6 +35,8 @@ class PoolSize:
     """Of one layer, for prompts and for reads that are more than the slots take."""
     tails: int
     """Open pages of each layer: sequences that may hold pages."""
+    ahead: int = 0
+    """Of the slots of each layer and head, those that a token may fill with guesses at what the next one reads."""
 
     def bytes(self, spec: CacheSpec) -> int:
         return (spec.num_layers * (self.slots + self.tails) + self.staged) * spec.num_kv_heads * spec.read_bytes
@@ -53,13 +58,16 @@ class OffloadTier:
 
     def __init__(self, spec: CacheSpec, num_frames: int, home: Home, size: PoolSize, device: torch.device) -> None:
         self.spec = spec
-        self.size = size
+        self.size, self.ahead = size, size.ahead
         self._home = home
         self._pool = Pool(spec, num_frames, size.slots, size.tails, device)
         self._stage = Stage(spec, num_frames, size.staged, device)
         self._descriptions = Descriptions(spec, num_frames, device)
         self.summaries, self.codes = self._descriptions.summaries, self._descriptions.codes
         self._found = torch.zeros(3, dtype=torch.int64, device=device)
+        self._ahead = torch.zeros((), dtype=torch.int64, device=device)
+        self._beside = beside(device)
+        self.close = weakref.finalize(self, _close, self._beside, home)
         self._staged = self._written = 0  # pages of all heads
         self._staged_by_tokens = 0
         self._step: Step | None = None
@@ -71,6 +79,7 @@ class OffloadTier:
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         self._begin(step)
+        self._beside.wait(layer)
         if step.phase is Phase.PREFILL:
             self._write_chunk(layer, k, v, step)
         else:
@@ -97,25 +106,36 @@ class OffloadTier:
                 if len(named := _named(part, step)):
                     yield part, self._from_stage(layer, named, step)
 
-    def foresee(self, layer: int, step: Step) -> None:
-        pass
+    def foresee(self, layer: int, pages: Tensor, step: Step) -> None:
+        self._beside.wait(layer)
+        residents = self._pool.residents(layer)
+        admitted = admit(step.table, pages, residents, now=self._clock + 1, before=self._clock - 2)
+        self._ahead += (admitted.loads >= 0).sum()
+        self._beside.submit(layer, partial(self._guess, layer, admitted))
+
+    def _guess(self, layer: int, admitted: Admitted) -> None:
+        """In vain, if it fails: whoever really wants the pages will hear of it."""
+        try:
+            self._home.fetch(layer, self._pool.pages[layer], admitted.loads, admitted.slots)
+        except HomeError:
+            self._pool.undo(layer, admitted)
 
     def holds(self, pages: int) -> bool:
         return pages <= self.size.staged
 
     @property
     def traffic(self) -> Traffic:
-        hits, _, misses = self._found.tolist()
+        hits, guessed, misses = self._found.tolist()
+        ahead = int(self._ahead)
         heads, piece = self.spec.num_kv_heads, self.spec.read_bytes
         return Traffic(
             hits=hits,
             misses=misses + self._staged_by_tokens * heads,
-            fetched=(misses + self._staged * heads) * piece,
+            fetched=(misses + ahead + self._staged * heads) * piece,
             written=self._written * heads * piece,
+            ahead=ahead,
+            guessed=guessed,
         )
-
-    def close(self) -> None:
-        self._home.close()
 
     def _begin(self, step: Step) -> None:
         if step is not self._step:
@@ -180,11 +200,14 @@ class OffloadTier:
     def _from_pool(self, layer: int, selection: Selection, step: Step) -> Frames:
         rows, lists, listed = selection.pages.shape
         self._listed[layer] = self._listed.get(layer, 0) + rows * lists // self.spec.num_kv_heads * listed
-        residents = self._pool.residents(layer)
+        residents, pages = self._pool.residents(layer), self._pool.pages[layer]
         admitted = admit(step.table, selection.pages, residents, now=self._clock, before=self._clock)
         self._found += admitted.found.sum(0)
-        pages = self._pool.pages[layer]
-        self._home.fetch(layer, pages, admitted.loads, admitted.slots)
+        try:
+            self._home.fetch(layer, pages, admitted.loads, admitted.slots)
+        except HomeError:
+            self._pool.undo(layer, admitted)
+            raise
         return Frames(pages[:, :, 0], pages[:, :, 1], admitted.table)
 
     def _from_stage(self, layer: int, named: Tensor, step: Step) -> Frames:
@@ -196,7 +219,11 @@ class OffloadTier:
             missing = named
             if (room := self._stage.place(missing)) is None:
                 raise self._too_small(len(named))
-        self._bring(layer, missing.tolist(), room)
+        try:
+            self._bring(layer, missing.tolist(), room)
+        except HomeError:
+            self._stage.clear()
+            raise
         if step.phase is Phase.DECODE:
             self._staged_by_tokens += len(missing)
         pages = self._stage.pages
@@ -228,6 +255,11 @@ class OffloadTier:
             f"there is room for {self.size.staged} pages = {self.size.staged * page} bytes",
             exhausted=True,
         )
+
+
+def _close(beside: Ahead, home: Home) -> None:
+    beside.close()
+    home.close()
 
 
 def _named(selection: Selection, step: Step) -> Tensor:

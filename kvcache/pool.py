@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops.admit import Residents
+from .ops.admit import Admitted, Residents
 from .spec import CacheSpec
 
 
@@ -42,6 +42,15 @@ class Pool:
         """[Hkv, 2, S, D], the page of an open frame."""
         sequence = self._open[layer].get(frame)
         return None if sequence is None else self.pages[layer, self.capacity + sequence]
+
+    def undo(self, layer: int, admitted: Admitted) -> None:
+        """Forget pages that were to come and did not."""
+        for head, frames in enumerate(admitted.loads.tolist()):
+            for frame, slot in zip(frames, admitted.slots[head].tolist(), strict=True):
+                if frame >= 0:
+                    self._where[layer, head, frame] = self._owner[layer, head, slot] = self._used[
+                        layer, head, slot
+                    ] = -1
 
     def open(self, layer: int, sequence: int, frame: int) -> Tensor:
         """Make the frame's page the sequence's open one; returns its tail [Hkv, 2, S, D], which may hold anything."""

@@ -41,6 +41,10 @@ class Traffic:
     """Bytes that came from the pages' home."""
     written: int = 0
     """Bytes that went there."""
+    ahead: int = 0
+    """Pages of one layer and KV head that were fetched on a guess."""
+    guessed: int = 0
+    """Those of them that were read."""
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
@@ -60,6 +64,8 @@ class Tier(Protocol):
 
     steady: ClassVar[bool]
     """What was once readable stays where it is, so that a thread beside may go on reading it."""
+    ahead: int
+    """Pages of each KV head that may be foreseen; 0: nobody need guess."""
 
     def claim(self, frames: Sequence[int]) -> None:
         """These frames are about to be used. Raises `HomeError` where there is no room for them."""
@@ -76,8 +82,11 @@ class Tier(Protocol):
     def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
         """The same in as many disjoint parts as it takes, each readable until the next is asked for."""
 
-    def foresee(self, layer: int, step: Step) -> None:
-        """Begin to bring what the layer will probably read, if anything tells; a guess that costs nothing but time."""
+    def foresee(self, layer: int, pages: Tensor, step: Step) -> None:
+        """Begin to bring pages [R, H, P] that the layer may read for the next token; a guess costs time, nothing else.
+
+        Only frames that neither this token nor the one before has read make room for them.
+        """
 
     def summaries(self, layer: int) -> Tensor:
         """[N, Hkv, 4, D]: mean, least and greatest key and mean value of each full frame."""
@@ -100,6 +109,7 @@ class DeviceTier:
     """Every page stays on the compute device; nothing moves."""
 
     steady: ClassVar[bool] = True
+    ahead = 0
     traffic = Traffic()
 
     def __init__(self, spec: CacheSpec, num_frames: int, device: torch.device) -> None:
@@ -126,7 +136,7 @@ class DeviceTier:
     def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
         yield selection, self.resident(layer, selection, step)
 
-    def foresee(self, layer: int, step: Step) -> None:
+    def foresee(self, layer: int, pages: Tensor, step: Step) -> None:
         pass
 
     def holds(self, pages: int) -> bool:

@@ -21,11 +21,11 @@ def on_device(spec: CacheSpec) -> PagedCache:
     return PagedCache(spec, FRAMES, max_sequences=SEQUENCES, max_len=MAX_LEN)
 
 
-def offloaded(home: Callable[[CacheSpec], Home], *, slots: int, staged: int) -> Make:
+def offloaded(home: Callable[[CacheSpec], Home], *, slots: int, staged: int, ahead: int = 0) -> Make:
     """Everything that an op must not read is NaN."""
 
     def make(spec: CacheSpec) -> PagedCache:
-        size = PoolSize(slots, staged, SEQUENCES)
+        size = PoolSize(slots, staged, SEQUENCES, ahead)
         tier = OffloadTier(spec, FRAMES, home(spec), size, torch.device("cpu"))
         for pages in (tier._pool.pages, tier._stage.pages):
             pages.fill_(torch.nan)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from keysift.attention import make
-from keysift.kvcache import CacheSpec, HomeError
+from keysift.kvcache import CacheSpec, HomeError, MemoryHome
 from tests.attention.test_strategies import IDS, ROWS, Row
 from tests.tiers import in_file, in_memory, offloaded, on_device, run
 
@@ -70,3 +72,49 @@ def test_windows_are_read_from_the_pool() -> None:
     cache = offloaded(in_memory, slots=24, staged=30)(spec)
     found = run(cache, strategy, LENGTHS, CHUNK, ROW, new=12)
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("slots", [12, 24, 60])
+def test_guesses_change_no_bit(slots: int, tmp_path: Path) -> None:
+    strategy = make("retrieval", sink=4, window=6, budget=16, epsilon=0.0, dense_below=0)
+    wanted = run(on_device(spec_of()), strategy, (90,), CHUNK, ROW, new=40)
+    plain, eager = (offloaded(in_file(tmp_path), slots=slots, staged=80, ahead=ahead)(spec_of()) for ahead in (0, 4))
+    for cache in (plain, eager):
+        found = run(cache, strategy, (90,), CHUNK, ROW, new=40)
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+    before, after = plain.tier.traffic, eager.tier.traffic
+    assert before.ahead == before.guessed == 0
+    assert after.hits + after.misses == before.hits + before.misses
+    if slots == 60:
+        assert 0 < after.guessed <= after.ahead
+        assert after.misses < before.misses
+    assert after.fetched - before.fetched == (after.ahead + after.misses - before.misses) * plain.spec.read_bytes
+
+
+@pytest.mark.parametrize("name", ["retrieval", "quest"])
+def test_traffic_is_what_moved(name: str) -> None:
+    """Counted by hand at the home's door."""
+    moved = {"read": 0, "written": 0, "pieces": 0}
+
+    class Counting(MemoryHome):
+        def write(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
+            moved["written"] += pages.nbytes
+            super().write(layer, frames, pages)
+
+        def read(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
+            moved["read"] += pages.nbytes
+            super().read(layer, frames, pages)
+
+        def fetch(self, layer: int, pool: Tensor, loads: Tensor, slots: Tensor) -> None:
+            moved["pieces"] += int((loads >= 0).sum())
+            super().fetch(layer, pool, loads, slots)
+
+    strategy = make(name, sink=4, window=6, budget=16, epsilon=0.0, dense_layers=0, dense_below=0)
+    cache = offloaded(lambda spec: Counting(spec, torch.device("cpu")), slots=30, staged=80)(spec_of())
+    run(cache, strategy, LENGTHS, CHUNK, ROW, new=12)
+    traffic, spec = cache.tier.traffic, cache.spec
+    assert traffic.misses == moved["pieces"]
+    assert traffic.fetched == moved["read"] + moved["pieces"] * spec.read_bytes
+    assert traffic.written == moved["written"]
+    full = sum((length + 12) // PAGE for length in LENGTHS)
+    assert traffic.written == full * spec.kv_bytes
