@@ -18,6 +18,7 @@ from .cache import PagedCache
 from .context import Context
 from .errors import HomeError
 from .prefix import PageKeys, PrefixCache
+from .recent import Past, Recent
 from .selection import Selection
 from .spec import CacheSpec
 from .step import Phase, Span, Step
@@ -33,8 +34,10 @@ __all__ = [
     "OutOfFrames",
     "PageKeys",
     "PagedCache",
+    "Past",
     "Phase",
     "PrefixCache",
+    "Recent",
     "Selection",
     "Span",
     "Step",
