@@ -131,7 +131,7 @@ class Telemetry:
         told = torch.full_like(read, torch.nan) if selection.coverage is None else selection.coverage
         kept = torch.where(whole, read, told)
         estimated = torch.minimum(kept * (torch.exp(lse - exact) - 1), 1 - kept)
-        return (kept, None), estimated.nan_to_num(0.0)
+        return (kept, None), estimated.nan_to_num(0.0).clamp(min=0.0)
 
     def density(self) -> Tensor:
         """[L, Hkv or Hq] fp32, share of the possible pairs per layer and head; 1 for layers with a window."""

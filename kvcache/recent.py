@@ -33,11 +33,13 @@ class _Layer:
     """Of one layer; places are 2 * sequence, and one more for odd positions."""
 
     following: Tensor
-    """[places] int32, position of the token that each place is kept for."""
+    """[places] int64, position of the token that each place is kept for."""
     read: Tensor
     """[places, Hkv, pages] bool"""
     averages: Tensor
     """[places, Hkv, pages] fp32"""
+    written: dict[int, int]
+    """Pages of each place that may hold anything but zeros."""
 
 
 class Recent:
@@ -57,6 +59,7 @@ class Recent:
         self._device = device
         self._layers: dict[int, _Layer] = {}
         self._left: set[int] = set()
+        self._last: tuple[Step, Sequence[int], Tensor] | None = None
 
     @property
     def bytes(self) -> int:
@@ -69,10 +72,8 @@ class Recent:
 
     def previous(self, layer: int, step: Step, rows: Sequence[int]) -> Past:
         """What the tokens right before those of these rows have left."""
-        held = self._room(layer, step)
-        spans = [step.spans[row] for row in rows]
-        places, positions = self._sent([_place(span, 1) for span in spans], [span.start for span in spans])
-        pages = step.max_pages
+        held, pages = self._room(layer, step), step.max_pages
+        places, positions, _, _ = self._where(step, rows)
         return Past(
             held.following.index_select(0, places) == positions,
             held.read[..., :pages].index_select(0, places),
@@ -81,14 +82,17 @@ class Recent:
 
     def remember(self, layer: int, step: Step, rows: Sequence[int], read: Tensor, averages: Tensor) -> None:
         """Keep what the tokens of these rows, no two of one sequence, leave: [R, Hkv, F] each, as `Past` has it."""
-        held = self._room(layer, step)
+        held, pages = self._room(layer, step), step.max_pages
+        _, _, places, following = self._where(step, rows)
+        held.following.index_copy_(0, places, following)
+        held.read[..., :pages].index_copy_(0, places, read)
+        held.averages[..., :pages].index_copy_(0, places, averages)
         spans = [step.spans[row] for row in rows]
+        if any(held.written.get(_place(span, 0), 0) > pages for span in spans):
+            held.read[..., pages:].index_fill_(0, places, False)
+            held.averages[..., pages:].index_fill_(0, places, 0.0)
+        held.written.update((_place(span, 0), pages) for span in spans)
         self._left.update(span.sequence for span in spans)
-        places, following = self._sent([_place(span, 0) for span in spans], [span.stop for span in spans])
-        held.following.index_copy_(0, places, following.int())
-        for kept, new in ((held.read, read), (held.averages, averages)):
-            kept[..., : step.max_pages].index_copy_(0, places, new)
-            kept[..., step.max_pages :].index_fill_(0, places, 0)
 
     def drop(self, sequence: int) -> None:
         """Forget the sequence."""
@@ -97,12 +101,20 @@ class Recent:
         self._left.discard(sequence)
         if not self._left:
             self._layers.clear()
+            self._last = None
         for held in self._layers.values():
             held.following[2 * sequence : 2 * sequence + 2].fill_(NEVER)
 
-    def _sent(self, *numbers: list[int]) -> Tensor:
-        """[n, R] int64 on the device, without waiting for it."""
-        return torch.tensor(numbers).to(self._device, non_blocking=True)
+    def _where(self, step: Step, rows: Sequence[int]) -> Tensor:
+        """[4, R] int64: places that the rows' tokens look into and their positions, those they write to and the next.
+
+        On the device, without waiting for it; all layers of a step ask for the same.
+        """
+        if self._last is None or self._last[0] is not step or self._last[1] != rows:
+            spans = [step.spans[row] for row in rows]
+            numbers = [(_place(span, 1), span.start, _place(span, 0), span.stop) for span in spans]
+            self._last = step, rows, torch.tensor(numbers).T.contiguous().to(self._device, non_blocking=True)
+        return self._last[2]
 
     def _room(self, layer: int, step: Step) -> _Layer:
         """The layer's memory, with a place for every sequence and page of the step."""
@@ -118,9 +130,10 @@ class Recent:
     def _grown(self, old: _Layer | None, places: int, pages: int) -> _Layer:
         with torch.inference_mode(False):  # else nobody outside of it could write to them
             new = _Layer(
-                torch.full((places,), NEVER, dtype=torch.int32, device=self._device),
+                torch.full((places,), NEVER, device=self._device),
                 torch.zeros(places, self._heads, pages, dtype=torch.bool, device=self._device),
                 torch.zeros(places, self._heads, pages, device=self._device),
+                {} if old is None else old.written,
             )
             if old is not None:
                 count, width = old.read.shape[0], old.read.shape[2]

@@ -123,7 +123,7 @@ def test_memory_is_small_and_goes_with_the_last_sequence() -> None:
     for layer in range(2):
         leave(cache, step_of(cache, (sequence, 3999)), layer)
     pages = 4 * 256
-    assert cache.recent.bytes == 2 * (2 * HEADS * pages * 5 + 2 * 4)
+    assert cache.recent.bytes == 2 * (2 * HEADS * pages * 5 + 2 * 8)
     cache.release(sequence)
     assert cache.recent.bytes == 0
 
