@@ -70,6 +70,11 @@ class Strategy:
         return self
 
     @property
+    def remembers(self) -> bool:
+        """What a token reads follows from what those before it read: they have to be decoded to decode it again."""
+        return False
+
+    @property
     def rows_at_the_end(self) -> int:
         """Rows at the end of a prompt that are treated as such; inside a longer prompt they would read less."""
         return 0
@@ -116,6 +121,10 @@ class Split(Strategy):
 
     def make_index(self) -> IndexSpec | None:
         return self.token.make_index()
+
+    @property
+    def remembers(self) -> bool:
+        return self.token.remembers
 
     def part(self, phase: Phase) -> Strategy:
         return (self.prompt if phase is Phase.PREFILL else self.token).part(phase)

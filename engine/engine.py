@@ -197,6 +197,8 @@ class Engine:
             sequence.reads[batch.phase] += reads
             sequence.coverage[batch.phase] += coverage
             sequence.traffic[batch.phase] += result.traffic // len(batch.sequences)
+        for sequence, locality in zip(batch.sequences, result.locality, strict=True):
+            sequence.locality += locality
         sampled = batch.sampled
         self.scheduler.commit(batch, [token for token, _ in result.sampled])
         outputs: list[Output] = []

@@ -20,6 +20,7 @@ from .errors import HomeError
 from .home import Home, MemoryHome
 from .offload import OffloadTier, PoolSize
 from .prefix import PageKeys, PrefixCache
+from .recent import Past, Recent
 from .selection import Selection
 from .spec import CacheSpec
 from .step import Phase, Span, Step
@@ -38,9 +39,11 @@ __all__ = [
     "OutOfFrames",
     "PageKeys",
     "PagedCache",
+    "Past",
     "Phase",
     "PoolSize",
     "PrefixCache",
+    "Recent",
     "Selection",
     "Span",
     "Step",

@@ -13,13 +13,14 @@ from .context import Context
 from .errors import HomeError
 from .index.protocol import IndexSpec, PageIndex
 from .prefix import PrefixCache
+from .recent import Recent
 from .spec import CacheSpec
 from .step import Phase, Span, Step
 from .tiers import DeviceTier, Tier
 
 
 class PagedCache:
-    """Keys and values of many sequences in pages of one tier. Nothing is allocated after construction.
+    """Keys and values of many sequences in pages of one tier. Only `recent` allocates anything after construction.
 
     Sequences are small integers below `max_sequences`, chosen by `open`. Page bookkeeping is host integers; the
     page tables are mirrored on the device, where steps read them.
@@ -45,6 +46,7 @@ class PagedCache:
         self._tables = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._frames: dict[int, list[int]] = {}
         self._indexes: dict[IndexSpec, PageIndex] = {}
+        self.recent = Recent(spec, self.device)
         self._closed = list(range(max_sequences - 1, -1, -1))
 
     @property
@@ -96,6 +98,7 @@ class PagedCache:
         """
         for frame in reversed(self._frames.pop(sequence)):
             self.allocator.release(frame)
+        self.recent.drop(sequence)
         self._closed.append(sequence)
 
     def rollback(self, sequence: int, tokens: int) -> None:
@@ -111,6 +114,7 @@ class PagedCache:
         for frame in reversed(held[count:]):
             self.allocator.release(frame)
         del held[count:]
+        self.recent.drop(sequence)
 
     def keep(self, sequence: int, keys: Sequence[bytes], first_page: int = 0) -> None:
         """Offer full pages from `first_page` on for reuse under these prefix keys."""
@@ -188,4 +192,4 @@ class PagedCache:
 
     def context(self, layer: int, step: Step, which: IndexSpec | None = None) -> Context:
         """One layer as a strategy that searches this index sees it."""
-        return Context(layer, self.spec, step, self.tier, None if which is None else self.index(which))
+        return Context(layer, self.spec, step, self.tier, None if which is None else self.index(which), self.recent)

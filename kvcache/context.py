@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .index.protocol import PageIndex
+from .recent import Past, Recent, turns
 from .selection import Selection
 from .spec import CacheSpec
 from .step import Step
@@ -24,6 +25,7 @@ class Context:
     step: Step
     tier: Tier
     index: PageIndex | None = None
+    recent: Recent | None = None
 
     @property
     def num_pages(self) -> Tensor:
@@ -78,3 +80,17 @@ class Context:
     def parts(self, selection: Selection) -> Iterator[tuple[Selection, Frames]]:
         """The same, however much it is: disjoint parts one after the other, whose attention can be merged."""
         return self.tier.parts(self.layer, selection, self.step)
+
+    def turns(self) -> list[list[int]]:
+        """The rows of a decode step, one token of each sequence at a time: one list, but where some have several."""
+        return turns(self.step)
+
+    def previous(self, rows: Sequence[int]) -> Past:
+        """What `remember` kept of the tokens right before those of these rows, if it did."""
+        assert self.recent is not None
+        return self.recent.previous(self.layer, self.step, rows)
+
+    def remember(self, rows: Sequence[int], read: Tensor, averages: Tensor) -> None:
+        """Keep pages [R, Hkv, F] and their averages for the tokens behind those of these rows, a turn's."""
+        assert self.recent is not None
+        self.recent.remember(self.layer, self.step, rows, read, averages)

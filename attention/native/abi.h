@@ -75,6 +75,22 @@ struct TopCall {
   float epsilon;
 };
 
+// As a TopCall of the same fields, with what the token before has left; of `top` the epsilon is not read.
+struct SteadyCall {
+  TopCall top;
+  const std::uint8_t* known;   // [R], contiguous, as all that follow
+  const std::uint8_t* read;    // [R, H, F]
+  const float* averages;       // [R, H, F]
+  std::int32_t* refused;       // [R, H, Q]
+  std::uint8_t* now_read;      // [R, H, F]
+  float* now_averages;         // [R, H, F]
+  float* overlap;              // [R, H]
+  std::uint8_t* valve;         // [R, H]
+  std::int64_t queried, most;  // queried: Q, not above the budget; most: negative for any number
+  std::int64_t refusable;      // the most that may be refused, in units of 2^-40
+  float factor, keep;
+};
+
 struct ClusterCall {
   const void* k;               // [N, Hkv, S, D]
   const std::int32_t* frames;  // [n, Hkv, F], the pages of n segments
@@ -191,6 +207,7 @@ struct Kernels {
   void (*code_masses)(const PagesCall&, int threads);
   void (*page_bounds)(const PagesCall&, int threads);
   void (*top_pages)(const TopCall&, int threads);
+  void (*steady_pages)(const SteadyCall&, int threads);
   void (*cluster)(const ClusterCall&, int threads);
   void (*probe)(const ProbeCall&, int threads);
   void (*graph_search)(const GraphSearchCall&, int threads);

@@ -61,6 +61,10 @@ KEYSIFT_EXPORT void keysift_top_pages(const keysift::TopCall* call, int level, i
   keysift::kernels(level).top_pages(*call, threads);
 }
 
+KEYSIFT_EXPORT void keysift_steady_pages(const keysift::SteadyCall* call, int level, int threads) {
+  keysift::kernels(level).steady_pages(*call, threads);
+}
+
 KEYSIFT_EXPORT void keysift_cluster(const keysift::ClusterCall* call, int level, int threads) {
   keysift::kernels(level).cluster(*call, threads);
 }

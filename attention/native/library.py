@@ -79,6 +79,18 @@ class TopCall(ctypes.Structure):
     )
 
 
+class SteadyCall(ctypes.Structure):
+    """Mirrors `SteadyCall` of abi.h."""
+
+    _fields_ = (
+        ("top", TopCall),
+        *((name, c_void_p) for name in ("known", "read", "averages", "refused", "now_read", "now_averages")),
+        *((name, c_void_p) for name in ("overlap", "valve")),
+        *((name, c_int64) for name in ("queried", "most", "refusable")),
+        *((name, c_float) for name in ("factor", "keep")),
+    )
+
+
 class ClusterCall(ctypes.Structure):
     """Mirrors `ClusterCall` of abi.h."""
 
@@ -186,7 +198,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         function.argtypes, function.restype = (c_void_p, c_int, c_int), None
     for function in (library.keysift_code_masses, library.keysift_page_bounds, library.keysift_top_pages):
         function.argtypes, function.restype = (c_void_p, c_int, c_int), None
-    for function in (library.keysift_cluster, library.keysift_probe):
+    for function in (library.keysift_steady_pages, library.keysift_cluster, library.keysift_probe):
         function.argtypes, function.restype = (c_void_p, c_int, c_int), None
     for function in (library.keysift_graph_search, library.keysift_graph_nearest, library.keysift_graph_links):
         function.argtypes, function.restype = (c_void_p, c_int, c_int), None
