@@ -47,9 +47,10 @@ def lay_out(config: EngineConfig, spec: CacheSpec, max_model_len: int, free: flo
     """
     longest = spec.pages_for(max_model_len)
     wanted = longest * config.max_num_seqs
-    frames = min(_home_bytes(config, spec, free, share) // spec.kv_bytes, wanted)
+    room = _home_bytes(config, spec, free, share)
+    frames = min(room // spec.kv_bytes, wanted)
     if frames < 1:
-        raise InvalidRequest("kv_home_memory", f"at least one page = {spec.kv_bytes} bytes, got {frames}")
+        raise InvalidRequest("kv_home_memory", f"at least one page = {spec.kv_bytes} bytes, got {room}")
     described = frames * _described(spec)
     given = int(share * free) if config.kv_memory is None else int(config.kv_memory)
     pool = _pool(config, spec, given, longest)
