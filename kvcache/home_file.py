@@ -61,6 +61,10 @@ class FileHome:
         except OSError as error:
             raise self._failed("opened", error) from error
 
+    def fileno(self) -> int:
+        """Of the file, for whoever wants to tell the system something about it."""
+        return self._fd
+
     def claim(self, frames: Iterable[int]) -> None:
         for extent in sorted({frame // EXTENT for frame in frames} - self._claimed):
             try:

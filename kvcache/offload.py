@@ -59,7 +59,7 @@ class OffloadTier:
     def __init__(self, spec: CacheSpec, num_frames: int, home: Home, size: PoolSize, device: torch.device) -> None:
         self.spec = spec
         self.size, self.ahead = size, size.ahead
-        self._home = home
+        self.home = home
         self._pool = Pool(spec, num_frames, size.slots, size.tails, device)
         self._stage = Stage(spec, num_frames, size.staged, device)
         self._descriptions = Descriptions(spec, num_frames, device)
@@ -75,7 +75,7 @@ class OffloadTier:
         self._listed: dict[int, int] = {}  # layer -> pages of a head that this step has asked the pool for
 
     def claim(self, frames: Sequence[int]) -> None:
-        self._home.claim(frames)
+        self.home.claim(frames)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         self._begin(step)
@@ -116,7 +116,7 @@ class OffloadTier:
     def _guess(self, layer: int, admitted: Admitted) -> None:
         """In vain, if it fails: whoever really wants the pages will hear of it."""
         try:
-            self._home.fetch(layer, self._pool.pages[layer], admitted.loads, admitted.slots)
+            self.home.fetch(layer, self._pool.pages[layer], admitted.loads, admitted.slots)
         except HomeError:
             self._pool.undo(layer, admitted)
 
@@ -172,7 +172,7 @@ class OffloadTier:
             if self._pool.opened(layer, span.sequence) != frame:
                 tail = self._pool.open(layer, span.sequence, frame)
                 if span.start % size:
-                    self._home.read(layer, [frame], tail[None])
+                    self.home.read(layer, [frame], tail[None])
         tails = self._pool.pages[layer]
         store(tails[:, :, 0], tails[:, :, 1], k, v, self._slots)
         if filled := [
@@ -186,7 +186,7 @@ class OffloadTier:
     def _send(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
         """Full pages [n, Hkv, 2, S, D] to their home, and what is known of them to where it stays."""
         if frames:
-            self._home.write(layer, frames, pages)
+            self.home.write(layer, frames, pages)
             self._descriptions.fill_from(layer, pages, frames)
             self._written += len(frames)
 
@@ -204,7 +204,7 @@ class OffloadTier:
         admitted = admit(step.table, selection.pages, residents, now=self._clock, before=self._clock)
         self._found += admitted.found.sum(0)
         try:
-            self._home.fetch(layer, pages, admitted.loads, admitted.slots)
+            self.home.fetch(layer, pages, admitted.loads, admitted.slots)
         except HomeError:
             self._pool.undo(layer, admitted)
             raise
@@ -231,7 +231,7 @@ class OffloadTier:
 
     def _bring(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
         """Pages of all heads, from a tail or from home."""
-        self._home.read(layer, frames, pages)
+        self.home.read(layer, frames, pages)
         for place, frame in enumerate(frames):
             if (tail := self._pool.tail(layer, frame)) is not None:
                 pages[place].copy_(tail)
