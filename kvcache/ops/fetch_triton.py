@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -34,6 +35,12 @@ def fetch_kernel(
             tl.store(p_to + o, tl.load(p_from + o, mask=o < WORDS), mask=o < WORDS)
 
 
+@functools.lru_cache(maxsize=4)
+def _bases(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    """[extents] int64 on the device, copied there when the home has grown, not for every layer of every token."""
+    return torch.tensor(addresses, dtype=torch.int64, device=device)
+
+
 def fetch(pool: Tensor, extents: Sequence[Tensor], layer: int, loads: Tensor, slots: Tensor) -> None:
     """The twin of the reference of the same name, which documents it. One launch, whatever is missing."""
     kv_heads, width = loads.shape
@@ -44,7 +51,7 @@ def fetch(pool: Tensor, extents: Sequence[Tensor], layer: int, loads: Tensor, sl
         return None
     size = extents[0].shape[1]
     with torch.cuda.device_of(pool):
-        bases = torch.tensor([extent.data_ptr() for extent in extents], dtype=torch.int64, device=pool.device)
+        bases = _bases(tuple(extent.data_ptr() for extent in extents), pool.device)
         fetch_kernel[(kv_heads * width,)](
             *(pool.view(torch.int32), bases, loads, slots, layer * size * kv_heads * words),
             Hkv=kv_heads,
