@@ -171,7 +171,7 @@ def _check(status: int, function: Any, _arguments: tuple[Any, ...]) -> int:
     return status
 
 
-KERNEL = (c_void_p, c_int, c_int), c_int, _check
+KERNEL: tuple[tuple[type[Any], ...], type[c_int], Any] = (c_void_p, c_int, c_int), c_int, _check
 """Argument types of every kernel (call, level, threads), the type of its status and what is made of that."""
 
 
