@@ -209,13 +209,13 @@ def test_the_last_one_waiting_can_fail(make: Make, monkeypatch: pytest.MonkeyPat
 def test_soak(make: Make, seed: int) -> None:
     """Anything may fail at any time, while pages are short: whoever is not hit says what it would have said."""
     chance = random.Random(seed)
-    wanted = [_any_request(chance, number) for number in range(24)]
+    wanted = [_any_request(chance, number) for number in range(14)]
     clean = outcome(make(max_num_seqs=8), wanted)
     engine = make(max_num_seqs=8, kv_memory=70 * make().status.page_bytes)
     faults = random.Random(seed + 100)
 
     def fault(act: Act, layer: int, step: Step) -> None:
-        if faults.random() < 0.01:
+        if faults.random() < 0.015:
             KINDS[faults.choice(list(KINDS))]()
 
     install(engine, fault)
