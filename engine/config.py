@@ -10,6 +10,7 @@ from keysift.attention import DEFAULT
 
 from .checked import Checked
 from .errors import InvalidRequest
+from .rope import RopeScaling
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Backend = Literal["auto", "reference", "native", "triton"]
@@ -29,6 +30,11 @@ class EngineConfig(Checked):
     strategy_args: tuple[str, ...] = Field((), description="NAME.FIELD=VALUE, repeatable")
     max_model_len: int | None = Field(
         None, ge=1, description="longest prompt + completion in tokens; none: the model's own"
+    )
+    rope_scaling: RopeScaling | None = Field(
+        None,
+        description="yarn or linear: stretches the rotary embedding where max_model_len is beyond what the model was "
+        "made for; how good answers are there is yours to check; none: such a length is refused",
     )
     page_size: int = Field(16, ge=1, le=256, description="tokens of a page")
     code_bits: Literal[0, 2, 4] = Field(

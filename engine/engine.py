@@ -10,6 +10,7 @@ from keysift.kvcache import PageKeys, Phase
 from . import calibration, metrics
 from .config import EngineConfig
 from .errors import DuplicateRequest, InvalidRequest, ResourceExhausted, Unsupported
+from .failures import Failure, failure_of
 from .job import Job
 from .memory import make_cache
 from .model import load
@@ -97,13 +98,33 @@ class Engine:
         return True
 
     def step(self) -> list[Output]:
-        """Run one forward pass, if anybody has work, and return what it brought."""
+        """Run one forward pass, if anybody has work, and return what it brought.
+
+        Who runs out of memory, or has pages that their home cannot take or give, ends with `FinishReason.ERROR`; the
+        others go on.
+        """
         outputs, self._outbox = self._outbox, []
         if (batch := self.scheduler.next_batch()) is not None:
-            result = self._runner.run(batch, [self._job_of(sequence).sampler for sequence in batch.sampled])
-            outputs += self._commit(batch, result)
+            outputs += self._run(batch)
+        for sequence, failure in self.scheduler.take_failed():
+            outputs.append(self._finish(self._job_of(sequence), FinishReason.ERROR, failure))
         metrics.observe_status(self.status)
         return outputs
+
+    def _run(self, batch: Batch) -> list[Output]:
+        """Run the batch; where it fails, each of its sequences alone, so that only those fail that fail alone."""
+        try:
+            result = self._runner.run(batch, [self._job_of(sequence).sampler for sequence in batch.sampled])
+        except Exception as error:
+            failure = failure_of(error, batch.title)
+            if failure is None:
+                raise
+        else:
+            return self._commit(batch, result)
+        if len(batch.sequences) > 1:  # out of the handler, which would keep the failed step's tensors alive
+            return [output for part in batch.alone() for output in self._run(part)]
+        self.scheduler.fail(batch.sequences[0], failure)
+        return []
 
     def _sequence(self, request: Request) -> Sequence:
         """The request, checked, as the scheduler sees it."""
@@ -209,11 +230,11 @@ class Engine:
             outputs += [output] if reason is None else [output, self._finish(self._job_of(sequence), reason)]
         return outputs
 
-    def _finish(self, job: Job, reason: FinishReason) -> Finish:
+    def _finish(self, job: Job, reason: FinishReason, failure: Failure | None = None) -> Finish:
         del self._jobs[job.request_id]
         self.scheduler.finish(job.sequence)
         self._retire(job.sequence)
-        return job.finish(reason)
+        return job.finish(reason, failure)
 
 
 def _strategy(name: str, arguments: tuple[str, ...]) -> Strategy:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import metrics
+from .failures import Failure
 from .request import Finish, FinishReason, Output, TokenOutput
 from .sampler import Sampled, SamplerState
 from .sequence import Sequence
@@ -33,7 +34,7 @@ class Job:
             text, reason = text + self.transcript.flush(), FinishReason.LENGTH
         return TokenOutput(self.request_id, text, (token,), (logprobs,) if logprobs else ()), reason
 
-    def finish(self, reason: FinishReason) -> Finish:
+    def finish(self, reason: FinishReason, failure: Failure | None = None) -> Finish:
         sequence = self.sequence
         finish = Finish(
             self.request_id,
@@ -42,6 +43,8 @@ class Job:
             sequence.timings(),
             sequence.sparsity(),
             matched_stop=self.transcript.matched,
+            error=failure.text if failure else "",
+            exhausted=failure is not None and failure.exhausted,
         )
         metrics.observe_finish(finish, sequence)
         return finish

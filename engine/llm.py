@@ -25,7 +25,10 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[tuple[Logprob, ...]] = field(default_factory=list)
     finish: Finish | None = None
-    """Why it ended, token counts, timings and sparsity; set on every completion that `generate` yields."""
+    """Why it ended, token counts, timings and sparsity; set on every completion that `generate` yields.
+
+    Where the reason is `ERROR`, the text is what came before it and `finish.error` says what went wrong.
+    """
 
 
 class LLM:
@@ -49,6 +52,8 @@ class LLM:
 
         Raises:
             InvalidRequest, ResourceExhausted: a prompt or a parameter is out of bounds; nothing was started.
+
+        A prompt that runs out of memory on the way ends with `FinishReason.ERROR`, and the others go on.
         """
         many = _as_list(prompts)
         requests = [self._request(prompt, params or SamplingParams(), strategy) for prompt in many]

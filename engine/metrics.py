@@ -6,7 +6,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from keysift.kvcache import Phase
 
-from .request import EngineStatus, Finish
+from .request import EngineStatus, Finish, FinishReason
 from .sequence import Sequence
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
@@ -49,6 +49,9 @@ KV_BYTES_MOVED = _counter("kv_bytes_moved_total", "KV bytes fetched from their h
 KV_BYTES_WRITTEN = _counter("kv_bytes_written_total", "KV bytes written to their home")
 KV_TIER_HITS = _counter("kv_tier_hits_total", "Pages of a layer and head that new tokens found in the pool")
 KV_TIER_MISSES = _counter("kv_tier_misses_total", "Pages of a layer and head that new tokens had to fetch")
+REQUEST_FAILURES = Counter(
+    "keysift_request_failures_total", "Requests that an error ended: exhausted or broken", (*_BY_STRATEGY, "kind")
+)
 DENSE_FALLBACK = _counter("dense_fallback_total", "Requests that ran dense below a strategy's crossover")
 
 
@@ -74,6 +77,8 @@ def observe_finish(finish: Finish, sequence: Sequence) -> None:
     KV_TIER_HITS.labels(label).inc(sparsity.kv_hits)
     KV_TIER_MISSES.labels(label).inc(sparsity.kv_misses)
     DENSE_FALLBACK.labels(label).inc(sparsity.dense_fallback)
+    if finish.reason is FinishReason.ERROR:
+        REQUEST_FAILURES.labels(label, "exhausted" if finish.exhausted else "broken").inc()
     if usage.completion_tokens:
         TIME_TO_FIRST_TOKEN.labels(label).observe(timings.ttft_ms / 1e3)
         E2E_REQUEST_LATENCY.labels(label).observe((timings.ttft_ms + timings.decode_ms) / 1e3)

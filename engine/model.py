@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from keysift.attention import Attend
@@ -19,6 +19,7 @@ from . import seam
 from .config import EngineConfig
 from .errors import InvalidRequest, ModelNotFound, Unsupported
 from .linear import native_kernel, swap_linears
+from .rope import stretch
 from .seam import AttentionCall
 from .source import Source, locate
 from .tokenizer import Tokenizer
@@ -132,6 +133,7 @@ def _load_module(source: Source, config: EngineConfig, device: torch.device) -> 
     try:
         module: Any = AutoModelForCausalLM.from_pretrained(
             source.path,
+            config=_stretched(source, config),
             gguf_file=source.gguf_file,
             dtype=choose_dtype(config.dtype, device),
             device_map=None if device.type == "cpu" else {"": device},
@@ -141,11 +143,24 @@ def _load_module(source: Source, config: EngineConfig, device: torch.device) -> 
         )
     except OSError as error:
         raise ModelNotFound(f"{source.name}: {error}") from error
+    except InvalidRequest:
+        raise
     except (ValueError, KeyError) as error:
         raise Unsupported(f"{source.name}: {str(error).splitlines()[0]}") from error
     if module.config._attn_implementation != seam.NAME:
         raise Unsupported(f"{type(module).__name__}: its attention cannot be swapped")
     return module.eval().requires_grad_(False)
+
+
+def _stretched(source: Source, config: EngineConfig) -> Any:
+    """The model's own configuration with its rotary embedding stretched; None where nobody asks for that."""
+    if config.rope_scaling is None or config.max_model_len is None:
+        return None
+    found = AutoConfig.from_pretrained(
+        source.path, gguf_file=source.gguf_file, trust_remote_code=config.trust_remote_code
+    )
+    stretch(found, config.rope_scaling, config.max_model_len)
+    return found
 
 
 def _load_tokenizer(source: Source, trust_remote_code: bool) -> Tokenizer:
@@ -182,7 +197,10 @@ def _max_model_len(asked: int | None, text: Any) -> int:
     if chosen is None:
         raise InvalidRequest("max_model_len", "the model states no limit, so a number is needed, got none")
     if limit is not None and chosen > limit:
-        raise InvalidRequest("max_model_len", f"at most {limit}, the model's max_position_embeddings, got {asked}")
+        raise InvalidRequest(
+            "max_model_len",
+            f"at most {limit}, the model's max_position_embeddings, unless rope_scaling stretches them, got {asked}",
+        )
     return chosen
 
 

@@ -194,6 +194,9 @@ class Finish:
     matched_stop: str | int | None = None
     """The stop string or the token id that ended the text."""
     error: str = ""
+    """What went wrong, where the reason is `ERROR`."""
+    exhausted: bool = False
+    """It was want of memory or of room for pages: the same request may succeed where there is more of it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -102,8 +103,25 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     """The next token of every row of logits [B, V] fp32, with log probabilities where the request asks for them.
 
     Log probabilities and ranks are of the model's own distribution, before temperature, penalties and masks. Waits for
-    the device once for the greedy rows and once for each other row.
+    the device once for the greedy rows and once for each other row. Where it raises, nobody has drawn anything.
     """
+    with _drawing([state.generator for state in states if state.params.temperature > 0]):
+        return _sample(logits, states)
+
+
+@contextmanager
+def _drawing(generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Puts the generators back to where they were, if the block raises: a step that failed may be run again."""
+    before = [generator.get_state() for generator in generators]
+    try:
+        yield
+    except BaseException:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+        raise
+
+
+def _sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     greedy = logits.argmax(-1).tolist() if any(state.plain for state in states) else None
     sampled = []
     for row, state in enumerate(states):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 from keysift.attention import Strategy
 from keysift.kvcache import OutOfFrames, PagedCache, Phase, Span
 
+from .failures import Failure, failure_of
 from .sequence import Sequence
 
 
@@ -27,6 +29,17 @@ class Batch:
         pairs = zip(self.sequences, self.spans, strict=True)
         return tuple(sequence for sequence, span in pairs if span.stop == len(sequence.tokens))
 
+    @property
+    def title(self) -> str:
+        """What it does, in words."""
+        tokens, longest = sum(span.length for span in self.spans), max(span.stop for span in self.spans)
+        return f"a {self.phase.value} step of {tokens} tokens, the longest context {longest}"
+
+    def alone(self) -> list[Batch]:
+        """The same work, one sequence at a time."""
+        pairs = zip(self.sequences, self.spans, strict=True)
+        return [Batch(self.phase, self.strategy, (sequence,), (span,)) for sequence, span in pairs]
+
 
 class Scheduler:
     """Continuous batching over a paged cache.
@@ -43,6 +56,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._failed: list[tuple[Sequence, Failure]] = []
         self._cache = cache
         self._max_running = max_running
         self._chunk = chunk
@@ -63,8 +77,20 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)
-        else:
+        elif sequence in self.waiting:
             self.waiting.remove(sequence)
+
+    def fail(self, sequence: Sequence, failure: Failure) -> None:
+        """Forget a sequence that cannot go on; nobody shall begin with its pages if those may be spoilt."""
+        if failure.lost and sequence.handle is not None:
+            self._cache.withdraw(sequence.handle)
+        self.finish(sequence)
+        self._failed.append((sequence, failure))
+
+    def take_failed(self) -> list[tuple[Sequence, Failure]]:
+        """The sequences that have failed since the last call, and why."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def next_batch(self) -> Batch | None:
         """The next step's work, its pages reserved; None when nobody can run now."""
@@ -86,8 +112,23 @@ class Scheduler:
             sequence.append(token, now)
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._max_running and self._admit_one(self.waiting[0]):
-            self.running.append(self.waiting.pop(0))
+        while self.waiting and len(self.running) < self._max_running:
+            first = self.waiting[0]
+            if self._attempt(self._admit_one, first):
+                self.running.append(self.waiting.pop(0))
+            elif first in self.waiting:
+                break  # it has to wait, so all behind it do
+
+    def _attempt(self, work: Callable[[Sequence], bool], sequence: Sequence) -> bool:
+        """What `work` says of the sequence; False too where it fails on it, and then the sequence is forgotten."""
+        try:
+            return work(sequence)
+        except Exception as error:
+            failure = failure_of(error, f"the pages of {len(sequence.tokens)} tokens")
+            if failure is None:
+                raise
+        self.fail(sequence, failure)
+        return False
 
     def _admit_one(self, sequence: Sequence) -> bool:
         """Open the sequence with the prefix that is cached and pages for all its known tokens and one more."""
@@ -96,12 +137,14 @@ class Scheduler:
         grain = (self._align if sequence.dense else self._chunk) // spec.page_size
         aligned = len(shared) // grain * grain
         handle = self._cache.open()
-        self._cache.share(handle, shared[:aligned])
         try:
+            self._cache.share(handle, shared[:aligned])
             self._cache.reserve(handle, known + 1)
-        except OutOfFrames:
+        except Exception as error:
             self._cache.release(handle)
-            return False
+            if isinstance(error, OutOfFrames):
+                return False
+            raise
         sequence.handle, sequence.computed, sequence.kept = handle, aligned * spec.page_size, aligned
         return True
 
@@ -129,7 +172,8 @@ class Scheduler:
         return self._batch(Phase.PREFILL, self._effective(sequence, Phase.PREFILL, length), [sequence], length)
 
     def _decode_batch(self, decode: list[Sequence]) -> Batch | None:
-        ready = [sequence for sequence in sorted(decode, key=lambda s: s.order) if self._reserve_next(sequence)]
+        ordered = sorted(decode, key=lambda s: s.order)
+        ready = [sequence for sequence in ordered if self._attempt(self._reserve_next, sequence)]
         groups: dict[Strategy, list[Sequence]] = {}
         for sequence in ready:
             groups.setdefault(self._effective(sequence, Phase.DECODE), []).append(sequence)

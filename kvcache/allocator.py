@@ -56,6 +56,13 @@ class FrameAllocator:
         """Let the frame go idle rather than free when its last reference is released."""
         self._kept.add(frame)
 
+    def unkeep(self, frame: int) -> None:
+        """Let the frame become free with its last reference after all; at once if it is idle."""
+        self._kept.discard(frame)
+        if frame in self._idle:
+            del self._idle[frame]
+            self._free.append(frame)
+
     def exclusive(self, frame: int) -> bool:
         """Nobody but its one holder reads the frame, now or later."""
         return self._references[frame] == 1 and frame not in self._kept

@@ -87,9 +87,9 @@ class PagedCache:
 
     def _append(self, sequence: int, frames: list[int]) -> None:
         held = self._frames[sequence]
-        end = len(held) + len(frames)
-        self._tables[sequence, len(held) : end] = torch.tensor(frames, dtype=torch.int32)
-        held.extend(frames)
+        start = len(held)
+        held.extend(frames)  # first, so that `release` finds them if there is no memory for what follows
+        self._tables[sequence, start : len(held)] = torch.tensor(frames, dtype=torch.int32)
 
     def release(self, sequence: int) -> None:
         """Close the sequence and give its pages back.
@@ -121,6 +121,11 @@ class PagedCache:
         held = self._frames[sequence]
         for key, frame in zip(keys, held[first_page:], strict=False):
             self.prefix.insert(key, frame)
+
+    def withdraw(self, sequence: int) -> None:
+        """Offer none of the sequence's pages for reuse any more, not even those that it shares."""
+        for frame in self._frames[sequence]:
+            self.prefix.withdraw(frame)
 
     def prefill(self, span: Span, queries_per_row: int, tokens_behind: int = 0) -> Step:
         """The step that runs a chunk of one sequence's prompt, of which so many tokens come later."""

@@ -59,5 +59,11 @@ class PrefixCache:
         self._keys[frame] = key
         self._allocator.keep(frame)
 
+    def withdraw(self, frame: int) -> None:
+        """Offer a frame no longer, if it is offered."""
+        if frame in self._keys:
+            self._forget(frame)
+            self._allocator.unkeep(frame)
+
     def _forget(self, frame: int) -> None:
         del self._frames[self._keys.pop(frame)]

@@ -27,7 +27,16 @@ three runs each), the default against this setting: alone (16 tokens) 25-27 agai
 loop 49-92 against 115-134; beside two 102-1,985 against 58-65; beside three 270-361 against 137-172. It bounds the
 worst case and costs a little beside a single neighbour.
 """
-CALIBRATED_FOR = {"page_size", "dtype", "device", "backend", "prefill_chunk", "queries_per_row", "max_model_len"}
+CALIBRATED_FOR = {
+    "page_size",
+    "dtype",
+    "device",
+    "backend",
+    "prefill_chunk",
+    "queries_per_row",
+    "max_model_len",
+    "rope_scaling",
+}
 """Fields of the engine that a calibration depends on or that loading the model may need, beside its name."""
 ONLY_CALIBRATING = (*CALIBRATED_FOR, "model", "config")
 BAD_INPUT = (InvalidRequest, ModelNotFound, Unsupported)

@@ -100,6 +100,7 @@ def _to_finish(finish: Finish) -> pb.Finish:
         timings=pb.Timings(**asdict(finish.timings)),
         sparsity=pb.Sparsity(**asdict(finish.sparsity)),
         error=finish.error,
+        exhausted=finish.exhausted,
     )
 
 
@@ -140,6 +141,7 @@ def _from_finish(finish: pb.Finish, request_id: str) -> Finish:
         Sparsity(**_fields(finish.sparsity)),
         matched_stop=getattr(finish, stop) if stop else None,
         error=finish.error,
+        exhausted=finish.exhausted,
     )
 
 

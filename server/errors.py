@@ -23,6 +23,7 @@ from keysift.engine.errors import (
     ResourceExhausted,
     Unsupported,
 )
+from keysift.engine.request import Finish, FinishReason
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Cancelled(KeysiftError):
 
 
 class Internal(KeysiftError):
-    """A bug in the server, which has logged it."""
+    """The server has failed on the request, by a bug or a broken medium, and has logged it."""
 
 
 CODES: dict[type[KeysiftError], grpc.StatusCode] = {
@@ -88,6 +89,14 @@ async def answering(context: grpc.aio.ServicerContext[Any, Any], call: str) -> A
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: KeysiftError) -> None:
     status = rpc_status.to_status(to_status(error))
     await context.abort(status.code, status.details, status.trailing_metadata)
+
+
+def failure(finish: Finish) -> KeysiftError | None:
+    """The error that the request ended with, if it did."""
+    if finish.reason is not FinishReason.ERROR:
+        return None
+    kind = ResourceExhausted if finish.exhausted else Internal
+    return kind(finish.error or "the engine has failed on this request")
 
 
 def to_status(error: KeysiftError) -> Status:

@@ -17,7 +17,7 @@ from keysift.engine.errors import InvalidRequest
 from keysift.engine.request import Finish, FinishReason, Output, PrefillProgress, Request, SamplingParams, TokenOutput
 
 from .client import Client
-from .errors import Cancelled, Internal
+from .errors import Cancelled, failure
 from .options import Prompt, Remote
 
 
@@ -107,8 +107,8 @@ def as_object(outputs: Iterable[Output]) -> dict[str, Any]:
 
 
 def _check(finish: Finish) -> Finish:
-    if finish.reason is FinishReason.ERROR:
-        raise Internal(finish.error)
+    if error := failure(finish):
+        raise error
     if finish.reason is FinishReason.CANCELLED:
         raise Cancelled(f"cancelled after {finish.usage.completion_tokens} tokens: aborted, or the server shuts down")
     return finish

@@ -604,11 +604,14 @@ class Finish(google.protobuf.message.Message):
     TIMINGS_FIELD_NUMBER: builtins.int
     SPARSITY_FIELD_NUMBER: builtins.int
     ERROR_FIELD_NUMBER: builtins.int
+    EXHAUSTED_FIELD_NUMBER: builtins.int
     reason: Global___FinishReason.ValueType
     stop_string: builtins.str
     stop_token_id: builtins.int
     error: builtins.str
-    """What went wrong, where reason is ERROR. Such a stream ends with status INTERNAL."""
+    """What went wrong, where reason is ERROR. Such a stream ends with status INTERNAL, or RESOURCE_EXHAUSTED if exhausted."""
+    exhausted: builtins.bool
+    """The error is want of memory or of room for the KV cache: the same request may succeed where there is more of it."""
     @property
     def usage(self) -> Global___Usage: ...
     @property
@@ -625,9 +628,10 @@ class Finish(google.protobuf.message.Message):
         timings: Global___Timings | None = ...,
         sparsity: Global___Sparsity | None = ...,
         error: builtins.str = ...,
+        exhausted: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["matched_stop", b"matched_stop", "sparsity", b"sparsity", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["error", b"error", "matched_stop", b"matched_stop", "reason", b"reason", "sparsity", b"sparsity", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "exhausted", b"exhausted", "matched_stop", b"matched_stop", "reason", b"reason", "sparsity", b"sparsity", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id", "timings", b"timings", "usage", b"usage"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["matched_stop", b"matched_stop"]) -> typing.Literal["stop_string", "stop_token_id"] | None: ...
 
 Global___Finish: typing_extensions.TypeAlias = Finish

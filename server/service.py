@@ -11,12 +11,12 @@ import grpc
 
 from keysift.engine.engine import Engine
 from keysift.engine.errors import InvalidRequest, ModelNotFound
-from keysift.engine.request import Finish, FinishReason, Request
+from keysift.engine.request import Finish, Request
 from keysift.engine.version import keysift_version
 
 from . import inference_pb2 as pb
 from .convert import to_reply, to_request
-from .errors import Internal, answering
+from .errors import answering, failure
 from .inference_pb2_grpc import InferenceServicer
 from .prompt import to_tokens
 from .stream import Stream
@@ -86,8 +86,8 @@ async def _relay(stream: Stream, context: Context) -> None:
 
 
 def _check(finish: Finish) -> None:
-    if finish.reason is FinishReason.ERROR:
-        raise Internal(finish.error or "the engine has failed on this request")
+    if error := failure(finish):
+        raise error
 
 
 def _check_id(request_id: str) -> None:

@@ -197,6 +197,7 @@ struct ReadCall {
   const std::int32_t* slots;
   std::int64_t kv_heads, width, file;
   std::int64_t extent, extent_bytes, layer_offset, piece_bytes;  // pages of an extent; where a layer begins in it
+  std::int64_t error;  // 0, or the system's number for what was wrong with the first piece that could not be read whole
 };
 
 // What one instruction set offers.

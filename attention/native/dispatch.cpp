@@ -1,4 +1,6 @@
 // The exported functions. The level of the instruction set is an argument, so nothing here remembers anything.
+#include <new>
+
 #include "abi.h"
 #include "graph_links.h"
 #include "pool.h"
@@ -15,6 +17,22 @@ const Kernels& kernels(int level) {
   if (level == kLevelAvx2) return kAvx2;
 #endif
   return kPortable;
+}
+
+// What a kernel returns; library.py knows the numbers.
+enum Status : int { kDone, kNoMemory, kFailed };
+
+// How the work went: no exception may reach the caller, who speaks C.
+template <class Work>
+int status_of(const Work& work) noexcept {
+  try {
+    work();
+    return kDone;
+  } catch (const std::bad_alloc&) {
+    return kNoMemory;
+  } catch (...) {
+    return kFailed;
+  }
 }
 
 }  // namespace
@@ -37,62 +55,66 @@ KEYSIFT_EXPORT int keysift_best_level() {
   return keysift::kLevelPortable;
 }
 
-KEYSIFT_EXPORT void keysift_paged_attention(const keysift::AttentionCall* call, int level, int threads) {
-  keysift::kernels(level).attention(*call, threads);
+KEYSIFT_EXPORT int keysift_paged_attention(const keysift::AttentionCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).attention(*call, threads); });
 }
 
-KEYSIFT_EXPORT void keysift_linear(const keysift::LinearCall* call, int level, int threads) {
-  keysift::kernels(level).linear(*call, threads);
+KEYSIFT_EXPORT int keysift_linear(const keysift::LinearCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).linear(*call, threads); });
 }
 
-KEYSIFT_EXPORT void keysift_column_scores(const keysift::ScoresCall* call, int level, int threads) {
-  keysift::kernels(level).column_scores(*call, threads);
+KEYSIFT_EXPORT int keysift_column_scores(const keysift::ScoresCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).column_scores(*call, threads); });
 }
 
-KEYSIFT_EXPORT void keysift_code_masses(const keysift::PagesCall* call, int level, int threads) {
-  keysift::kernels(level).code_masses(*call, threads);
+KEYSIFT_EXPORT int keysift_code_masses(const keysift::PagesCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).code_masses(*call, threads); });
 }
 
-KEYSIFT_EXPORT void keysift_page_bounds(const keysift::PagesCall* call, int level, int threads) {
-  keysift::kernels(level).page_bounds(*call, threads);
+KEYSIFT_EXPORT int keysift_page_bounds(const keysift::PagesCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).page_bounds(*call, threads); });
 }
 
-KEYSIFT_EXPORT void keysift_top_pages(const keysift::TopCall* call, int level, int threads) {
-  keysift::kernels(level).top_pages(*call, threads);
+KEYSIFT_EXPORT int keysift_top_pages(const keysift::TopCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).top_pages(*call, threads); });
 }
 
-KEYSIFT_EXPORT void keysift_steady_pages(const keysift::SteadyCall* call, int level, int threads) {
-  keysift::kernels(level).steady_pages(*call, threads);
+KEYSIFT_EXPORT int keysift_steady_pages(const keysift::SteadyCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).steady_pages(*call, threads); });
 }
 
-KEYSIFT_EXPORT void keysift_cluster(const keysift::ClusterCall* call, int level, int threads) {
-  keysift::kernels(level).cluster(*call, threads);
+KEYSIFT_EXPORT int keysift_cluster(const keysift::ClusterCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).cluster(*call, threads); });
 }
 
-KEYSIFT_EXPORT void keysift_probe(const keysift::ProbeCall* call, int level, int threads) {
-  keysift::kernels(level).probe(*call, threads);
+KEYSIFT_EXPORT int keysift_probe(const keysift::ProbeCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).probe(*call, threads); });
 }
 
-KEYSIFT_EXPORT void keysift_graph_search(const keysift::GraphSearchCall* call, int level, int threads) {
-  keysift::kernels(level).graph_search(*call, threads);
+KEYSIFT_EXPORT int keysift_graph_search(const keysift::GraphSearchCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).graph_search(*call, threads); });
 }
 
-KEYSIFT_EXPORT void keysift_graph_nearest(const keysift::GraphNearestCall* call, int level, int threads) {
-  keysift::kernels(level).graph_nearest(*call, threads);
+KEYSIFT_EXPORT int keysift_graph_nearest(const keysift::GraphNearestCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).graph_nearest(*call, threads); });
 }
 
-KEYSIFT_EXPORT void keysift_graph_links(const keysift::GraphLinksCall* call, int, int threads) {
-  keysift::graph_links(*call, threads);
+KEYSIFT_EXPORT int keysift_graph_links(const keysift::GraphLinksCall* call, int, int threads) {
+  return keysift::status_of([&] { keysift::graph_links(*call, threads); });
 }
 
-KEYSIFT_EXPORT void keysift_summarize(const keysift::FillCall* call, int level, int threads) {
-  keysift::kernels(level).summarize(*call, threads);
+KEYSIFT_EXPORT int keysift_summarize(const keysift::FillCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).summarize(*call, threads); });
 }
 
-KEYSIFT_EXPORT void keysift_encode(const keysift::FillCall* call, int level, int threads) {
-  keysift::kernels(level).encode(*call, threads);
+KEYSIFT_EXPORT int keysift_encode(const keysift::FillCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).encode(*call, threads); });
 }
 
-KEYSIFT_EXPORT void keysift_admit(const keysift::AdmitCall* call, int, int) { keysift::admit(*call); }
+KEYSIFT_EXPORT int keysift_admit(const keysift::AdmitCall* call, int, int) {
+  return keysift::status_of([&] { keysift::admit(*call); });
+}
 
-KEYSIFT_EXPORT int keysift_read_pieces(const keysift::ReadCall* call, int, int) { return keysift::read_pieces(*call); }
+KEYSIFT_EXPORT int keysift_read_pieces(keysift::ReadCall* call, int, int) {
+  return keysift::status_of([&] { keysift::read_pieces(*call); });
+}

@@ -10,11 +10,15 @@ from contextvars import ContextVar
 from ctypes import c_float, c_int, c_int64, c_void_p
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import torch
 
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 """Instruction sets from the least to the most capable; a machine that runs one runs all before it."""
+
+NO_MEMORY = 1
+"""The status of a kernel that found no room for what it works in; 0: done."""
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -178,7 +182,7 @@ class ReadCall(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("pool", "loads", "slots")),
         *((name, c_int64) for name in ("kv_heads", "width", "file", "extent", "extent_bytes", "layer_offset")),
-        ("piece_bytes", c_int64),
+        *((name, c_int64) for name in ("piece_bytes", "error")),
     )
 
 
@@ -193,19 +197,32 @@ def _load() -> ctypes.CDLL:
     raise ImportError("keysift's native kernels are not built; install it with a C++17 compiler at hand")
 
 
+def _check(status: int, function: Any, _arguments: tuple[Any, ...]) -> int:
+    """Raises `MemoryError` where a kernel found no room for what it works in, `RuntimeError` where it failed."""
+    if status == NO_MEMORY:
+        raise MemoryError(f"{function.__name__}: no memory for what it works in")
+    if status:
+        raise RuntimeError(f"{function.__name__} failed with status {status}")
+    return status
+
+
+KERNEL: tuple[tuple[type[Any], ...], type[c_int], Any] = (c_void_p, c_int, c_int), c_int, _check
+"""Argument types of every kernel (call, level, threads), the type of its status and what is made of that."""
+
+
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for function in (library.keysift_paged_attention, library.keysift_linear, library.keysift_column_scores):
-        function.argtypes, function.restype = (c_void_p, c_int, c_int), None
+        function.argtypes, function.restype, function.errcheck = KERNEL
     for function in (library.keysift_code_masses, library.keysift_page_bounds, library.keysift_top_pages):
-        function.argtypes, function.restype = (c_void_p, c_int, c_int), None
+        function.argtypes, function.restype, function.errcheck = KERNEL
     for function in (library.keysift_steady_pages, library.keysift_cluster, library.keysift_probe):
-        function.argtypes, function.restype = (c_void_p, c_int, c_int), None
+        function.argtypes, function.restype, function.errcheck = KERNEL
     for function in (library.keysift_graph_search, library.keysift_graph_nearest, library.keysift_graph_links):
-        function.argtypes, function.restype = (c_void_p, c_int, c_int), None
+        function.argtypes, function.restype, function.errcheck = KERNEL
     for function in (library.keysift_summarize, library.keysift_encode):
-        function.argtypes, function.restype = (c_void_p, c_int, c_int), None
-    library.keysift_admit.argtypes, library.keysift_admit.restype = (c_void_p, c_int, c_int), None
-    library.keysift_read_pieces.argtypes, library.keysift_read_pieces.restype = (c_void_p, c_int, c_int), c_int
+        function.argtypes, function.restype, function.errcheck = KERNEL
+    for function in (library.keysift_admit, library.keysift_read_pieces):
+        function.argtypes, function.restype, function.errcheck = KERNEL
     return library
 
 

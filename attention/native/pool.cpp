@@ -97,6 +97,10 @@ void admit(const AdmitCall& call) {
   static thread_local std::vector<std::int32_t> misses;
   static thread_local std::vector<char> seen;
   static thread_local std::vector<std::pair<std::int32_t, std::int32_t>> victims;
+  // All memory first: what fails later would leave the tables half written.
+  misses.reserve(static_cast<std::size_t>(call.rows * call.lists / call.kv_heads * call.pages_per_list));
+  seen.reserve(static_cast<std::size_t>(call.capacity));
+  victims.reserve(static_cast<std::size_t>(call.capacity));
   for (std::int64_t head = 0; head < call.kv_heads; ++head) {
     const Head mine = head_of(call, head);
     look(call, head, misses, seen);
@@ -118,16 +122,17 @@ void admit(const AdmitCall& call) {
   }
 }
 
-int read_pieces(const ReadCall& call) {
+void read_pieces(ReadCall& call) {
+  call.error = 0;
   for (std::int64_t i = 0; i < call.kv_heads * call.width; ++i) {
     if (call.loads[i] < 0) continue;
     const std::int64_t head = i / call.width, frame = call.loads[i];
     const std::int64_t offset = frame / call.extent * call.extent_bytes + call.layer_offset +
                                 (frame % call.extent * call.kv_heads + head) * call.piece_bytes;
     char* target = call.pool + (call.slots[i] * call.kv_heads + head) * call.piece_bytes;
-    if (const int error = read_whole(static_cast<int>(call.file), target, call.piece_bytes, offset)) return error;
+    call.error = read_whole(static_cast<int>(call.file), target, call.piece_bytes, offset);
+    if (call.error) return;
   }
-  return 0;
 }
 
 }  // namespace keysift

@@ -7,7 +7,7 @@ namespace keysift {
 
 void admit(const AdmitCall& call);
 
-// 0, or the error number of the first piece that could not be read whole.
-int read_pieces(const ReadCall& call);
+// Stops at the first piece that cannot be read whole.
+void read_pieces(ReadCall& call);
 
 }  // namespace keysift

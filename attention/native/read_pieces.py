@@ -15,5 +15,6 @@ from .library import ReadCall, kernels
 def read_pieces(pool: Tensor, fd: int, place: Place, loads: Tensor, slots: Tensor) -> None:
     """See the reference."""
     call = ReadCall(pool.data_ptr(), loads.data_ptr(), slots.data_ptr(), *loads.shape, fd, *place)
-    if error := kernels.keysift_read_pieces(ctypes.byref(call), 0, 1):
-        raise OSError(error, os.strerror(error))
+    kernels.keysift_read_pieces(ctypes.byref(call), 0, 1)
+    if call.error:
+        raise OSError(call.error, os.strerror(call.error))

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -18,7 +19,11 @@ OpenMpParallel loaded_openmp() {
 
 void run_threads(int threads, void (*body)(void*), void* context) {
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(body, context);
+  try {
+    others.reserve(threads);
+    for (int i = 1; i < threads; ++i) others.emplace_back(body, context);
+  } catch (const std::exception&) {  // those that could be started do the work
+  }
   body(context);
   for (auto& other : others) other.join();
 }

@@ -173,9 +173,10 @@ class GraphIndex:
         self, context: Context, known: _Known, graph: KeyGraph | None, frames: tuple[int, ...]
     ) -> partial[KeyGraph]:
         size = context.spec.page_size
+        k = context.fetch(context.all()).k  # may fail, so the queries are taken after it
         source = Source(
             known.kept.take(0 if graph is None else graph.tokens),
-            context.fetch(context.all()).k,
+            k,
             frames,
             -(-self.options.sink // size) * size,
             self.options.degree,

@@ -177,3 +177,21 @@ def test_check_accepts_the_whole_vocabulary() -> None:
     check(
         SamplingParams(allowed_token_ids=ids, stop_token_ids=ids[:3], logit_bias={10: float("-inf")}), VOCABULARY, EOS
     )
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["its own row", "a later row"])
+def test_a_step_that_failed_has_drawn_nothing(later: bool) -> None:
+    """It is run again, and says what it would have said."""
+    flat = torch.zeros(2, 1000)
+    expected = [choice.token_id for choice in sample(flat, [state(temperature=1.0, seed=seed) for seed in (1, 2)])]
+    states = [state(temperature=1.0, seed=seed) for seed in (1, 2)]
+
+    def hungry(_generated: Tensor, _scores: Tensor) -> Tensor:
+        return torch.empty(2**50)
+
+    processors = states[later].processors
+    states[later].processors = (hungry,)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        sample(flat, states)
+    states[later].processors = processors
+    assert [choice.token_id for choice in sample(flat, states)] == expected

@@ -72,6 +72,14 @@ class PrefixMachine(RuleBasedStateMachine):
             self.allocator.release(frame)
         self.live.remove(frames)
 
+    @rule(frames=consumes(held))
+    def fail(self, frames: list[int]) -> None:
+        """What these frames hold is spoilt: nobody may find them, though others may still hold them."""
+        for frame in frames:
+            self.prefix.withdraw(frame)
+            self.content[frame] = b"spoilt"
+        self.stop(frames)
+
     @invariant()
     def nothing_is_lost(self) -> None:
         used = {frame for frames in self.live for frame in frames}

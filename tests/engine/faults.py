@@ -1,0 +1,75 @@
+"""A tier that fails when it is told to, in the ways that real ones do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from keysift.engine import Engine
+from keysift.kvcache import DeviceTier, Frames, HomeError, Selection, Step
+
+Act = Literal["write", "resident"]
+Fault = Callable[[Act, int, Step], None]
+"""Raises where the act on this layer in this step is to fail."""
+ADDRESS_SPACE = 2**50
+"""Bytes that no machine has."""
+
+
+def exhausted() -> None:
+    raise HomeError("kv_home: 4096 bytes needed, 0 are left", exhausted=True)
+
+
+def broken() -> None:
+    raise HomeError("kv_home: page 7 could not be read")
+
+
+def python_memory() -> None:
+    bytearray(ADDRESS_SPACE)
+
+
+def torch_memory() -> None:
+    torch.empty(ADDRESS_SPACE, dtype=torch.uint8)
+
+
+KINDS: dict[str, Callable[[], None]] = {
+    "home full": exhausted,
+    "home broken": broken,
+    "memory": python_memory,
+    "memory of tensors": torch_memory,
+}
+
+
+class FaultyTier(DeviceTier):
+    """Asks `fault` before each act; a write that fails leaves garbage behind, as half a write would."""
+
+    fault: Fault
+
+    def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
+        try:
+            self.fault("write", layer, step)
+        except Exception:
+            super().write(layer, torch.full_like(k, torch.nan), torch.full_like(v, torch.nan), step)
+            raise
+        super().write(layer, k, v, step)
+
+    def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
+        self.fault("resident", layer, step)
+        return super().resident(layer, selection, step)
+
+
+def install(engine: Engine, fault: Fault) -> None:
+    """Give an engine that has not run yet a tier that fails."""
+    tier = FaultyTier(engine.cache.spec, engine.cache.allocator.total, engine.cache.device)
+    tier.fault = fault
+    engine.cache.tier = tier
+
+
+def holds(engine: Engine, step: Step, request_id: str) -> bool:
+    """Whether the request is in the step."""
+    return any(
+        sequence.request.request_id == request_id and sequence.handle in {span.sequence for span in step.spans}
+        for sequence in engine.scheduler.running
+    )

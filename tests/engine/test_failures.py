@@ -1,0 +1,247 @@
+"""What fails ends the request that it fails for: the others say what they would have said, and no page is lost."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from keysift.engine import Engine, Finish, FinishReason, Output, Request, SamplingParams
+from keysift.kvcache import HomeError, OutOfFrames, Phase, Step
+from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
+from tests.engine.faults import KINDS, Act, Fault, holds, install
+
+RETRIEVAL = ("dense_below=0", "sink=16", "window=32", "budget=32", "epsilon=0", "wait=true")
+STRATEGIES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "dense": ("dense", ()),
+    "streaming": ("streaming", ("sink=16", "window=32", "dense_below=0")),
+    **{f"retrieval by {index}": ("retrieval", (*RETRIEVAL, f"index={index}")) for index in ("codes", "ivf", "graph")},
+}
+PROMPTS = {"a": tokens(100), "victim": tokens(90, 1), "c": tokens(130, 2)}
+
+
+def requests(new: int = 12, strategy: str = "dense", **sampling: float) -> list[Request]:
+    name, arguments = STRATEGIES[strategy]
+    params = SamplingParams(max_new_tokens=new, ignore_eos=True, **sampling)  # type: ignore[arg-type]
+    return [Request(key, prompt, params, strategy=name, strategy_args=arguments) for key, prompt in PROMPTS.items()]
+
+
+def outcome(engine: Engine, wanted: list[Request]) -> list[Output]:
+    for each in wanted:
+        engine.add(each)
+    return drain(engine)
+
+
+@pytest.fixture(scope="module")
+def said_without() -> dict[tuple[int, str, float], dict[str, list[int]]]:
+    """What the three requests say where nothing fails, by their number of tokens, strategy and temperature."""
+    return {}
+
+
+@pytest.fixture
+def clean(make: Make, said_without: dict[tuple[int, str, float], dict[str, list[int]]]) -> Callable[..., Any]:
+    def undisturbed(new: int = 12, strategy: str = "dense", temperature: float = 0.0) -> dict[str, list[int]]:
+        key = (new, strategy, temperature)
+        if key not in said_without:
+            outputs = outcome(make(), requests(new, strategy, temperature=temperature))
+            said_without[key] = {name: said(outputs, name) for name in PROMPTS}
+        return said_without[key]
+
+    return undisturbed
+
+
+def victims_step(engine: Engine, phase: Phase, act: Act, count: int, fail: Callable[[], None]) -> Fault:
+    """Fails from the `count`-th act on that concerns the victim in a phase."""
+    seen = 0
+
+    def fault(now: Act, layer: int, step: Step) -> None:
+        nonlocal seen
+        if now == act and step.phase is phase and holds(engine, step, "victim"):
+            seen += 1
+            if seen >= count:
+                fail()
+
+    return fault
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("act", ["write", "resident"])
+@pytest.mark.parametrize("phase", list(Phase), ids=lambda phase: phase.value)
+def test_only_the_one_that_fails_ends(make: Make, clean: Callable[..., Any], phase: Phase, act: Act, kind: str) -> None:
+    engine = make()
+    install(engine, victims_step(engine, phase, act, 4, KINDS[kind]))
+    outputs = outcome(engine, requests())
+    finish = finish_of(outputs, "victim")
+    assert finish.reason is FinishReason.ERROR
+    assert finish.exhausted == (kind != "home broken")
+    assert {"home full": "4096 bytes", "home broken": "page 7", "memory of tensors": str(2**50)}.get(
+        kind, "memory"
+    ) in (finish.error)
+    assert said(outputs, "victim") == clean()["victim"][: finish.usage.completion_tokens]
+    assert finish.usage.completion_tokens < 12
+    for other in ("a", "c"):
+        assert said(outputs, other) == clean()[other]
+        assert (finish_of(outputs, other).reason, finish_of(outputs, other).error) == (FinishReason.LENGTH, "")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_batch_that_is_too_much_at_once_runs_one_by_one(make: Make, clean: Callable[..., Any], strategy: str) -> None:
+    temperature = 1.0 if strategy == "dense" else 0.0
+    wanted = requests(20, strategy, temperature=temperature)
+    engine = make()
+    failed = 0
+
+    def fault(act: Act, layer: int, step: Step) -> None:
+        nonlocal failed
+        if layer == 1 and len(step.spans) > 1:
+            failed += 1
+            KINDS["memory of tensors" if failed % 2 else "home full"]()
+
+    install(engine, fault)
+    outputs = outcome(engine, wanted)
+    assert failed > 10
+    for each in wanted:
+        assert said(outputs, each.request_id) == clean(20, strategy, temperature)[each.request_id]
+        assert finish_of(outputs, each.request_id).reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_company_of_a_failure_finds_what_it_found(make: Make, clean: Callable[..., Any], strategy: str) -> None:
+    wanted = requests(20, strategy)
+    engine = make()
+    install(engine, victims_step(engine, Phase.DECODE, "resident", 20, KINDS["home broken"]))
+    outputs = outcome(engine, wanted)
+    assert finish_of(outputs, "victim").reason is FinishReason.ERROR
+    assert [said(outputs, name) for name in "ac"] == [clean(20, strategy)[name] for name in "ac"]
+
+
+def test_a_bug_is_no_failure_of_a_request(make: Make) -> None:
+    engine = make()
+
+    def fault(act: Act, layer: int, step: Step) -> None:
+        raise RuntimeError("shapes do not match")
+
+    install(engine, fault)
+    engine.add(requests()[0])
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        engine.step()
+    engine.abort("a")
+
+
+@pytest.mark.parametrize(("kind", "reused"), [("home full", 0), ("home broken", 0), ("memory", 64)])
+def test_pages_of_a_failed_step_are_nobodys_prefix(
+    make: Make, clean: Callable[..., Any], kind: str, reused: int
+) -> None:
+    """What a home has lost once may be lost in earlier pages too; memory that ran out spoils nothing."""
+    (wanted,) = requests()[1:2]
+    engine = make()
+    install(engine, victims_step(engine, Phase.PREFILL, "write", 3, KINDS[kind]))  # of two layers: the second chunk
+    assert finish_of(outcome(engine, [wanted]), "victim").reason is FinishReason.ERROR
+    assert len(engine.cache.prefix) == reused // 16
+    install_nothing(engine)
+    outputs = outcome(engine, [wanted])
+    assert said(outputs, "victim") == clean()["victim"]
+    assert finish_of(outputs, "victim").usage.cached_tokens == reused
+
+
+def install_nothing(engine: Engine) -> None:
+    """The same tier goes on without faults."""
+    engine.cache.tier.fault = lambda act, layer, step: None  # type: ignore[attr-defined]
+
+
+def test_pages_that_were_shared_are_withdrawn_while_others_read_them(make: Make) -> None:
+    engine = make()
+    install(engine, victims_step(engine, Phase.DECODE, "resident", 6, KINDS["home broken"]))
+    engine.add(Request("first", tokens(100), greedy(12)))
+    outputs = [*engine.step(), *engine.step()]
+    outputs += outcome(engine, [Request("victim", tokens(100), greedy(12))])
+    assert finish_of(outputs, "victim").usage.cached_tokens == 64
+    assert finish_of(outputs, "victim").reason is FinishReason.ERROR
+    assert len(said(outputs, "first")) == 12
+    install_nothing(engine)
+    again = outcome(engine, [Request("again", tokens(100), greedy(12))])
+    assert finish_of(again, "again").usage.cached_tokens == 0
+    assert said(again, "again") == said(outputs, "first")
+
+
+@pytest.mark.parametrize("kind", ["home full", "memory"])
+@pytest.mark.parametrize("later", [False, True], ids=["at admission", "at the next page"])
+def test_pages_that_cannot_be_had_end_who_asked(
+    make: Make, clean: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: str, later: bool
+) -> None:
+    engine = make()
+    reserve = engine.cache.reserve
+
+    def growing(sequence: int, count: int) -> None:
+        """A home that cannot grow for the victim, whose prompt has 90 tokens."""
+        if (count > 96 if later else count == 91) and asks(engine, sequence, count):
+            KINDS[kind]()
+        reserve(sequence, count)
+
+    monkeypatch.setattr(engine.cache, "reserve", growing)
+    outputs = outcome(engine, requests(30))
+    finish = finish_of(outputs, "victim")
+    assert (finish.reason, finish.exhausted) == (FinishReason.ERROR, True)
+    assert finish.usage.completion_tokens == (7 if later else 0)
+    assert [said(outputs, name) for name in "ac"] == [clean(30)[name] for name in "ac"]
+
+
+def asks(engine: Engine, sequence: int, count: int) -> bool:
+    running = {each.handle: each.request.request_id for each in engine.scheduler.running}
+    return running.get(sequence, "victim" if count == 91 else "") == "victim"
+
+
+def test_the_last_one_waiting_can_fail(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make()
+
+    def reserve(sequence: int, count: int) -> None:
+        raise HomeError("kv_home: full", exhausted=True)
+
+    monkeypatch.setattr(engine.cache, "reserve", reserve)
+    outputs = outcome(engine, requests())
+    assert [type(output) for output in outputs] == [Finish] * 3
+    assert {output.error for output in outputs if isinstance(output, Finish)} == {"kv_home: full"}
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_soak(make: Make, seed: int) -> None:
+    """Anything may fail at any time, while pages are short: whoever is not hit says what it would have said."""
+    chance = random.Random(seed)
+    wanted = [_any_request(chance, number) for number in range(14)]
+    clean = outcome(make(max_num_seqs=8), wanted)
+    engine = make(max_num_seqs=8, kv_memory=70 * make().status.page_bytes)
+    faults = random.Random(seed + 100)
+
+    def fault(act: Act, layer: int, step: Step) -> None:
+        if faults.random() < 0.015:
+            KINDS[faults.choice(list(KINDS))]()
+
+    install(engine, fault)
+    outputs = outcome(engine, wanted)
+    ends = {each.request_id: finish_of(outputs, each.request_id) for each in wanted}
+    assert {end.reason for end in ends.values()} == {FinishReason.LENGTH, FinishReason.ERROR}
+    for name, end in ends.items():
+        whole = said(clean, name)
+        assert said(outputs, name) == (
+            whole if end.reason is FinishReason.LENGTH else whole[: len(said(outputs, name))]
+        )
+
+
+def _any_request(chance: random.Random, number: int) -> Request:
+    name, arguments = STRATEGIES[chance.choice(list(STRATEGIES))]
+    prompt = tokens(chance.randint(1, 150), chance.randint(0, 3))
+    params = SamplingParams(
+        max_new_tokens=chance.randint(1, 24), ignore_eos=True, temperature=chance.choice([0.0, 1.0])
+    )
+    return Request(str(number), prompt, params, strategy=name, strategy_args=arguments)
+
+
+def test_too_few_frames_is_still_no_failure(make: Make) -> None:
+    engine = make(kv_memory=14 * make().status.page_bytes, prefix_cache=False)
+    outputs = outcome(engine, [Request(str(i), tokens(60, i), greedy(40)) for i in range(3)])
+    assert engine.scheduler.preemptions > 0
+    assert all(finish_of(outputs, str(i)).reason is FinishReason.LENGTH for i in range(3))
+    with pytest.raises(OutOfFrames):
+        engine.cache.allocator.take(15)

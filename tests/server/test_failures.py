@@ -1,0 +1,149 @@
+"""A request that fails on the way: its status on the wire, what callers are told, and that the server lives on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import grpc
+import pytest
+from prometheus_client import REGISTRY
+
+from keysift.engine import (
+    LLM,
+    Engine,
+    EngineConfig,
+    Finish,
+    FinishReason,
+    KeysiftError,
+    Output,
+    ResourceExhausted,
+    TokenOutput,
+)
+from keysift.engine import SamplingParams as Params
+from keysift.kvcache import Phase, Step
+from keysift.server import inference_pb2 as pb
+from keysift.server.client import Client
+from keysift.server.errors import Internal
+from keysift.server.inference_pb2_grpc import InferenceStub
+from tests.engine.faults import KINDS, Act, install
+
+from .conftest import Run, Running
+
+LENGTHS = {77: "home full", 78: "home broken", 79: "memory"}
+"""Prompts of so many tokens fail in this way once they have said a few tokens."""
+
+
+def failing(engine: Engine) -> Engine:
+    def fault(act: Act, layer: int, step: Step) -> None:
+        victims = {each.handle: each.prompt_len for each in engine.scheduler.running if each.num_generated > 2}
+        for span in step.spans if step.phase is Phase.DECODE else ():
+            if kind := LENGTHS.get(victims.get(span.sequence, 0)):
+                KINDS[kind]()
+
+    install(engine, fault)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def faulty(start: Callable[..., Running], engine_config: EngineConfig) -> Running:
+    return start(lambda: failing(Engine(engine_config)))
+
+
+@pytest.fixture
+def client(faulty: Running) -> Iterator[Client]:
+    with Client(faulty.address) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("length", "code", "error", "told", "kind"),
+    [
+        (77, grpc.StatusCode.RESOURCE_EXHAUSTED, ResourceExhausted, "4096 bytes needed", "exhausted"),
+        (78, grpc.StatusCode.INTERNAL, Internal, "page 7 could not be read", "broken"),
+        (
+            79,
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            ResourceExhausted,
+            "memory: not enough for a decode step",
+            "exhausted",
+        ),
+    ],
+)
+def test_the_status_tells_want_of_room_from_what_is_broken(
+    faulty: Running,
+    client: Client,
+    length: int,
+    code: grpc.StatusCode,
+    error: type[KeysiftError],
+    told: str,
+    kind: str,
+) -> None:
+    pages, before = faulty.free_pages(), total(kind)
+    with grpc.insecure_channel(faulty.address) as channel:
+        replies: list[pb.GenerateReply] = []
+        with pytest.raises(grpc.RpcError) as caught:
+            replies.extend(InferenceStub(channel).Generate(pb.GenerateRequest(text="x" * length), timeout=60))
+    assert caught.value.code() is code
+    assert told in caught.value.details()
+    finish = replies[-1].finish
+    assert (finish.reason, finish.exhausted) == (pb.ERROR, code is grpc.StatusCode.RESOURCE_EXHAUSTED)
+    assert told in finish.error
+    assert finish.usage.completion_tokens == 3
+    assert faulty.free_pages() == pages
+    outputs: list[Output] = []
+    with pytest.raises(error, match=told):
+        outputs.extend(client.generate("x" * length))
+    assert isinstance(outputs[-1], Finish)
+    assert outputs[-1].exhausted == finish.exhausted
+    assert total(kind) == before + 2
+    assert len(list(client.generate("still there", Params(max_new_tokens=4)))) > 2
+
+
+def total(kind: str) -> float:
+    """Over all strategies."""
+    (family,) = (each for each in REGISTRY.collect() if each.name == "keysift_request_failures")
+    return sum(
+        sample.value for sample in family.samples if sample.labels.get("kind") == kind and "_total" in sample.name
+    )
+
+
+def test_others_go_on_beside_a_failure(client: Client, faulty: Running) -> None:
+    params = Params(max_new_tokens=40, ignore_eos=True)
+    alone = [output for output in client.generate("beside", params) if not isinstance(output, Finish)]
+    streams = [client.generate("x" * length, params) for length in (77, 78, 79)]
+    beside = client.generate("beside", params)
+    heads = [next(stream) for stream in (*streams, beside)]
+    assert heads
+    for stream, error in zip(streams, (ResourceExhausted, Internal, ResourceExhausted), strict=True):
+        with pytest.raises(error):
+            list(stream)
+    assert tokens(beside) == tokens(alone)
+    assert faulty.free_pages() == faulty.engine.status.pages_total
+
+
+def tokens(outputs: Iterable[Output]) -> list[int]:
+    return [token for output in outputs if isinstance(output, TokenOutput) for token in output.token_ids]
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
+def test_the_command_says_what_failed(run: Run, faulty: Running, form: list[str]) -> None:
+    for length, told in ((77, "4096 bytes needed"), (78, "page 7")):
+        status, _, err = run("generate", "--address", faulty.address, "--prompt", "x" * length, *form)
+        assert status == 1
+        assert f"keysift: kv_home: {told}" in err
+
+
+def test_an_offline_run_yields_every_completion(engine_config: EngineConfig) -> None:
+    llm = LLM(**engine_config.model_dump(exclude_unset=True))
+    failing(llm.engine)
+    params = Params(max_new_tokens=8, ignore_eos=True)
+    done = list(llm.generate(["one", "x" * 77, "three"], params, progress=False))
+    finishes = [completion.finish for completion in done]
+    assert [finish.reason for finish in finishes if finish] == [
+        FinishReason.LENGTH,
+        FinishReason.ERROR,
+        FinishReason.LENGTH,
+    ]
+    assert finishes[1] is not None
+    assert "4096 bytes" in finishes[1].error
+    assert [len(completion.token_ids) for completion in done] == [8, 3, 8]
