@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -25,6 +25,8 @@ class Row:
     full: dict[str, object]
     per_query_head: bool = False
     """Its pages are listed per query head, so that the op sums in another order than for `dense`."""
+    spec: dict[str, object] = field(default_factory=dict)
+    """What it needs of the cache."""
 
 
 SMALL = {"sink": 4, "local": 4, "last_rows_dense": 0}
