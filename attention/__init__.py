@@ -1,7 +1,7 @@
 """Strategies choose pages, ops compute over them."""
 
 from .attend import Attend, bind
-from .registry import DEFAULT, StrategyError, known, make, parse
+from .registry import DEFAULT, StrategyError, find, known, make, parse
 from .strategy import Dense, Split, Strategy
 from .telemetry import Coverage, Reads, Telemetry
 
@@ -16,6 +16,7 @@ __all__ = [
     "StrategyError",
     "Telemetry",
     "bind",
+    "find",
     "known",
     "make",
     "parse",
