@@ -1,8 +1,8 @@
 """Selection by blocks of pages, as models are trained with it: windows of mean keys, pooled to blocks.
 
 A window is `kernel_size` tokens, one begins every `kernel_stride`; only complete ones count. As scores are linear in
-keys, a window's is the mean of its pages' scores, so nothing but the pages' own mean keys is read. All maths is that of
-logarithms: no share is lost to underflow, and the order of sums of exponentials is that of their logarithms.
+keys, a window's is the mean of its pages' scores, so nothing but the pages' own mean keys is read. Shares stay
+logarithms, whose order is theirs, so that faint ones are told apart, too.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from keysift.kvcache.ops.page_masses import page_masses
 
 from .strategy import Count, Dense, Positive, Strategy, Tokens
 
+FLAT = 8
+"""Scores are taken from shares by a softmax that is so many times as flat: fp32 has shares down to e^-104, which are
+832 apart in scores then, more than the trained heads spread."""
 FAINTEST = -104.0
-"""Stands for the log share of a page that has none in fp32."""
+"""Stands for the log share of a page that has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,8 +131,8 @@ def scores(q: Tensor, context: Context) -> Tensor:
     if spec.bias_channels:
         q = pad(q[..., : spec.content_dim], (0, spec.bias_channels))
     full = (step.starts + 1) // step.page_size  # [R]
-    masses = page_masses(q, means.k, means.table, full - 1, scale=spec.softmax_scale)
-    return masses.clamp(min=FAINTEST + masses.amax(-1, keepdim=True).clamp(min=FAINTEST))
+    masses = page_masses(q, means.k, means.table, full - 1, scale=spec.softmax_scale / FLAT)
+    return FLAT * masses.clamp(min=FAINTEST + masses.amax(-1, keepdim=True).clamp(min=FAINTEST))
 
 
 def biases(q: Tensor, context: Context) -> Tensor:

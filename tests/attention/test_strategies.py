@@ -56,7 +56,7 @@ ROWS = [
         {**ZONES, "budget": 40, "epsilon": 0.3, "certify": True},
         {"budget": 10**6, "epsilon": 0.0, "certify": True},
     ),
-    Row("infllmv2", {**BLOCKS, "topk": 2, "dense_len": -1}, {**BLOCKS, "topk": 10**6, "dense_len": -1}),
+    Row("infllmv2", {**BLOCKS, "topk": 2, "dense_len": -1}, {"topk": 10**6, "dense_len": -1}),
     Row("infllmv2", {**BLOCKS, "topk": 2, "dense_len": -1}, {"topk": 10**6, "dense_len": -1}, spec=BIASED),
     Row(
         "nosa-trained",
