@@ -43,6 +43,7 @@ class Engine:
         calibration.tell(config, self._crossovers, report)
         self.tokenizer = self.model.tokenizer
         self.cache = make_cache(config, self.model)
+        self._check_index(self._default)
         self.scheduler = Scheduler(
             self.cache,
             max_running=config.max_num_seqs,

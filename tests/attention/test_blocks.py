@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -121,7 +122,9 @@ STRATEGIES: list[tuple[str, Oracle, dict[str, object]]] = [
     ("infllmv2", infllm, {"dense_len": -1, **SMALL}),
     ("infllmv2", infllm, {"dense_len": -1, "kernel_size": 64, "init_blocks": 2, "window_size": 0, "topk": 5}),
 ]
-SPARSE = [0, 1, 2, 4, 5]
+TRITON = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="for Triton's interpreter"
+)
 EACH = pytest.mark.parametrize(("name", "oracle", "options"), STRATEGIES, ids=[f"{n} {o}" for n, _, o in STRATEGIES])
 EACH_SMALL = pytest.mark.parametrize(
     ("name", "oracle", "options"), [each for each in STRATEGIES if "topk" in each[2]], ids=lambda x: str(x)
@@ -276,16 +279,16 @@ def test_far_past_the_prompt(name: str, oracle: Oracle, options: dict[str, objec
 
 
 @EACH_SMALL
-@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize("backend", ["reference", "native", pytest.param("triton", marks=TRITON)])
 def test_sequences_of_a_batch(name: str, oracle: Oracle, options: dict[str, object], backend: str) -> None:
     strategy, cache, lengths = make(name, **options), cache_of(), (40, 1030, 700, 64)
     assert isinstance(strategy, BlockStrategy)
     texts = [text(n, seed=n) for n in lengths]
+    step = cache.decode([Span(prepare(cache, t, len(t)), len(t) - 1, 1) for t in texts])
+    last = Text(*(torch.stack([getattr(t, part)[-1] for t in texts]) for part in ("q", "k", "b")))
+    q = append(cache, last, slice(0, None), step)
     with use_backend(backend):  # type: ignore[arg-type]
-        spans = [Span(prepare(cache, t, len(t)), len(t) - 1, 1) for t in texts]
-        step = cache.decode(spans)
-        last = Text(*(torch.stack([getattr(t, part)[-1] for t in texts]) for part in ("q", "k", "b")))
-        found = blocks(strategy, append(cache, last, slice(0, None), step), cache, step)
+        found = blocks(strategy, q, cache, step)
     assert found == [oracle(strategy, t, len(t)) for t in texts]
 
 

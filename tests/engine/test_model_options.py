@@ -96,10 +96,12 @@ def test_an_unknown_strategy_of_a_request(make: Make, folder: Path) -> None:
 @pytest.mark.parametrize("name", ["nosa-trained", "streaming+nosa-trained"])
 def test_a_strategy_that_needs_a_bias_refuses_a_model_without(make: Make, name: str) -> None:
     with pytest.raises(Unsupported, match=r"strategy .*nosa-trained: the model's keys carry no learned bias"):
-        make(strategy=name).add(Request("r", tokens(5), greedy(1)))
+        make(strategy=name)
+    with pytest.raises(Unsupported, match="no learned bias"):
+        make().add(Request("r", tokens(5), greedy(1), name))
 
 
 def test_pages_that_do_not_fit(tiny_llama: Path) -> None:
     config = EngineConfig(model=str(tiny_llama), dtype="float32", kv_memory=2**22, page_size=32, strategy="infllmv2")
     with pytest.raises(Unsupported, match="strategy infllmv2: page_size: a divisor of kernel_stride"):
-        Engine(config).add(Request("r", tokens(5), greedy(1)))
+        Engine(config)
