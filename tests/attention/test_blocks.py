@@ -234,6 +234,23 @@ def test_around_as_many_blocks_as_are_read(
 
 
 @EACH_SMALL
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_a_window_counts_from_the_token_that_completes_it(
+    name: str, oracle: Oracle, options: dict[str, object], more: int
+) -> None:
+    """The last window reaches back into the block before the row's own, for which the row's own 16 tokens stand out."""
+    strategy, n = make(name, **options), 64 * 14 + 16 + more
+    assert isinstance(strategy, BlockStrategy)
+    t = text(n, seed=2)
+    t.q[-1] = t.q[-1, 0]
+    t.k[64 * 14 :] = 3 * t.q[-1, :1]
+    t.b[64 * 14 :] = 20.0
+    found = chosen(strategy, t, n)
+    assert found == oracle(strategy, t, n)
+    assert more or all(13 in each for each in found)
+
+
+@EACH_SMALL
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("sharp", [0.1, 2.0, 12.0])
 def test_random_texts(name: str, oracle: Oracle, options: dict[str, object], seed: int, sharp: float) -> None:
