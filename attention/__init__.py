@@ -2,7 +2,7 @@
 
 from .attend import Attend, bind
 from .locality import Locality
-from .registry import DEFAULT, StrategyError, known, make, parse
+from .registry import DEFAULT, StrategyError, find, known, make, parse
 from .strategy import Dense, Split, Strategy
 from .telemetry import Coverage, Reads, Telemetry
 
@@ -18,6 +18,7 @@ __all__ = [
     "StrategyError",
     "Telemetry",
     "bind",
+    "find",
     "known",
     "make",
     "parse",

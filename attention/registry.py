@@ -18,8 +18,10 @@ BUILT_IN = {
     "ashape": "keysift.attention.strategies.ashape:AShape",
     "dense": "keysift.attention.strategy:Dense",
     "flexprefill": "keysift.attention.strategies.flexprefill:FlexPrefill",
+    "infllmv2": "keysift.attention.strategies.infllmv2:InfLLMv2",
     "minference": "keysift.attention.strategies.minference:MInference",
     "nosa": "keysift.attention.strategies.nosa:Nosa",
+    "nosa-trained": "keysift.attention.strategies.nosa_trained:NosaTrained",
     "oracle": "keysift.attention.strategies.oracle:Oracle",
     "quest": "keysift.attention.strategies.quest:Quest",
     "retrieval": "keysift.attention.strategies.retrieval:Retrieval",
@@ -87,12 +89,12 @@ def _check_prefixes(name: str, fields: dict[str, object]) -> None:
 
 def _of_part(name: str, parts: tuple[str, str], fields: dict[str, object]) -> dict[str, object]:
     """The options but those without a prefix that only the other part of a pair has."""
-    others = {field for part in parts for field in _fields(_find(part))} - _fields(_find(name))
+    others = {field for part in parts for field in _fields(find(part))} - _fields(find(name))
     return {key: value for key, value in fields.items() if key not in others}
 
 
 def _make_one(name: str, fields: dict[str, object]) -> Strategy:
-    strategy = _find(name)
+    strategy = find(name)
     own = {key.rpartition(".")[2]: value for key, value in fields.items() if key.rpartition(".")[0] in ("", name)}
     options: dict[str, Any] = {
         field: hint
@@ -113,7 +115,8 @@ def _fields(strategy: type[Strategy]) -> set[str]:
 
 
 @functools.cache
-def _find(name: str) -> type[Strategy]:
+def find(name: str) -> type[Strategy]:
+    """The class of one strategy, not of a pair. Raises `StrategyError` that lists the known ones."""
     if name in BUILT_IN:
         return _load(BUILT_IN[name])
     plugins = entry_points(group=GROUP)

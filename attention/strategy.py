@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, get_type_hints
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from keysift.kvcache import Context, Phase, Selection
+from keysift.kvcache import CacheSpec, Context, Phase, Selection
 from keysift.kvcache.index import IndexSpec
 
 LARGEST = 2**31 - 1
@@ -39,6 +39,8 @@ class Strategy:
     """
     yardstick: ClassVar[bool] = False
     """It is there to measure others by and never saves time, so nothing asks from which length on it does."""
+    config_key: ClassVar[str | None] = None
+    """Under which name the configuration of a model states options that it was trained with, if any does."""
 
     @property
     def scans(self) -> bool:
@@ -64,6 +66,9 @@ class Strategy:
     def make_index(self) -> IndexSpec | None:
         """The index over cached keys that it searches, if any; a pair's is that of its part for tokens."""
         return None
+
+    def check(self, spec: CacheSpec) -> None:
+        """Raises `ValueError` where it cannot work on a cache of this shape."""
 
     def part(self, phase: Phase) -> Strategy:
         """The strategy that is responsible for a phase."""
@@ -125,6 +130,10 @@ class Split(Strategy):
     @property
     def remembers(self) -> bool:
         return self.token.remembers
+
+    def check(self, spec: CacheSpec) -> None:
+        for part in (self.prompt, self.token):
+            part.check(spec)
 
     def part(self, phase: Phase) -> Strategy:
         return (self.prompt if phase is Phase.PREFILL else self.token).part(phase)

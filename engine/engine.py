@@ -14,6 +14,7 @@ from .failures import Failure, failure_of
 from .job import Job
 from .memory import make_cache
 from .model import load
+from .model_options import with_model_options
 from .request import EngineStatus, Finish, FinishReason, Output, Request
 from .runner import Runner, StepResult
 from .sampler import SamplerState, check, derive_seed
@@ -43,6 +44,7 @@ class Engine:
         calibration.tell(config, self._crossovers, report)
         self.tokenizer = self.model.tokenizer
         self.cache = make_cache(config, self.model, report)
+        self._check_index(self._default)
         self.scheduler = Scheduler(
             self.cache,
             max_running=config.max_num_seqs,
@@ -144,9 +146,10 @@ class Engine:
         return sequence
 
     def _check_index(self, strategy: Strategy) -> None:
-        """Raises `Unsupported` where the cache cannot keep the index that the strategy searches."""
+        """Raises `Unsupported` where the cache does not suit the strategy, or cannot keep its index."""
         which = strategy.make_index()
         try:
+            strategy.check(self.cache.spec)
             if which is not None:
                 which.make(self.cache.spec)
         except ValueError as error:
@@ -160,8 +163,15 @@ class Engine:
             self.cache.retire(which)
 
     def _strategy(self, name: str, arguments: tuple[str, ...]) -> Strategy:
-        """With the `dense_below` that was measured here, where the arguments state none."""
-        return _strategy(name, calibration.calibrated(name, arguments, self._crossovers))
+        """With the options that its model was trained with, and the `dense_below` that was measured here.
+
+        Of both only those that the arguments do not state.
+        """
+        try:
+            stated = with_model_options(name, arguments, self.model)
+        except StrategyError as error:
+            raise InvalidRequest(error.field, error.problem) from None
+        return _strategy(name, calibration.calibrated(name, stated, self._crossovers))
 
     def _page_keys(self, sequence: Sequence) -> PageKeys | None:
         """Names for the prompt's pages: what they hold depends on what prefills the prompt, all its options included.

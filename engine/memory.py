@@ -24,7 +24,8 @@ def cache_spec(config: EngineConfig, model: LoadedModel) -> CacheSpec:
     return CacheSpec(
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
+        head_dim=model.head_dim + model.bias_channels,
+        bias_channels=model.bias_channels,
         page_size=config.page_size,
         dtype=model.dtype,
         scale=model.scale,

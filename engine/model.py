@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from keysift.attention import Attend
 
-from . import seam
+from . import key_bias, seam
 from .config import EngineConfig
 from .errors import InvalidRequest, ModelNotFound, Unsupported
 from .linear import native_kernel, swap_linears
@@ -50,6 +50,8 @@ class LoadedModel:
     """Per layer: a query reads itself and the window - 1 tokens before it; 0: everything before it."""
     fingerprint: str
     """Equal for equal weights in the same precision; part of every prefix-cache key."""
+    bias_channels: int = 0
+    """Channels that the cache keeps for each head besides `head_dim`: a learned bias of the keys; see `key_bias`."""
 
     def forward(self, input_ids: Tensor, positions: Tensor, last: Tensor, attend: Attend) -> Tensor:
         """One step: input_ids [T] at positions [T], next-token logits [B, V] fp32 after the tokens at indices last [B].
@@ -76,12 +78,15 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
     device = choose_device(config.device)
     source = locate(config.model, report)
     report(f"loading {source.name}")
-    module = _load_module(source, config, device)
+    module, unexpected = _load_module(source, config, device)
     text = module.config.get_text_config(decoder=True)
     calls = _check_calls(seam.probe(module, device), text)
     max_model_len = _max_model_len(config.max_model_len, text)
     _check_rotary(module, max_model_len)
     _use_native_linears(module, device)
+    bias_channels = _attach_bias(module, source, unexpected, calls)
+    if bias_channels and max_model_len > key_bias.TRAINED_LEN:
+        report(f"{source.name} was trained on {key_bias.TRAINED_LEN} tokens, max_model_len is {max_model_len}")
     return LoadedModel(
         name=config.served_model_name or source.name,
         module=module,
@@ -98,6 +103,7 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
         scale=calls[0].scale,
         windows=tuple(call.window for call in calls),
         fingerprint=_fingerprint(module),
+        bias_channels=bias_channels,
     )
 
 
@@ -125,31 +131,42 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32
 
 
-def _load_module(source: Source, config: EngineConfig, device: torch.device) -> Any:
-    """The module of `source`, in evaluation mode. Weights are safetensors or GGUF, never pickles."""
+def _load_module(source: Source, config: EngineConfig, device: torch.device) -> tuple[Any, list[str]]:
+    """The module of `source`, in evaluation mode, and tensors that it does not know. Weights: safetensors or GGUF."""
     seam.register()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        module: Any = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            config=_stretched(source, config),
-            gguf_file=source.gguf_file,
-            dtype=choose_dtype(config.dtype, device),
-            device_map=None if device.type == "cpu" else {"": device},
-            attn_implementation=seam.NAME,
-            use_safetensors=None if source.gguf_file else True,
-            trust_remote_code=config.trust_remote_code,
-        )
+        with key_bias.hold_report() as held:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.path,
+                config=_stretched(source, config),
+                gguf_file=source.gguf_file,
+                dtype=choose_dtype(config.dtype, device),
+                device_map=None if device.type == "cpu" else {"": device},
+                attn_implementation=seam.NAME,
+                use_safetensors=None if source.gguf_file else True,
+                trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
+            )
     except OSError as error:
         raise ModelNotFound(f"{source.name}: {error}") from error
     except InvalidRequest:
         raise
     except (ValueError, KeyError) as error:
         raise Unsupported(f"{source.name}: {str(error).splitlines()[0]}") from error
+    module, loading = loaded
     if module.config._attn_implementation != seam.NAME:
         raise Unsupported(f"{type(module).__name__}: its attention cannot be swapped")
-    return module.eval().requires_grad_(False)
+    key_bias.release_report(held, loading)
+    return module.eval().requires_grad_(False), list(loading["unexpected_keys"])
+
+
+def _attach_bias(module: nn.Module, source: Source, unexpected: list[str], calls: list[AttentionCall]) -> int:
+    """Gives keys the bias that the checkpoint may have for them; how many channels of the cache it takes."""
+    heads, dim = calls[0].num_kv_heads, calls[0].head_dim
+    biased = key_bias.attach(module, source, unexpected, layers=len(calls), kv_heads=heads, head_dim=dim)
+    return key_bias.channels(dim) if biased else 0
 
 
 def _stretched(source: Source, config: EngineConfig) -> Any:

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from keysift.attention import Attend
 
+from . import key_bias
 from .errors import Unsupported
 
 NAME = "keysift"
@@ -68,8 +69,10 @@ def attention(
     assert attend is not None
     if observe is not None:
         observe(_call(layer, query, key, value, scaling, sliding_window))
-    out = attend(layer, query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))  # [T, Hq, D]
-    return out[None], None
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    if (bias := key_bias.of(module)) is not None:
+        return bias.attend(attend, layer, q, k, v, _scale(q, scaling))[None], None
+    return attend(layer, q, k, v)[None], None  # [1, T, Hq, D]
 
 
 def mask(*_args: Any, config: Any, attention_mask: Tensor | None = None, **_others: Any) -> None:
@@ -140,6 +143,10 @@ def _call(
         num_query_heads=query.shape[1],
         num_kv_heads=key.shape[1],
         head_dim=head_dim,
-        scale=head_dim**-0.5 if scaling is None else float(scaling),
+        scale=_scale(query, scaling),
         window=sliding_window or 0,
     )
+
+
+def _scale(query: Tensor, scaling: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scaling is None else float(scaling)

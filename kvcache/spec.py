@@ -23,15 +23,26 @@ class CacheSpec:
     page_size: int = 16
     dtype: torch.dtype = torch.float32
     scale: float | None = None
-    """Factor of the scores; None: ``head_dim ** -0.5``."""
+    """Factor of the scores; None: ``content_dim ** -0.5``."""
     windows: tuple[int, ...] = ()
     """Tokens that each layer's queries see, themselves included; 0: all. Empty: no layer has a window."""
     code_bits: Literal[2, 4] | None = 2
     """Bits that a code spends on each channel of a key, at least; None: keys have no codes."""
+    bias_channels: int = 0
+    """Last channels of every head that hold no content but a learned bias of the key: see `content_dim`."""
+
+    @property
+    def content_dim(self) -> int:
+        """Channels of a head that are the model's own.
+
+        Of those behind them, a query's and a key's product is a bias that the model adds to the score: what ranks keys
+        by whole products has it included, what wants content alone reads the first channels.
+        """
+        return self.head_dim - self.bias_channels
 
     @property
     def softmax_scale(self) -> float:
-        return self.head_dim**-0.5 if self.scale is None else self.scale
+        return self.content_dim**-0.5 if self.scale is None else self.scale
 
     @property
     def page_bytes(self) -> int:

@@ -11,13 +11,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from keysift.kvcache import Context, Selection
+from keysift.kvcache import CacheSpec, Context, Selection
 from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, IndexSpec, MeanIndex
 
 from ..ops.steady_pages import SteadyPages, steady_pages
 from ..probe import on_device
 from ..strategy import LARGEST, Positive, Share, Tokens
 from ..token import TokenStrategy
+from .nosa_trained import NosaTrained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,18 @@ class Nosa(TokenStrategy):
     """What tells shares: all keys exactly, their codes, the pages' mean keys, or their bounds."""
     candidates: Positive = 512
     """Of codes: pages whose codes are read, the most promising by the bounds of all."""
+
+    trained: bool = True
+    """Where keys carry NOSA's learned bias, choose as the model was trained to: as `nosa-trained`, options aside."""
+
+    def check(self, spec: CacheSpec) -> None:
+        if self.trained and spec.bias_channels:
+            NosaTrained().check(spec)
+
+    def decode(self, q: Tensor, context: Context) -> Selection:
+        if self.trained and context.spec.bias_channels:
+            return NosaTrained().decode(q, context)
+        return TokenStrategy.decode(self, q, context)
 
     @property
     def remembers(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from keysift.attention import Dense, Strategy, Telemetry, bind, known, make
+from keysift.attention.blocks import BlockStrategy
 from keysift.attention.token import TokenStrategy
 from keysift.kvcache import CacheSpec, PagedCache, Selection, Span
 
@@ -19,6 +20,7 @@ LAYERS, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
 PROMPT, TOKENS = 2024, 48
 """The prompt ends within a page; a segment of 2,048 tokens, of which indexes make lists, is full amid the tokens."""
 SMALL = {"sink": 16, "window": 24, "budget": 32, "top_k": 32, "dense_layers": 0}
+SMALL |= {"topk": 6, "query_blocks": 4, "window_size": 64}
 Pages = list[list[list[int]]]
 """Of each row, of each layer and head."""
 
@@ -28,7 +30,7 @@ def strategies() -> Iterator[Strategy]:
     yield Dense()
     yield make("streaming", sink=16, window=24)
     for name, kind in known().items():
-        if issubclass(kind, TokenStrategy) or "decode" in vars(kind):
+        if issubclass(kind, TokenStrategy | BlockStrategy) or "decode" in vars(kind):
             hints, named = get_type_hints(kind), {field.name for field in fields(kind)}
             words = {field: get_args(hints[field]) for field in named if get_origin(hints[field]) is Literal}
             for choice in product(*words.values()):

@@ -287,3 +287,18 @@ def test_options_may_come_as_text(options: dict[str, object]) -> None:
 def test_options_have_bounds(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         make("nosa", **options)
+
+
+def test_a_trained_model_chooses_as_it_was_trained_to() -> None:
+    """Which reads 64 blocks of 64 tokens: all of these, and more than the options ask for."""
+    biased: dict[str, object] = {"bias_channels": 8, "scale": DIM**-0.5}
+    data, pages = drifting(), {}
+    for name, options in (("nosa-trained", {}), ("nosa", SMALL), ("nosa", {**SMALL, "trained": False})):
+        cache = cache_of(**biased)
+        sequence = opened(cache, data)
+        watch = Watch(make(name, dense_below=0, **options))
+        step = cache.decode([Span(sequence, PROMPT, 1)])
+        bind(watch, cache, step)(0, *(part[PROMPT : PROMPT + 1] for part in data))  # type: ignore[arg-type]
+        pages[name, bool(options.get("trained", True))] = watch.seen[0].counts().max()
+    assert pages["nosa", True] == pages["nosa-trained", True] == PROMPT // PAGE + 1
+    assert pages["nosa", False] < PROMPT // PAGE / 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -25,10 +25,14 @@ class Row:
     full: dict[str, object]
     per_query_head: bool = False
     """Its pages are listed per query head, so that the op sums in another order than for `dense`."""
+    spec: dict[str, object] = field(default_factory=dict)
+    """What it needs of the cache."""
 
 
 SMALL = {"sink": 4, "local": 4, "last_rows_dense": 0}
 ZONES = {"sink": 4, "window": 6}
+BLOCKS = {"kernel_size": 8, "kernel_stride": 4, "block_size": 8, "window_size": 8}
+BIASED = {"bias_channels": 8, "scale": DIM**-0.5}
 ROWS = [
     Row("dense", {}, {}),
     Row("streaming", {"sink": 4, "window": 12}, {"sink": 0, "window": 10**6}),
@@ -58,6 +62,14 @@ ROWS = [
         "nosa",
         {**ZONES, "budget": 8, "m_max": 0, "epsilon": 1.0, "refused": "drop", "certify": True},
         {"budget": 10**6, "queried": 0, "m_max": 0, "refused": "drop"},
+    ),
+    Row("infllmv2", {**BLOCKS, "topk": 2, "dense_len": -1}, {"topk": 10**6, "dense_len": -1}),
+    Row("infllmv2", {**BLOCKS, "topk": 2, "dense_len": -1}, {"topk": 10**6, "dense_len": -1}, spec=BIASED),
+    Row(
+        "nosa-trained",
+        {**BLOCKS, "query_blocks": 4, "topk": 6, "dense_below": 0},
+        {"topk": 10**6, "dense_below": 0},
+        spec=BIASED,
     ),
     Row("dense+streaming", {"streaming.sink": 4, "streaming.window": 12}, {"streaming.window": 10**6}),
 ]
@@ -110,7 +122,7 @@ def run(strategy: Strategy, cache: PagedCache, lengths: list[int], decode: int, 
 @pytest.mark.parametrize("lengths", [[1], [7], [8], [9], [32, 8, 21], [64, 33]], ids=str)
 def test_a_budget_of_everything_is_dense(row: Row, lengths: list[int]) -> None:
     data = qkv(sum(lengths) + 5)
-    out = run(make(row.name, **row.full), cache_of(), lengths, 5, data)
+    out = run(make(row.name, **row.full), cache_of(**row.spec), lengths, 5, data)
     torch.testing.assert_close(out.double(), oracle(*data), rtol=1e-5, atol=1e-5)
 
 
@@ -118,8 +130,8 @@ def test_a_budget_of_everything_is_dense(row: Row, lengths: list[int]) -> None:
 def test_a_budget_of_everything_has_the_bits_of_dense(row: Row) -> None:
     data = qkv(70)
     assert torch.equal(
-        run(make(row.name, **row.full), cache_of(), [32, 33], 5, data),
-        run(make("dense"), cache_of(), [32, 33], 5, data),
+        run(make(row.name, **row.full), cache_of(**row.spec), [32, 33], 5, data),
+        run(make("dense"), cache_of(**row.spec), [32, 33], 5, data),
     )
 
 
@@ -129,7 +141,7 @@ def test_a_budget_of_everything_has_the_bits_of_dense(row: Row) -> None:
 def test_selections_are_ascending_causal_and_hold_their_own_pages(
     row: Row, start: int, length: int, phase: Phase
 ) -> None:
-    cache = cache_of()
+    cache = cache_of(**row.spec)
     sequence = cache.open()
     cache.reserve(sequence, 200)
     start *= ROW
@@ -162,8 +174,8 @@ def choose(strategy: Strategy, cache: PagedCache, step: Step) -> Selection:
 def test_a_sequence_decodes_alike_alone_and_in_a_batch(row: Row) -> None:
     strategy = make(row.name, **row.sparse)
     prompts = [qkv(41, 1), qkv(17, 2), qkv(64, 3)]
-    alone = [run(strategy, cache_of(), [len(data[0]) - 1], 1, data)[-1] for data in prompts]
-    cache = cache_of()
+    alone = [run(strategy, cache_of(**row.spec), [len(data[0]) - 1], 1, data)[-1] for data in prompts]
+    cache = cache_of(**row.spec)
     sequences = [cache.open() for _ in prompts]
     for sequence, data in zip(sequences, prompts, strict=True):
         cache.reserve(sequence, len(data[0]))
@@ -177,13 +189,14 @@ def test_a_sequence_decodes_alike_alone_and_in_a_batch(row: Row) -> None:
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_twice_is_the_same_bits(row: Row) -> None:
     data, strategy = qkv(61), make(row.name, **row.sparse)
-    assert torch.equal(run(strategy, cache_of(), [48, 8], 5, data), run(strategy, cache_of(), [48, 8], 5, data))
+    first, second = (run(strategy, cache_of(**row.spec), [48, 8], 5, data) for _ in range(2))
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_layers_with_a_window_read_exactly_that_window(row: Row) -> None:
     data = qkv(45)
-    out = run(make(row.name, **row.sparse), cache_of(windows=(10,)), [40], 5, data)
+    out = run(make(row.name, **row.sparse), cache_of(windows=(10,), **row.spec), [40], 5, data)
     torch.testing.assert_close(out.double(), oracle(*data, window=10), rtol=1e-5, atol=1e-5)
 
 

@@ -24,10 +24,10 @@ def spec_of(dtype: torch.dtype = torch.float32, **changes: object) -> CacheSpec:
 
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_a_large_pool_changes_no_bit(row: Row, tmp_path: Path) -> None:
-    strategy = make(row.name, **row.sparse)
-    wanted = run(on_device(spec_of()), strategy, LENGTHS, CHUNK, ROW, new=12)
+    strategy, spec = make(row.name, **row.sparse), spec_of(**row.spec)
+    wanted = run(on_device(spec), strategy, LENGTHS, CHUNK, ROW, new=12)
     for home in (in_memory, in_file(tmp_path)):
-        cache = offloaded(home, slots=100, staged=100)(spec_of())
+        cache = offloaded(home, slots=100, staged=100)(spec)
         found = run(cache, strategy, LENGTHS, CHUNK, ROW, new=12)
         assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
         cache.tier.close()

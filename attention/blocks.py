@@ -1,0 +1,170 @@
+"""Selection by blocks of pages, as models are trained with it: windows of mean keys, pooled to blocks.
+
+A window is `kernel_size` tokens, one begins every `kernel_stride`; only complete ones count. As scores are linear in
+keys, a window's is the mean of its pages' scores, so nothing but the pages' own mean keys is read. Shares stay
+logarithms, whose order is theirs, so that faint ones are told apart, too.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from keysift.kvcache import CacheSpec, Context, Phase, Selection, Step
+from keysift.kvcache.ops.page_masses import page_masses
+
+from .strategy import Count, Dense, Positive, Strategy, Tokens
+
+FLAT = 8
+"""Scores are taken from shares by a softmax that is so many times as flat: fp32 has shares down to e^-104, which are
+832 apart in scores then, more than the trained heads spread."""
+FAINTEST = -104.0
+"""Stands for the log share of a page that has none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockStrategy(Strategy, ABC):
+    """Chooses blocks for one token of each sequence, one list for each KV head; prompts read everything.
+
+    The first blocks, the last ones and the row's own are always in. Options are called what the models' own
+    configurations call them.
+    """
+
+    kernel_size: Positive = 32
+    """Tokens of a window, which its mean key stands for."""
+    kernel_stride: Positive = 16
+    """Tokens from one window's start to the next one's, a multiple of the page size."""
+    init_blocks: Count = 1
+    """Blocks at the start that every token reads."""
+    block_size: Positive = 64
+    """Tokens of a block."""
+    window_size: Tokens = 2048
+    """Tokens before a token's own block that it reads, in whole blocks."""
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` naming an option that does not fit the others."""
+        Strategy.__post_init__(self)
+        units = (("kernel_size", "kernel_stride"), ("block_size", "kernel_stride"), ("window_size", "block_size"))
+        for name, unit in units:
+            if (value := getattr(self, name)) % (step := getattr(self, unit)):
+                raise ValueError(f"{name}: a multiple of {unit} ({step}), got {value}")
+
+    @property
+    @abstractmethod
+    def most_blocks(self) -> int:
+        """What a list holds at most."""
+
+    @abstractmethod
+    def choose(self, q: Tensor, context: Context) -> Tensor:
+        """[R, Hkv, n] bool, the blocks that each row wants of the n that there are, those in `forced` included."""
+
+    def prefill(self, q: Tensor, context: Context) -> Selection:
+        return context.all()
+
+    def decode(self, q: Tensor, context: Context) -> Selection:
+        return _pages(self.choose(q, context), self.most_blocks, self.block_size, context.step)
+
+    def part(self, phase: Phase) -> Strategy:
+        return self if phase is Phase.DECODE else Dense()
+
+    def check(self, spec: CacheSpec) -> None:
+        if self.kernel_stride % spec.page_size:
+            raise ValueError(
+                f"page_size: a divisor of kernel_stride ({self.kernel_stride}) is needed, for windows are made of "
+                f"whole pages, got {spec.page_size}"
+            )
+
+    @property
+    def local_blocks(self) -> int:
+        return self.window_size // self.block_size
+
+    def forced(self, step: Step) -> Tensor:
+        """[R, n] bool, the first blocks, the row's own and the `local_blocks` before it."""
+        own, block = self._own(step), self._blocks(step)
+        return (block <= own) & ((block < self.init_blocks) | (block >= own - self.local_blocks))
+
+    def top(self, scores: Tensor, count: int, forced: Tensor, step: Step) -> Tensor:
+        """[R, H, n] bool, the `count` best blocks of scores [R, H, n], first of all the `forced`; ties: the lower."""
+        seen = (self._blocks(step) <= self._own(step))[:, None]
+        ranked = scores.masked_fill(forced, torch.inf).masked_fill(~seen, -torch.inf)
+        best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+        return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, True) & seen
+
+    def windows(self, pages: Tensor, step: Step, factor: int = 1) -> Tensor:
+        """Means of pages [R, H, F] over windows that are `factor` times as long and as far apart, [R, H, w].
+
+        -inf for windows that are not complete.
+        """
+        size, stride = self.kernel_size * factor, self.kernel_stride * factor
+        per, apart = size // step.page_size, stride // step.page_size
+        pages = pad(pages, (0, max(0, per - pages.shape[-1])))
+        means = pages.unfold(-1, per, apart).mean(-1)
+        ends = torch.arange(means.shape[-1], device=means.device) * stride + size
+        return means.masked_fill((ends > step.starts[:, None] + 1)[:, None], -torch.inf)
+
+    def pooled(self, windows: Tensor, step: Step) -> Tensor:
+        """The greatest of windows [R, H, w] that share a token with each block, [R, H, n]; -inf: there is none."""
+        ratio, before = self.block_size // self.kernel_stride, self.kernel_size // self.kernel_stride - 1
+        behind = self._count(step) * ratio - windows.shape[-1]
+        return pad(windows, (before, behind), value=-torch.inf).unfold(-1, ratio + before, ratio).amax(-1)
+
+    def _own(self, step: Step) -> Tensor:
+        return (step.starts // self.block_size)[:, None]  # [R, 1]
+
+    def _blocks(self, step: Step) -> Tensor:
+        return torch.arange(self._count(step), device=step.starts.device)
+
+    def _count(self, step: Step) -> int:
+        return -(-step.max_pages * step.page_size // self.block_size)
+
+
+def scores(q: Tensor, context: Context) -> Tensor:
+    """[R, Hq, F] fp32: ``scale * q . mean key`` of each full page up to a summand per row and head.
+
+    By what keys hold themselves; a bias that they carry does not count. Behind the last full page: anything but NaN.
+    """
+    step, spec, means = context.step, context.spec, context.page_means()
+    if spec.bias_channels:
+        q = pad(q[..., : spec.content_dim], (0, spec.bias_channels))
+    full = (step.starts + 1) // step.page_size  # [R]
+    masses = page_masses(q, means.k, means.table, full - 1, scale=spec.softmax_scale / FLAT)
+    return FLAT * masses.clamp(min=FAINTEST + masses.amax(-1, keepdim=True).clamp(min=FAINTEST))
+
+
+def biases(q: Tensor, context: Context) -> Tensor:
+    """[R, Hkv, F] fp32, the mean bias that the keys of each full page carry; anything where no page is full.
+
+    The product of the channels that are not content, which all query heads agree on. A page's mean is kept in the
+    cache's precision, so bfloat16 knows it to 8 bits.
+    """
+    content, means = context.spec.content_dim, context.page_means()
+    heads = torch.arange(means.k.shape[1], device=q.device)[:, None]
+    keys = means.k[:, :, 0, content:][means.table.long(), heads].float()  # [R, Hkv, F, bias_channels]
+    ours = q[:, :: q.shape[1] // means.k.shape[1], content:].float()  # [R, Hkv, bias_channels]
+    total: Tensor = (keys * ours[:, :, None]).sum(-1) * context.spec.softmax_scale
+    return total
+
+
+def log_sum(windows: Tensor) -> Tensor:
+    """The log-sum-exp of windows [R, H, w], [R, H, 1]; in double precision, so that its bits are not the padding's."""
+    return windows.double().logsumexp(-1, keepdim=True).float()
+
+
+def group_sum(logs: Tensor, heads: int) -> Tensor:
+    """Logs [R, Hq, w] of shares -> [R, heads, w], logs of their sums over the query heads of a group."""
+    return torch.unflatten(logs.nan_to_num(nan=-torch.inf, neginf=-torch.inf), 1, (heads, -1)).logsumexp(2)
+
+
+def _pages(blocks: Tensor, count: int, size: int, step: Step) -> Selection:
+    """The pages of at most `count` blocks of mask [R, H, n]."""
+    every = blocks.shape[-1]
+    block = torch.arange(every, dtype=torch.int32, device=blocks.device)
+    chosen = torch.where(blocks, block, every).sort(-1).values[..., : min(count, every)]  # [R, H, K]
+    per = size // step.page_size
+    pages = chosen[..., None] * per + torch.arange(per, dtype=torch.int32, device=blocks.device)
+    pages = pages.flatten(-2)
+    return Selection(pages.masked_fill(pages > step.last_pages[:, None, None], -1).int())
