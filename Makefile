@@ -44,7 +44,7 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/python tests/compile_kernels.py
 
-# About three hours on two cores, most of it for the quality of prompts and tokens.
+# About four hours on two cores, most of it for the quality of prompts and tokens.
 bench: install
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python benchmarks/attention.py
@@ -56,6 +56,8 @@ bench: install
 	$(BIN)/python benchmarks/recall.py --phase decode
 	$(BIN)/python benchmarks/prefill_quality.py --plot benchmarks/prefill_quality.svg
 	$(BIN)/python benchmarks/decode_quality.py --plot benchmarks/decode_quality.svg
+	$(BIN)/python benchmarks/locality.py --texts manual scripture --lengths 8000 --plot benchmarks/locality.svg
+	$(BIN)/python benchmarks/offload.py
 
 # The generator needs an older protobuf than the product runs with: an environment of its own.
 proto: $(TYPES)

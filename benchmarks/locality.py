@@ -181,7 +181,7 @@ def plot(rows: list[Row], path: Path) -> None:
         axes[1, column].set(xlabel="budget, tokens", yscale="log", ylabel="KL to dense, nats")
         for axis in axes[:, column]:
             axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path)
 
 
