@@ -1,6 +1,7 @@
 """Strategies choose pages, ops compute over them."""
 
 from .attend import Attend, bind
+from .locality import Locality
 from .registry import DEFAULT, StrategyError, known, make, parse
 from .strategy import Dense, Split, Strategy
 from .telemetry import Coverage, Reads, Telemetry
@@ -10,6 +11,7 @@ __all__ = [
     "Attend",
     "Coverage",
     "Dense",
+    "Locality",
     "Reads",
     "Split",
     "Strategy",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from torch import Tensor
 
-from keysift.kvcache import PagedCache, Phase, Step
+from keysift.kvcache import Context, PagedCache, Phase, Selection, Step
 
 from .ops.merge import merge
 from .ops.paged_attention import paged_attention
@@ -33,18 +34,9 @@ def bind(strategy: Strategy, cache: PagedCache, step: Step, telemetry: Telemetry
         context = cache.context(layer, step, which)
         window = spec.window(layer)
         selection = context.zones(sink=0, window=window) if window else choose(q, context)
-        frames = context.fetch(selection)
-        out, lse = paged_attention(
-            q,
-            frames.k,
-            frames.v,
-            frames.table,
-            selection.pages,
-            step.starts,
-            queries_per_row=step.queries_per_row,
-            scale=spec.softmax_scale,
-            window=window,
-        )
+        out, lse = _read(q, context, selection, window)
+        if selection.ahead is not None:
+            cache.tier.foresee(layer, selection.ahead, step)
         exact = lse
         if selection.estimated is not None:
             out, lse = merge(out, lse, *estimate(q, context, selection.estimated))
@@ -53,3 +45,23 @@ def bind(strategy: Strategy, cache: PagedCache, step: Step, telemetry: Telemetry
         return out
 
     return attend
+
+
+def _read(q: Tensor, context: Context, selection: Selection, window: int) -> tuple[Tensor, Tensor]:
+    """Attention over the chosen pages, in as many parts as the tier brings them in: out and lse."""
+    step = context.step
+    read = (
+        paged_attention(
+            q,
+            frames.k,
+            frames.v,
+            frames.table,
+            part.pages,
+            step.starts,
+            queries_per_row=step.queries_per_row,
+            scale=context.spec.softmax_scale,
+            window=window,
+        )
+        for part, frames in context.parts(selection)
+    )
+    return functools.reduce(lambda one, other: merge(*one, *other), read)

@@ -71,6 +71,10 @@ class PromptStrategy(Strategy, ABC):
         return self if phase is Phase.PREFILL else Dense()
 
     @property
+    def scans(self) -> bool:
+        return True
+
+    @property
     def rows_at_the_end(self) -> int:
         return self.last_rows_dense
 

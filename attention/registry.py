@@ -19,6 +19,7 @@ BUILT_IN = {
     "dense": "keysift.attention.strategy:Dense",
     "flexprefill": "keysift.attention.strategies.flexprefill:FlexPrefill",
     "minference": "keysift.attention.strategies.minference:MInference",
+    "nosa": "keysift.attention.strategies.nosa:Nosa",
     "oracle": "keysift.attention.strategies.oracle:Oracle",
     "quest": "keysift.attention.strategies.quest:Quest",
     "retrieval": "keysift.attention.strategies.retrieval:Retrieval",

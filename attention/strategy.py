@@ -40,6 +40,11 @@ class Strategy:
     yardstick: ClassVar[bool] = False
     """It is there to measure others by and never saves time, so nothing asks from which length on it does."""
 
+    @property
+    def scans(self) -> bool:
+        """It looks at all keys of a layer at once, beside those that it chooses."""
+        return False
+
     def __post_init__(self) -> None:
         """Raises `ValueError` naming the first field whose value is out of its bounds."""
         for name, check in _checks(type(self)).items():  # type: ignore[arg-type]  # a class is hashable
@@ -63,6 +68,11 @@ class Strategy:
     def part(self, phase: Phase) -> Strategy:
         """The strategy that is responsible for a phase."""
         return self
+
+    @property
+    def remembers(self) -> bool:
+        """What a token reads follows from what those before it read: they have to be decoded to decode it again."""
+        return False
 
     @property
     def rows_at_the_end(self) -> int:
@@ -111,6 +121,10 @@ class Split(Strategy):
 
     def make_index(self) -> IndexSpec | None:
         return self.token.make_index()
+
+    @property
+    def remembers(self) -> bool:
+        return self.token.remembers
 
     def part(self, phase: Phase) -> Strategy:
         return (self.prompt if phase is Phase.PREFILL else self.token).part(phase)

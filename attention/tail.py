@@ -35,12 +35,11 @@ def estimate(q: Tensor, context: Context, pages: Tensor) -> tuple[Tensor, Tensor
 
 def bound(q: Tensor, context: Context, chosen: Tensor) -> Tensor:
     """[R, Hq], log of the most that the pages outside the mask `chosen` [R, H, F] can hold for q [R, Hq, D]."""
-    frames = context.fetch(context.own())
     bounds = page_bounds(
         q,
-        frames.k,
+        *context.own_page(),
         context.tier.summaries(context.layer),
-        frames.table,
+        context.step.table,
         context.step.starts,
         scale=context.spec.softmax_scale,
     )

@@ -11,6 +11,8 @@ from torch import Tensor
 from keysift.kvcache import CacheSpec, Phase, Selection, Step
 from keysift.kvcache.selection import pairs
 
+from .locality import Locality, moved
+
 
 @dataclass(frozen=True, slots=True)
 class Reads:
@@ -93,8 +95,9 @@ class Telemetry:
         self._step = step
         self._counts: dict[int, Tensor | None] = {}
         self._kept: dict[int, tuple[Tensor, Tensor | None]] = {}
-        self._estimated: set[int] = set()
+        self._estimated: dict[int, Tensor] = {}
         self._bounds: dict[int, Tensor] = {}
+        self._moves: list[tuple[Tensor, Tensor | None]] = []
 
     def record(self, layer: int, selection: Selection, exact: Tensor | None = None, lse: Tensor | None = None) -> None:
         """Note what this layer chose; a complete selection costs nothing.
@@ -106,12 +109,29 @@ class Telemetry:
         if selection.complete:
             return
         if selection.estimated is not None and exact is not None and lse is not None:
-            self._estimated.add(layer)
-            self._kept[layer] = torch.exp(exact - lse), None
+            self._kept[layer], self._estimated[layer] = self._parts(selection, exact, lse)
         elif selection.coverage is not None:
             self._kept[layer] = selection.coverage, selection.widened
+        if selection.overlap is not None:
+            self._moves.append((selection.overlap, selection.valve))
         if selection.bound is not None and lse is not None:
             self._bounds[layer] = torch.sigmoid(selection.bound - lse)
+
+    def _parts(self, selection: Selection, exact: Tensor, lse: Tensor) -> tuple[tuple[Tensor, None], Tensor]:
+        """Shares [R, Hq] of the attention that was read, as `_kept` has it, and that came from means.
+
+        Where nothing was dropped the two are what the op weighed; else they are to each other as it weighed them, and
+        the selection tells the first, if anything does.
+        """
+        assert selection.estimated is not None
+        read = torch.exp(exact - lse)
+        pages = selection.counts() + (selection.estimated >= 0).sum(-1)  # [R, H]
+        group = read.shape[1] // pages.shape[1]
+        whole = (pages > self._step.last_pages[:, None]).repeat_interleave(group, 1)
+        told = torch.full_like(read, torch.nan) if selection.coverage is None else selection.coverage
+        kept = torch.where(whole, read, told)
+        estimated = torch.minimum(kept * (torch.exp(lse - exact) - 1), 1 - kept)
+        return (kept, None), estimated.nan_to_num(0.0).clamp(min=0.0)
 
     def density(self) -> Tensor:
         """[L, Hkv or Hq] fp32, share of the possible pairs per layer and head; 1 for layers with a window."""
@@ -171,6 +191,10 @@ class Telemetry:
             for b, span in enumerate(self._step.spans)
         ]
 
+    def locality(self) -> list[Locality]:
+        """How little each sequence of a decode step changed what it read; waits for the device."""
+        return moved(self._moves) if self._moves else [Locality()] * len(self._step.spans)
+
     def _sparse(self) -> dict[int, Tensor]:
         """Page counts [R, H] of the layers that chose."""
         return {layer: counts for layer, counts in self._counts.items() if counts is not None}
@@ -178,29 +202,23 @@ class Telemetry:
     def _measured(self) -> Tensor:
         """[layers that measured, B, 4] on the host: mean and least kept mass, shares widened and estimated."""
         empty = [torch.empty(0, len(self._step.spans), 4)]
-        return torch.cat([self._shares(*group) for group in self._alike()] or empty).cpu()
+        return torch.cat([self._shares(layers) for layers in self._alike()] or empty).cpu()
 
-    def _alike(self) -> list[tuple[list[int], Tensor, Tensor]]:
-        """Layers whose probes [B, H] have one shape: numbers, kept masses and which were widened, [layers, B, H]."""
+    def _alike(self) -> list[list[int]]:
+        """Layers whose probes [B, H] have one shape."""
         groups: dict[torch.Size, list[int]] = {}
         for layer, (kept, _) in self._kept.items():
             groups.setdefault(kept.shape, []).append(layer)
-        return [(layers, *self._stacked(layers)) for layers in groups.values()]
+        return list(groups.values())
 
-    def _stacked(self, layers: list[int]) -> tuple[Tensor, Tensor]:
-        kept, widened = zip(*(self._kept[layer] for layer in layers), strict=True)
-        if all(wide is None for wide in widened):
-            return torch.stack(kept), torch.zeros(1, device=kept[0].device).expand(len(kept), *kept[0].shape)
-        wide = [torch.zeros_like(k) if w is None else w.float() for k, w in zip(kept, widened, strict=True)]
-        return torch.stack(kept), torch.stack(wide)
-
-    def _shares(self, layers: list[int], kept: Tensor, widened: Tensor) -> Tensor:
+    def _shares(self, layers: list[int]) -> Tensor:
         """[layers, B, 4] of probes [layers, B, H]; those of a prompt chunk are one sequence's."""
+        kept = torch.stack([self._kept[layer][0] for layer in layers]).float().clamp(max=1.0)
+        widened = _stacked([self._kept[layer][1] for layer in layers], kept)
+        estimated = _stacked([self._estimated.get(layer) for layer in layers], kept)
         shape = (len(layers), len(self._step.spans), -1)
-        kept, widened = kept.float().clamp(max=1.0).reshape(shape), widened.reshape(shape)
-        mean = kept.mean(-1)
-        stands_in = torch.tensor([float(layer in self._estimated) for layer in layers], device=kept.device)
-        return torch.stack([mean, kept.amin(-1), widened.mean(-1), (1 - mean) * stands_in[:, None]], -1)
+        kept, widened, estimated = (each.reshape(shape) for each in (kept, widened, estimated))
+        return torch.stack([kept.mean(-1), kept.amin(-1), widened.mean(-1), estimated.mean(-1)], -1)
 
     def _bound_shares(self) -> Tensor:
         """[layers that told it, B] on the host, the most that each sequence's dropped pages can hold."""
@@ -208,6 +226,13 @@ class Telemetry:
             return torch.empty(0, len(self._step.spans))
         shares = torch.stack(list(self._bounds.values()))  # [layers, R, Hq]
         return shares.reshape(len(shares), len(self._step.spans), -1).mean(-1).cpu()
+
+
+def _stacked(parts: list[Tensor | None], like: Tensor) -> Tensor:
+    """[layers, B, H] fp32 as `like`; zeros where a layer has nothing."""
+    if all(part is None for part in parts):
+        return torch.zeros(1, device=like.device).expand_as(like)
+    return torch.stack([torch.zeros_like(like[0]) if part is None else part.float() for part in parts])
 
 
 def _coverage(tokens: int, layers: int, measured: list[list[float]], *, rest: float, bound: float) -> Coverage:

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
-from keysift.kvcache import Context, Phase, Selection
+from keysift.kvcache import Context, Phase, Selection, Step
 
 from . import patterns, tail
-from .ops.top_pages import TopPages, top_pages
+from .ops.top_pages import top_pages
 from .strategy import Count, Dense, Positive, Share, Strategy, Tokens
+
+
+class Zones(NamedTuple):
+    """Pages that every token of a step reads."""
+
+    firsts: Tensor
+    """[R] int32, first page of each row's window."""
+    sinks: int
+    window: int
+    """The most pages from a row's first to its last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,30 +60,61 @@ class TokenStrategy(Strategy, ABC):
     def decode(self, q: Tensor, context: Context) -> Selection:
         if context.layer < self.dense_layers:
             return context.all()
-        step, heads = context.step, context.spec.num_kv_heads
-        window = min(self.window, step.max_pages * step.page_size)  # positions are int32
+        masses = self.masses(q, context)
+        selection = self._account(q, context, self.choose(masses, context))
+        return replace(selection, ahead=nearly(masses, selection, context)) if context.tier.ahead else selection
+
+    def choose(self, masses: Tensor, context: Context) -> Selection:
+        """The pages that a token reads, by their masses [R, Hq, F]."""
+        zones = self.zones(context.step)
         chosen = top_pages(
-            self.masses(q, context),
-            (step.starts - window + 1).clamp(min=0) // step.page_size,
-            step.last_pages,
-            heads=heads,
-            sinks=-(-self.sink // step.page_size),
-            window=(window - 2) // step.page_size + 2,
-            budget=self.budget // step.page_size,
+            masses,
+            zones.firsts,
+            context.step.last_pages,
+            heads=context.spec.num_kv_heads,
+            sinks=zones.sinks,
+            window=zones.window,
+            budget=self.budget // context.step.page_size,
             epsilon=self.epsilon,
         )
-        return self._account(q, context, chosen)
+        return Selection(chosen.pages, coverage=chosen.kept if context.tells_shares else None)
 
-    def _account(self, q: Tensor, context: Context, chosen: TopPages) -> Selection:
+    def zones(self, step: Step) -> Zones:
+        """What every token reads, in pages."""
+        window = min(self.window, step.max_pages * step.page_size)  # positions are int32
+        firsts = (step.starts - window + 1).clamp(min=0) // step.page_size
+        return Zones(firsts, -(-self.sink // step.page_size), (window - 2) // step.page_size + 2)
+
+    def _account(self, q: Tensor, context: Context, selection: Selection) -> Selection:
         """The selection, and what becomes of the pages outside it."""
-        selection = Selection(chosen.pages, coverage=chosen.kept if context.tells_shares else None)
         if self.tail == "drop" and not self.certify:
             return selection
         mask = selection.mask(context.step.max_pages)
         if self.tail == "mean":
             rest = ~mask & (patterns.pages(context.step) < context.step.last_pages[:, None])[:, None]
             return replace(selection, estimated=Selection.from_mask(rest).pages)
+        if selection.estimated is not None:
+            mask = mask | Selection(selection.estimated).mask(context.step.max_pages)
         return replace(selection, bound=tail.bound(q, context, mask))
+
+    @property
+    def scans(self) -> bool:
+        which = self.make_index()
+        return which is not None and which.scans
 
     def part(self, phase: Phase) -> Strategy:
         return self if phase is Phase.DECODE else Dense()
+
+
+def nearly(masses: Tensor, selection: Selection, context: Context) -> Tensor:
+    """[R, H, P] int32, the heaviest pages that were not chosen, by masses [R, Hq, F]: see `Selection.ahead`.
+
+    On real text every third page that a token reads and the one before did not is among the 8 that came next there.
+    """
+    heads, count = selection.pages.shape[1], min(context.tier.ahead, masses.shape[2])
+    shares = torch.unflatten(masses.softmax(-1).nan_to_num(0.0), 1, (heads, -1)).mean(2)  # [R, H, F]
+    shares = shares.masked_fill(selection.mask(masses.shape[2]), 0.0)
+    best = shares.topk(count)
+    return Selection.from_mask(
+        torch.zeros_like(shares, dtype=torch.bool).scatter(2, best.indices, best.values > 0)
+    ).pages[..., :count]

@@ -44,6 +44,21 @@ class EngineConfig(Checked):
         None,
         description="bytes for KV pages, such as 4GiB; none: at most 40 % of what is free",
     )
+    kv_home: str | None = Field(
+        None,
+        description="where KV pages live when kv_memory holds only those that are being read: a folder, for a nameless "
+        "file in it, or pinned for host memory; none: all pages are in kv_memory",
+    )
+    kv_home_memory: ByteSize | None = Field(
+        None, description="most bytes of the KV home; none: what the requests can fill and the place has room for"
+    )
+    kv_prefetch: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="pages of each layer and KV head that a token may fetch from the KV home on a guess at what the "
+        "next one reads; pays where reading waits for a disk",
+    )
     dtype: Dtype = Field("auto", description="of weights and pages; auto: bfloat16 where the hardware multiplies it")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     backend: Backend = Field(
@@ -60,6 +75,8 @@ class EngineConfig(Checked):
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
+        if self.kv_home_memory is not None and self.kv_home is None:
+            raise InvalidRequest("kv_home_memory", f"takes kv_home as well, got {int(self.kv_home_memory)} alone")
         for name, unit in (("queries_per_row", "page_size"), ("prefill_chunk", "queries_per_row")):
             if getattr(self, name) % getattr(self, unit):
                 raise InvalidRequest(name, f"a multiple of {unit} ({getattr(self, unit)}), got {getattr(self, name)}")

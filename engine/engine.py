@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from keysift.attention import Strategy, StrategyError, parse
-from keysift.kvcache import PageKeys
+from keysift.kvcache import PageKeys, Phase
 
 from . import calibration, metrics
 from .config import EngineConfig
@@ -42,7 +42,7 @@ class Engine:
         self._default = self._strategy(config.strategy, config.strategy_args)
         calibration.tell(config, self._crossovers, report)
         self.tokenizer = self.model.tokenizer
-        self.cache = make_cache(config, self.model)
+        self.cache = make_cache(config, self.model, report)
         self.scheduler = Scheduler(
             self.cache,
             max_running=config.max_num_seqs,
@@ -175,12 +175,26 @@ class Engine:
         return PageKeys(root, self.config.page_size)
 
     def _check_size(self, sequence: Sequence) -> None:
-        tokens = sequence.prompt_len + sequence.max_new_tokens
-        spec, total = self.cache.spec, self.cache.allocator.total
+        tokens, cache = sequence.prompt_len + sequence.max_new_tokens, self.cache
+        spec, total, elsewhere = cache.spec, cache.allocator.total, self.config.kv_home is not None
+        field, page = ("kv_home_memory", spec.kv_bytes) if elsewhere else ("kv_memory", spec.page_bytes)
         if (needed := spec.pages_for(tokens)) > total:
             raise ResourceExhausted(
-                f"kv_memory: {tokens} tokens (prompt + max_new_tokens) need {needed} pages = "
-                f"{needed * spec.page_bytes} bytes, the cache has {total} pages = {total * spec.page_bytes} bytes"
+                f"{field}: {tokens} tokens (prompt + max_new_tokens) need {needed} pages = {needed * page} bytes, "
+                f"the cache has {total} pages = {total * page} bytes"
+                + ("" if elsewhere else "; with kv_home they need not all be in memory")
+            )
+        self._check_scans(sequence, Phase.PREFILL, sequence.prompt_len)
+        self._check_scans(sequence, Phase.DECODE, tokens)
+
+    def _check_scans(self, sequence: Sequence, phase: Phase, tokens: int) -> None:
+        """Whether a strategy that wants all keys of a layer at once can have them."""
+        strategy, cache = sequence.runs(phase, tokens), self.cache
+        pages, page = cache.spec.pages_for(tokens), cache.spec.num_kv_heads * cache.spec.read_bytes
+        if strategy.scans and not cache.tier.holds(pages):
+            raise ResourceExhausted(
+                f"kv_memory: strategy {strategy.name} looks at all keys of a layer at once, which takes {pages * page} "
+                f"bytes for {tokens} tokens, more than the pool spares for one layer (half of it at most)"
             )
 
     def _job(self, sequence: Sequence) -> Job:
@@ -204,6 +218,8 @@ class Engine:
             sequence.reads[batch.phase] += reads
             sequence.coverage[batch.phase] += coverage
             sequence.traffic[batch.phase] += result.traffic // len(batch.sequences)
+        for sequence, locality in zip(batch.sequences, result.locality, strict=True):
+            sequence.locality += locality
         sampled = batch.sampled
         self.scheduler.commit(batch, [token for token, _ in result.sampled])
         outputs: list[Output] = []

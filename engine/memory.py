@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import torch
 
-from keysift.kvcache import CacheSpec, PagedCache
+from keysift.kvcache import CacheSpec, PagedCache, Tier
 
 from .config import EngineConfig
 from .errors import InvalidRequest
 from .model import LoadedModel
+from .offload import lay_out, make_tier
 
 CGROUP = Path("/sys/fs/cgroup")
 SHARE = 0.4
@@ -31,19 +33,31 @@ def cache_spec(config: EngineConfig, model: LoadedModel) -> CacheSpec:
     )
 
 
-def make_cache(config: EngineConfig, model: LoadedModel) -> PagedCache:
+def make_cache(config: EngineConfig, model: LoadedModel, report: Callable[[str], None]) -> PagedCache:
     """A cache of at most ``kv_memory`` bytes, and no larger than all running requests could fill.
 
+    With ``kv_home`` these are the bytes of what is at hand, and `report` hears how they are spent.
+
     Raises:
-        InvalidRequest: the bytes do not hold one page.
+        InvalidRequest: the bytes do not hold one page, or the home has no room.
     """
-    spec = cache_spec(config, model)
+    spec, free = cache_spec(config, model), free_memory(model.device)
+    if config.kv_home is not None:
+        layout = lay_out(config, spec, model.max_model_len, free, SHARE)
+        report(str(layout))
+        tier = make_tier(config, spec, layout, model.device)
+        return _cache(config, model, spec, layout.frames, tier)
     wanted = spec.pages_for(model.max_model_len) * config.max_num_seqs
-    budget = int(SHARE * free_memory(model.device)) if config.kv_memory is None else int(config.kv_memory)
+    budget = int(SHARE * free) if config.kv_memory is None else int(config.kv_memory)
     frames = min(budget // spec.page_bytes, wanted)
     if frames < 1:
         raise InvalidRequest("kv_memory", f"at least one page = {spec.page_bytes} bytes, got {budget}")
-    return PagedCache(spec, frames, max_sequences=config.max_num_seqs, max_len=model.max_model_len, device=model.device)
+    return _cache(config, model, spec, frames, None)
+
+
+def _cache(config: EngineConfig, model: LoadedModel, spec: CacheSpec, frames: int, tier: Tier | None) -> PagedCache:
+    sizes = {"max_sequences": config.max_num_seqs, "max_len": model.max_model_len}
+    return PagedCache(spec, frames, **sizes, device=model.device, tier=tier)
 
 
 def free_memory(device: torch.device) -> float:

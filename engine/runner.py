@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from keysift.attention import Coverage, Dense, Reads, Telemetry, bind
+from keysift.attention import Coverage, Dense, Locality, Reads, Telemetry, bind
 from keysift.kvcache import PagedCache, Phase, Span, Step, Traffic
 from keysift.kvcache.ops import BackendUnavailable, use_backend
 
@@ -27,6 +27,7 @@ class StepResult:
     reads: list[Reads]
     coverage: list[Coverage]
     traffic: Traffic
+    locality: list[Locality]
 
 
 class Runner:
@@ -64,7 +65,8 @@ class Runner:
             logits = self._model.forward(self._input_ids(batch), step.positions, self._last(batch), attend)
             sampled = sample(logits, states)
         reads = telemetry.reads()
-        return StepResult(sampled, reads, telemetry.covered(reads), self._cache.tier.traffic - before)
+        moved = self._cache.tier.traffic - before
+        return StepResult(sampled, reads, telemetry.covered(reads), moved, telemetry.locality())
 
     def _step(self, batch: Batch) -> Step:
         if batch.phase is Phase.PREFILL:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from keysift.attention import Coverage, Dense, Reads, Strategy
+from keysift.attention import Coverage, Dense, Locality, Reads, Strategy
 from keysift.kvcache import PageKeys, Phase, Traffic
 
 from .request import PrefillProgress, PromptInfo, Request, Sparsity, Timings, Usage
@@ -40,6 +40,7 @@ class Sequence:
     reads: dict[Phase, Reads] = field(default_factory=lambda: dict.fromkeys(Phase, Reads()))
     coverage: dict[Phase, Coverage] = field(default_factory=lambda: dict.fromkeys(Phase, Coverage()))
     traffic: dict[Phase, Traffic] = field(default_factory=lambda: dict.fromkeys(Phase, Traffic()))
+    locality: Locality = field(default_factory=Locality)
     chose: set[Phase] = field(default_factory=set)
     """Phases in which the strategy has chosen pages."""
     fell_back: set[Phase] = field(default_factory=set)
@@ -91,7 +92,9 @@ class Sequence:
 
     @property
     def exact(self) -> bool:
-        """Its prompt is dense, and every token so far has read all of its context."""
+        """Its prompt is dense, and every token so far has read all of its context and left nothing to the next."""
+        if Phase.DECODE in self.chose and self.strategy.remembers:
+            return False
         return self.dense and all(reads.chosen == reads.possible for reads in self.reads.values())
 
     def runs(self, phase: Phase, queries: int) -> Strategy:
@@ -174,4 +177,6 @@ class Sequence:
             decode_bytes_moved=at_tokens.fetched,
             kv_hits=at_tokens.hits,
             kv_misses=at_tokens.misses,
+            kv_overlap=self.locality.mean_overlap,
+            valve=self.locality.valve_share,
         )

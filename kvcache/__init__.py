@@ -17,7 +17,10 @@ from .allocator import FrameAllocator, OutOfFrames
 from .cache import PagedCache
 from .context import Context
 from .errors import HomeError
+from .home import Home, MemoryHome
+from .offload import OffloadTier, PoolSize
 from .prefix import PageKeys, PrefixCache
+from .recent import Past, Recent
 from .selection import Selection
 from .spec import CacheSpec
 from .step import Phase, Span, Step
@@ -29,12 +32,18 @@ __all__ = [
     "DeviceTier",
     "FrameAllocator",
     "Frames",
+    "Home",
     "HomeError",
+    "MemoryHome",
+    "OffloadTier",
     "OutOfFrames",
     "PageKeys",
     "PagedCache",
+    "Past",
     "Phase",
+    "PoolSize",
     "PrefixCache",
+    "Recent",
     "Selection",
     "Span",
     "Step",

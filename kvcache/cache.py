@@ -12,30 +12,40 @@ from .allocator import FrameAllocator
 from .context import Context
 from .index.protocol import IndexSpec, PageIndex
 from .prefix import PrefixCache
+from .recent import Recent
 from .spec import CacheSpec
 from .step import Phase, Span, Step
 from .tiers import DeviceTier, Tier
 
 
 class PagedCache:
-    """Keys and values of many sequences in pages of one tier. Nothing is allocated after construction.
+    """Keys and values of many sequences in pages of one tier. Only `recent` allocates anything after construction.
 
     Sequences are small integers below `max_sequences`, chosen by `open`. Page bookkeeping is host integers; the
     page tables are mirrored on the device, where steps read them.
     """
 
     def __init__(
-        self, spec: CacheSpec, num_frames: int, *, max_sequences: int, max_len: int, device: torch.device | str = "cpu"
+        self,
+        spec: CacheSpec,
+        num_frames: int,
+        *,
+        max_sequences: int,
+        max_len: int,
+        device: torch.device | str = "cpu",
+        tier: Tier | None = None,
     ) -> None:
+        """`tier` has room for as many frames and sequences; none: everything stays on the device."""
         self.spec = spec
         self.device = torch.device(device)
         self.allocator = FrameAllocator(num_frames)
         self.prefix = PrefixCache(self.allocator)
-        self.tier: Tier = DeviceTier(spec, num_frames, self.device)
+        self.tier: Tier = tier or DeviceTier(spec, num_frames, self.device)
         shape = (max_sequences, spec.pages_for(max_len))
         self._tables = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._frames: dict[int, list[int]] = {}
         self._indexes: dict[IndexSpec, PageIndex] = {}
+        self.recent = Recent(spec, self.device)
         self._closed = list(range(max_sequences - 1, -1, -1))
 
     @property
@@ -60,10 +70,19 @@ class PagedCache:
 
         Raises:
             OutOfFrames: there are too few; nothing was reserved.
+            HomeError: there are enough, but the tier has no room for them; nothing was reserved either.
         """
         missing = self.spec.pages_for(tokens) - len(self._frames[sequence])
-        if missing > 0:
-            self._append(sequence, self.allocator.take(missing))
+        if missing <= 0:
+            return
+        frames = self.allocator.take(missing)
+        try:
+            self.tier.claim(frames)
+        except Exception:
+            for frame in reversed(frames):
+                self.allocator.release(frame)
+            raise
+        self._append(sequence, frames)
 
     def _append(self, sequence: int, frames: list[int]) -> None:
         held = self._frames[sequence]
@@ -78,6 +97,7 @@ class PagedCache:
         """
         for frame in reversed(self._frames.pop(sequence)):
             self.allocator.release(frame)
+        self.recent.drop(sequence)
         self._closed.append(sequence)
 
     def rollback(self, sequence: int, tokens: int) -> None:
@@ -93,6 +113,7 @@ class PagedCache:
         for frame in reversed(held[count:]):
             self.allocator.release(frame)
         del held[count:]
+        self.recent.drop(sequence)
 
     def keep(self, sequence: int, keys: Sequence[bytes], first_page: int = 0) -> None:
         """Offer full pages from `first_page` on for reuse under these prefix keys."""
@@ -175,4 +196,4 @@ class PagedCache:
 
     def context(self, layer: int, step: Step, which: IndexSpec | None = None) -> Context:
         """One layer as a strategy that searches this index sees it."""
-        return Context(layer, self.spec, step, self.tier, None if which is None else self.index(which))
+        return Context(layer, self.spec, step, self.tier, None if which is None else self.index(which), self.recent)

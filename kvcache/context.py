@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .index.protocol import PageIndex
+from .recent import Past, Recent, turns
 from .selection import Selection
 from .spec import CacheSpec
 from .step import Step
@@ -23,6 +25,7 @@ class Context:
     step: Step
     tier: Tier
     index: PageIndex | None = None
+    recent: Recent | None = None
 
     @property
     def num_pages(self) -> Tensor:
@@ -37,10 +40,9 @@ class Context:
         """The first `sink` tokens and every query's last `window`, in whole pages."""
         return Selection.zones(self.step, self.spec.num_kv_heads, sink=sink, window=window)
 
-    def own(self) -> Selection:
-        """The page of each row's last query alone."""
-        own = self.step.last_pages[:, None, None]
-        return Selection(own.expand(-1, self.spec.num_kv_heads, 1))
+    def own_page(self) -> tuple[Tensor, Tensor]:
+        """Keys [*, Hkv, S, D], and where in them the page of each row's last query is: [R, Hkv] int32."""
+        return self.tier.own(self.layer, self.step)
 
     @property
     def tells_shares(self) -> bool:
@@ -68,5 +70,27 @@ class Context:
         return Frames(means[:, :, :1], means[:, :, 1:], self.step.table)
 
     def fetch(self, selection: Selection) -> Frames:
-        """The selected pages where an op can read them."""
+        """The selected pages where an op can read them, until the next fetch.
+
+        Raises:
+            HomeError: the tier cannot have so many at hand at once; see `parts`.
+        """
         return self.tier.resident(self.layer, selection, self.step)
+
+    def parts(self, selection: Selection) -> Iterator[tuple[Selection, Frames]]:
+        """The same, however much it is: disjoint parts one after the other, whose attention can be merged."""
+        return self.tier.parts(self.layer, selection, self.step)
+
+    def turns(self) -> list[list[int]]:
+        """The rows of a decode step, one token of each sequence at a time: one list, but where some have several."""
+        return turns(self.step)
+
+    def previous(self, rows: Sequence[int]) -> Past:
+        """What `remember` kept of the tokens right before those of these rows, if it did."""
+        assert self.recent is not None
+        return self.recent.previous(self.layer, self.step, rows)
+
+    def remember(self, rows: Sequence[int], read: Tensor, averages: Tensor) -> None:
+        """Keep pages [R, Hkv, F] and their averages for the tokens behind those of these rows, a turn's."""
+        assert self.recent is not None
+        self.recent.remember(self.layer, self.step, rows, read, averages)

@@ -41,6 +41,11 @@ class CacheSpec:
         return self.num_layers * self.num_kv_heads * (vectors + codes)
 
     @property
+    def kv_bytes(self) -> int:
+        """Bytes of one page's keys and values alone, of all layers."""
+        return self.num_layers * self.num_kv_heads * self.read_bytes
+
+    @property
     def code_words(self) -> int:
         """Words of a key's code; what is left over of the last one is wasted."""
         return -(-self.head_dim * (self.code_bits or 0) // WORD_BITS)

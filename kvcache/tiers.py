@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from .ops.encode import Codes, encode
+from .descriptions import Descriptions
+from .ops.encode import Codes
 from .ops.store import store
-from .ops.summarize import summarize
 from .selection import Selection
-from .spec import SUMMARIES, CacheSpec
+from .spec import CacheSpec
 from .step import Step
 
 
@@ -40,6 +41,10 @@ class Traffic:
     """Bytes that came from the pages' home."""
     written: int = 0
     """Bytes that went there."""
+    ahead: int = 0
+    """Pages of one layer and KV head that were fetched on a guess."""
+    guessed: int = 0
+    """Those of them that were read."""
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
@@ -52,13 +57,36 @@ class Traffic:
 
 
 class Tier(Protocol):
-    """Holds the pages of all layers and brings those that a selection names where an op can read them."""
+    """Holds the pages of all layers and brings those that a selection names where an op can read them.
+
+    A page lives in its home frame, the one that tables name; where an op reads it is the tier's business.
+    """
+
+    steady: ClassVar[bool]
+    """What was once readable stays where it is, so that a thread beside may go on reading it."""
+    ahead: int
+    """Pages of each KV head that may be foreseen; 0: nobody need guess."""
+
+    def claim(self, frames: Sequence[int]) -> None:
+        """These frames are about to be used. Raises `HomeError` where there is no room for them."""
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         """Put the step's keys and values [T, Hkv, D] into their slots; summarise and encode pages that become full."""
 
     def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
-        """The selected pages, readable now."""
+        """The selected pages, readable until the next call. Raises `HomeError` where they do not fit at once."""
+
+    def own(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
+        """Keys [*, Hkv, S, D], and where in them the page of each row's last query is: [R, Hkv] int32."""
+
+    def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
+        """The same in as many disjoint parts as it takes, each readable until the next is asked for."""
+
+    def foresee(self, layer: int, pages: Tensor, step: Step) -> None:
+        """Begin to bring pages [R, H, P] that the layer may read for the next token; a guess costs time, nothing else.
+
+        Only frames that neither this token nor the one before has read make room for them.
+        """
 
     def summaries(self, layer: int) -> Tensor:
         """[N, Hkv, 4, D]: mean, least and greatest key and mean value of each full frame."""
@@ -66,44 +94,59 @@ class Tier(Protocol):
     def codes(self, layer: int) -> Codes:
         """The keys of each full frame in a few bits; without a word where the spec has no codes."""
 
+    def holds(self, pages: int) -> bool:
+        """Whether all of so many pages of one layer can be read at once."""
+
     @property
     def traffic(self) -> Traffic:
         """What has moved since the start; may wait for the device."""
+
+    def close(self) -> None:
+        """Give up all memory and files; nothing may be asked afterwards."""
 
 
 class DeviceTier:
     """Every page stays on the compute device; nothing moves."""
 
+    steady: ClassVar[bool] = True
+    ahead = 0
     traffic = Traffic()
 
     def __init__(self, spec: CacheSpec, num_frames: int, device: torch.device) -> None:
-        shape = (spec.num_layers, num_frames, spec.num_kv_heads)
-        self.k = torch.empty(*shape, spec.page_size, spec.head_dim, dtype=spec.dtype, device=device)
+        shape = (spec.num_layers, num_frames, spec.num_kv_heads, spec.page_size, spec.head_dim)
+        self.k = torch.empty(shape, dtype=spec.dtype, device=device)
         self.v = torch.empty_like(self.k)
-        self._summaries = torch.empty(*shape, SUMMARIES, spec.head_dim, dtype=spec.dtype, device=device)
-        self._codes = _empty_codes(shape, spec, device)
+        self._descriptions = Descriptions(spec, num_frames, device)
+        self.summaries, self.codes = self._descriptions.summaries, self._descriptions.codes
+
+    def claim(self, frames: Sequence[int]) -> None:
+        pass
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         store(self.k[layer], self.v[layer], k, v, step.slots)
         if step.filled.shape[0]:
-            summarize(self._summaries[layer], self.k[layer], self.v[layer], step.filled)
-            if self._codes.levels.numel():
-                encode(self.k[layer], self._summaries[layer], step.filled, self.codes(layer))
+            self._descriptions.fill(layer, self.k[layer], self.v[layer], step.filled)
 
     def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
         return Frames(self.k[layer], self.v[layer], step.table)
 
-    def summaries(self, layer: int) -> Tensor:
-        return self._summaries[layer]
+    def own(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
+        return own_page(Frames(self.k[layer], self.v[layer], step.table), step)
 
-    def codes(self, layer: int) -> Codes:
-        return Codes(*(part[layer] for part in self._codes))
+    def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
+        yield selection, self.resident(layer, selection, step)
+
+    def foresee(self, layer: int, pages: Tensor, step: Step) -> None:
+        pass
+
+    def holds(self, pages: int) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
 
 
-def _empty_codes(shape: tuple[int, int, int], spec: CacheSpec, device: torch.device) -> Codes:
-    dim = spec.head_dim if spec.code_bits else 0
-    return Codes(
-        torch.empty(*shape, spec.code_words, spec.page_size, dtype=torch.int32, device=device),
-        torch.empty(*shape, 2, dim, dtype=torch.int8, device=device),
-        torch.empty(*shape, 2, dtype=torch.float32, device=device),
-    )
+def own_page(frames: Frames, step: Step) -> tuple[Tensor, Tensor]:
+    """Of frames that hold it: see `Tier.own`."""
+    last = step.last_pages.long()[:, None, None].expand(-1, frames.table.shape[1], 1)
+    return frames.k, frames.table.gather(2, last)[..., 0]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INT32_POINTERS = {"frames", "pages", "starts", "positions", "levels", "firsts", "lasts"}
+INT32_POINTERS = {"frames", "pages", "starts", "positions", "levels", "firsts", "lasts", "pool", "loads", "places"}
 FP32_POINTERS = {
     "lse",
     "pieces",
@@ -103,6 +103,9 @@ def cases() -> Iterator[Case]:
                 yield Case(name, f"{name}_kernel", dtype, target, constants)
         band = {"Hkv": 8, "G": 4, "S": 16, "BLOCK_T": 16, "BLOCK_F": 64}
         yield Case("bands", "band_kernel", "fp32", target, band)
+        for piece in (2048, 8192):
+            fetch = {"Hkv": 8, "E": 64, "W": 512, "WORDS": piece // 4, "BLOCK": min(piece // 4, 1024)}
+            yield Case(f"fetch {piece} bytes", "fetch_kernel", "bf16", target, fetch)
         yield Case("join", "join_kernel", "fp32", target, {"BLOCK": 64, "BLOCK_P": 16})
         for max_pages, zones in itertools.product((64, 512, 2048, 8192), (True, False)):
             yield heaviest_case(target, max_pages, zones)
@@ -201,6 +204,7 @@ def find_kernel(name: str) -> Any:
     from keysift.kvcache.ops import (
         code_masses_kernels,
         encode_triton,
+        fetch_triton,
         heaviest_triton,
         page_masses_kernels,
         store_triton,
@@ -208,7 +212,7 @@ def find_kernel(name: str) -> Any:
     )
 
     modules = (paged_attention_triton, column_scores_kernels, store_triton, summarize_triton)
-    modules += (encode_triton, page_masses_kernels, code_masses_kernels, heaviest_triton)
+    modules += (fetch_triton, encode_triton, page_masses_kernels, code_masses_kernels, heaviest_triton)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
@@ -218,8 +222,10 @@ def argument_type(name: str, dtype: str) -> str:
         return "fp32"
     if INT32_SCALARS.fullmatch(name):
         return "i32"
-    if name == "slots":
+    if name in ("slots", "bases"):
         return "*i64"
+    if name == "first":
+        return "i64"
     if name == "bounds":
         return "*i8"
     return "*i32" if name in INT32_POINTERS else "*fp32" if name in FP32_POINTERS else f"*{dtype}"

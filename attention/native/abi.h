@@ -50,7 +50,8 @@ struct ScoresCall {
 // One scan over the pages of single queries; each kind leaves null what it does not read.
 struct PagesCall {
   const void* q;                  // [R, Hq, D]
-  const void* k;                  // [N, Hkv, S, D]
+  const void* k;                  // [*, Hkv, S, D], read for the rows' own pages
+  const std::int32_t* own;        // [R, Hkv], their frames in k
   const void* summaries;          // [N, Hkv, 4, D], contiguous, as are the next three
   const std::int32_t* levels;     // [N, Hkv, W, S]
   const std::int8_t* bounds;      // [N, Hkv, 2, D]
@@ -58,7 +59,7 @@ struct PagesCall {
   const std::int32_t* frames;     // [R, Hkv, F]
   const std::int32_t* positions;  // [R], contiguous
   float* masses;                  // [R, Hq, F], contiguous
-  std::int64_t q_strides[2], k_strides[3], frames_strides[3];
+  std::int64_t q_strides[2], k_strides[3], frames_strides[3], own_strides[2];
   std::int64_t rows, heads, kv_heads, dim, page_size, pages, words, candidates;
   Type type;
   float scale, slack;
@@ -72,6 +73,22 @@ struct TopCall {
   float* kept;                 // [R, Hq], contiguous
   std::int64_t rows, heads, lists, pages, width, sinks, budget;  // width: P
   float epsilon;
+};
+
+// As a TopCall of the same fields, with what the token before has left; of `top` the epsilon is not read.
+struct SteadyCall {
+  TopCall top;
+  const std::uint8_t* known;   // [R], contiguous, as all that follow
+  const std::uint8_t* read;    // [R, H, F]
+  const float* averages;       // [R, H, F]
+  std::int32_t* refused;       // [R, H, Q]
+  std::uint8_t* now_read;      // [R, H, F]
+  float* now_averages;         // [R, H, F]
+  float* overlap;              // [R, H]
+  std::uint8_t* valve;         // [R, H]
+  std::int64_t queried, most;  // queried: Q, not above the budget; most: negative for any number
+  std::int64_t refusable;      // the most that may be refused, in units of 2^-40
+  float factor, keep;
 };
 
 struct ClusterCall {
@@ -157,6 +174,31 @@ struct FillCall {
   Type type;
 };
 
+// One layer's bounded pool, and the pages that it should hold.
+struct AdmitCall {
+  std::int32_t* where;         // [Hkv, N], contiguous, home frame -> slot, as are the next two
+  std::int32_t* owner;         // [Hkv, C], slot -> home frame
+  std::int32_t* used;          // [Hkv, C]
+  const std::int32_t* frames;  // [R, Hkv, F]
+  const std::int32_t* pages;   // [R, H, P]
+  std::int32_t* loads;         // [Hkv, W], contiguous, as slots
+  std::int32_t* slots;
+  std::int64_t* found;         // [Hkv, 3]
+  std::int32_t* table;         // [R, Hkv, F], contiguous
+  std::int64_t frames_strides[3], pages_strides[3];
+  std::int64_t count, capacity, rows, kv_heads, lists, pages_per_list, width;  // N, C, R, Hkv, H, P, W
+  std::int64_t max_pages, now, before;                                                    // F
+};
+
+// Single heads of pages that go from a file into a pool.
+struct ReadCall {
+  char* pool;                 // [C, Hkv, piece]
+  const std::int32_t* loads;  // [Hkv, W], contiguous, as slots; -1: nothing
+  const std::int32_t* slots;
+  std::int64_t kv_heads, width, file;
+  std::int64_t extent, extent_bytes, layer_offset, piece_bytes;  // pages of an extent; where a layer begins in it
+};
+
 // What one instruction set offers.
 struct Kernels {
   void (*attention)(const AttentionCall&, int threads);
@@ -165,6 +207,7 @@ struct Kernels {
   void (*code_masses)(const PagesCall&, int threads);
   void (*page_bounds)(const PagesCall&, int threads);
   void (*top_pages)(const TopCall&, int threads);
+  void (*steady_pages)(const SteadyCall&, int threads);
   void (*cluster)(const ClusterCall&, int threads);
   void (*probe)(const ProbeCall&, int threads);
   void (*graph_search)(const GraphSearchCall&, int threads);

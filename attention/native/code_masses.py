@@ -16,6 +16,7 @@ from .library import DTYPES, PagesCall, kernels, level
 def code_masses(
     q: Tensor,
     k: Tensor,
+    own: Tensor,
     codes: Codes,
     frames: Tensor,
     positions: Tensor,
@@ -31,12 +32,13 @@ def code_masses(
     rows, heads, dim = q.shape
     levels, bounds, scales = codes
     words = levels.shape[2]
-    if not (supports(q, k, frames, positions) and _fit(levels, bounds, scales, dim)):
+    if not (supports(q, k, frames, positions) and own.dtype == torch.int32 and _fit(levels, bounds, scales, dim)):
         return NotImplemented  # type: ignore[no-any-return]
     masses = torch.empty((rows, heads, frames.shape[2]))
     call = PagesCall(
         q.data_ptr(),
         k.data_ptr(),
+        own.data_ptr(),
         None,
         levels.data_ptr(),
         bounds.data_ptr(),
@@ -47,6 +49,7 @@ def code_masses(
         q.stride()[:2],
         k.stride()[:3],
         frames.stride(),
+        own.stride(),
         rows,
         heads,
         k.shape[1],

@@ -3,6 +3,7 @@
 
 #include "abi.h"
 #include "graph_links.h"
+#include "pool.h"
 
 namespace keysift {
 namespace {
@@ -78,6 +79,10 @@ KEYSIFT_EXPORT int keysift_top_pages(const keysift::TopCall* call, int level, in
   return keysift::status_of([&] { keysift::kernels(level).top_pages(*call, threads); });
 }
 
+KEYSIFT_EXPORT int keysift_steady_pages(const keysift::SteadyCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).steady_pages(*call, threads); });
+}
+
 KEYSIFT_EXPORT int keysift_cluster(const keysift::ClusterCall* call, int level, int threads) {
   return keysift::status_of([&] { keysift::kernels(level).cluster(*call, threads); });
 }
@@ -105,3 +110,9 @@ KEYSIFT_EXPORT int keysift_summarize(const keysift::FillCall* call, int level, i
 KEYSIFT_EXPORT int keysift_encode(const keysift::FillCall* call, int level, int threads) {
   return keysift::status_of([&] { keysift::kernels(level).encode(*call, threads); });
 }
+
+KEYSIFT_EXPORT int keysift_admit(const keysift::AdmitCall* call, int, int) {
+  return keysift::status_of([&] { keysift::admit(*call); });
+}
+
+KEYSIFT_EXPORT int keysift_read_pieces(const keysift::ReadCall* call, int, int) { return keysift::read_pieces(*call); }

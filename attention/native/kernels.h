@@ -21,6 +21,7 @@
 #include "fine_codes.h"
 #include "code_masses.h"
 #include "top_pages.h"
+#include "steady_pages.h"
 #include "cluster.h"
 #include "probe.h"
 #include "graph.h"
@@ -101,6 +102,7 @@ constexpr Kernels kTable{
     code_masses,
     page_bounds,
     top_pages,
+    steady_pages,
     cluster,
     probe,
     graph_search,

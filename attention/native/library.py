@@ -62,10 +62,11 @@ class PagesCall(ctypes.Structure):
     """Mirrors `PagesCall` of abi.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("q", "k", "summaries", "levels", "bounds", "scales", "frames", "positions")),
-        ("masses", c_void_p),
+        *((name, c_void_p) for name in ("q", "k", "own", "summaries", "levels", "bounds", "scales", "frames")),
+        *((name, c_void_p) for name in ("positions", "masses")),
         ("q_strides", c_int64 * 2),
         *((f"{name}_strides", c_int64 * 3) for name in ("k", "frames")),
+        ("own_strides", c_int64 * 2),
         *((name, c_int64) for name in ("rows", "heads", "kv_heads", "dim", "page_size", "pages", "words")),
         *((name, c_int64) for name in ("candidates", "type")),
         *((name, c_float) for name in ("scale", "slack")),
@@ -79,6 +80,18 @@ class TopCall(ctypes.Structure):
         *((name, c_void_p) for name in ("masses", "firsts", "lasts", "out", "kept")),
         *((name, c_int64) for name in ("rows", "heads", "lists", "pages", "width", "sinks", "budget")),
         ("epsilon", c_float),
+    )
+
+
+class SteadyCall(ctypes.Structure):
+    """Mirrors `SteadyCall` of abi.h."""
+
+    _fields_ = (
+        ("top", TopCall),
+        *((name, c_void_p) for name in ("known", "read", "averages", "refused", "now_read", "now_averages")),
+        *((name, c_void_p) for name in ("overlap", "valve")),
+        *((name, c_int64) for name in ("queried", "most", "refusable")),
+        *((name, c_float) for name in ("factor", "keep")),
     )
 
 
@@ -151,6 +164,28 @@ class FillCall(ctypes.Structure):
     )
 
 
+class AdmitCall(ctypes.Structure):
+    """Mirrors `AdmitCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("where", "owner", "used", "frames", "pages", "loads", "slots", "found")),
+        ("table", c_void_p),
+        *((f"{name}_strides", c_int64 * 3) for name in ("frames", "pages")),
+        *((name, c_int64) for name in ("count", "capacity", "rows", "kv_heads", "lists", "pages_per_list", "width")),
+        *((name, c_int64) for name in ("max_pages", "now", "before")),
+    )
+
+
+class ReadCall(ctypes.Structure):
+    """Mirrors `ReadCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("pool", "loads", "slots")),
+        *((name, c_int64) for name in ("kv_heads", "width", "file", "extent", "extent_bytes", "layer_offset")),
+        ("piece_bytes", c_int64),
+    )
+
+
 def _load() -> ctypes.CDLL:
     folder = Path(__file__).parent
     for suffix in EXTENSION_SUFFIXES:
@@ -180,12 +215,13 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         function.argtypes, function.restype, function.errcheck = KERNEL
     for function in (library.keysift_code_masses, library.keysift_page_bounds, library.keysift_top_pages):
         function.argtypes, function.restype, function.errcheck = KERNEL
-    for function in (library.keysift_cluster, library.keysift_probe):
+    for function in (library.keysift_steady_pages, library.keysift_cluster, library.keysift_probe):
         function.argtypes, function.restype, function.errcheck = KERNEL
     for function in (library.keysift_graph_search, library.keysift_graph_nearest, library.keysift_graph_links):
         function.argtypes, function.restype, function.errcheck = KERNEL
-    for function in (library.keysift_summarize, library.keysift_encode):
+    for function in (library.keysift_summarize, library.keysift_encode, library.keysift_admit):
         function.argtypes, function.restype, function.errcheck = KERNEL
+    library.keysift_read_pieces.argtypes, library.keysift_read_pieces.restype = (c_void_p, c_int, c_int), c_int
     return library
 
 

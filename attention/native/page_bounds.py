@@ -12,15 +12,19 @@ from .cores import num_threads
 from .library import DTYPES, PagesCall, kernels, level
 
 
-def page_bounds(q: Tensor, k: Tensor, summaries: Tensor, frames: Tensor, positions: Tensor, *, scale: float) -> Tensor:
+def page_bounds(
+    q: Tensor, k: Tensor, own: Tensor, summaries: Tensor, frames: Tensor, positions: Tensor, *, scale: float
+) -> Tensor:
     """See the reference; `NotImplemented` off the CPU, for odd strides and for head dims that are no multiple of 16."""
     rows, heads, dim = q.shape
-    if not (supports(q, k, frames, positions) and summaries.dtype == q.dtype and summaries.is_contiguous()):
+    same = summaries.dtype == q.dtype and own.dtype == torch.int32
+    if not (supports(q, k, frames, positions) and same and summaries.is_contiguous()):
         return NotImplemented  # type: ignore[no-any-return]
     masses = torch.empty((rows, heads, frames.shape[2]))
     call = PagesCall(
         q.data_ptr(),
         k.data_ptr(),
+        own.data_ptr(),
         summaries.data_ptr(),
         None,
         None,
@@ -31,6 +35,7 @@ def page_bounds(q: Tensor, k: Tensor, summaries: Tensor, frames: Tensor, positio
         q.stride()[:2],
         k.stride()[:3],
         frames.stride(),
+        own.stride(),
         rows,
         heads,
         k.shape[1],

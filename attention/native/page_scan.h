@@ -31,6 +31,10 @@ inline std::int64_t frame_of(const PagesCall& call, std::int64_t row, std::int64
   return call.frames[row * strides[0] + kv_head * strides[1] + page * strides[2]];
 }
 
+inline std::int64_t own_frame(const PagesCall& call, std::int64_t row, std::int64_t kv_head) {
+  return call.own[row * call.own_strides[0] + kv_head * call.own_strides[1]];
+}
+
 inline float* masses_of(const PagesCall& call, std::int64_t row, std::int64_t head) {
   return call.masses + (row * call.heads + head) * call.pages;
 }
@@ -73,7 +77,7 @@ void write_open(const PagesCall& call, const PageRun& run) {
   }
   if (run.own < run.first || run.own >= run.stop) return;
   const T* keys = static_cast<const T*>(call.k) + run.kv_head * call.k_strides[1] +
-                  frame_of(call, run.row, run.kv_head, run.own) * call.k_strides[0];
+                  own_frame(call, run.row, run.kv_head) * call.k_strides[0];
   float* scores = memory.floats(call.page_size + kLanes);
   const int tokens = static_cast<int>(call.positions[run.row] % call.page_size) + 1;
   for (std::int64_t g = 0; g < group; ++g)

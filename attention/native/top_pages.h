@@ -62,35 +62,56 @@ inline void write_list(const TopCall& call, std::int64_t list, const Zones& zone
   std::fill(out, end, -1);
 }
 
-inline void choose_list(const TopCall& call, std::int64_t list) {
-  static thread_local TopMemory memory;
-  const std::int64_t row = list / call.lists, group = call.heads / call.lists;
-  const std::int64_t head = row * call.heads + list % call.lists * group;
-  const Zones zones = zones_of(call, row);
-  const std::int64_t size = padded(zones.count);
+// What the heads of a list weigh: exponentials [group, size], what makes shares of them [group], and their mean share
+// [size], zeros behind the last page. Pages that are never chosen may be marked in `shares`; one number more fits.
+struct ListShares {
+  std::int64_t head, group, size;
+  float *weights, *factors, *shares;
+};
+
+inline ListShares shares_of(const TopCall& call, std::int64_t list, const Zones& zones, TopMemory& memory) {
+  const std::int64_t row = list / call.lists, group = call.heads / call.lists, size = padded(zones.count);
   float* weights = memory.weights.floats(group * size + group);
-  float* factors = weights + group * size;
-  float* shares = memory.group.floats(size + 1);
-  std::fill_n(shares, size, 0.0f);
+  const ListShares made{row * call.heads + list % call.lists * group, group, size,
+                        weights, weights + group * size, memory.group.floats(size + 1)};
+  std::fill_n(made.shares, size, 0.0f);
   for (std::int64_t g = 0; g < group; ++g) {
-    factors[g] = exponentials(call.masses + (head + g) * call.pages, zones.count, weights + g * size);
-    add_shares(weights + g * size, size, factors[g] / static_cast<float>(group), shares);
+    made.factors[g] = exponentials(call.masses + (made.head + g) * call.pages, zones.count, weights + g * size);
+    add_shares(weights + g * size, size, made.factors[g] / static_cast<float>(group), made.shares);
   }
-  const float left = 1.0f - sum_of_zones(shares, zones);
-  std::fill_n(shares, zones.sinks, -1.0f);
-  std::fill(shares + zones.first, shares + size, -1.0f);
-  auto* pages = reinterpret_cast<std::int32_t*>(memory.pages.floats(call.budget + 1));
-  int count = take_highest(shares, size, static_cast<int>(call.budget), 1, pages);
-  if (call.epsilon > 0.0f)
-    count = cut_list(shares, left, call.epsilon, pages, count,
-                reinterpret_cast<std::int32_t*>(memory.order.floats(call.budget + 1)));
-  write_list(call, list, zones, pages, count);
-  for (std::int64_t g = 0; g < group; ++g) {
-    const float* mine = weights + g * size;
+  return made;
+}
+
+// Marks the zones, so that none of their pages is among the highest.
+inline void hide_zones(const ListShares& list, const Zones& zones) {
+  std::fill_n(list.shares, zones.sinks, -1.0f);
+  std::fill(list.shares + zones.first, list.shares + list.size, -1.0f);
+}
+
+// What each head has on the zones and on these pages.
+inline void write_kept(const TopCall& call, const ListShares& list, const Zones& zones, const std::int32_t* pages,
+                       int count) {
+  for (std::int64_t g = 0; g < list.group; ++g) {
+    const float* mine = list.weights + g * list.size;
     float kept = sum_of_zones(mine, zones);
     for (int i = 0; i < count; ++i) kept += mine[pages[i]];
-    call.kept[head + g] = kept * factors[g];
+    call.kept[list.head + g] = kept * list.factors[g];
   }
+}
+
+inline void choose_list(const TopCall& call, std::int64_t list) {
+  static thread_local TopMemory memory;
+  const Zones zones = zones_of(call, list / call.lists);
+  const ListShares made = shares_of(call, list, zones, memory);
+  const float left = 1.0f - sum_of_zones(made.shares, zones);
+  hide_zones(made, zones);
+  auto* pages = reinterpret_cast<std::int32_t*>(memory.pages.floats(call.budget + 1));
+  int count = take_highest(made.shares, made.size, static_cast<int>(call.budget), 1, pages);
+  if (call.epsilon > 0.0f)
+    count = cut_list(made.shares, left, call.epsilon, pages, count,
+                reinterpret_cast<std::int32_t*>(memory.order.floats(call.budget + 1)));
+  write_list(call, list, zones, pages, count);
+  write_kept(call, made, zones, pages, count);
 }
 
 inline void top_pages(const TopCall& call, int threads) {

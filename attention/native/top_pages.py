@@ -25,7 +25,7 @@ def top_pages(
 ) -> TopPages:
     """See the reference; `NotImplemented` off the CPU, for other dtypes and for odd strides."""
     rows, num_heads, pages = masses.shape
-    if not _supports(masses, firsts, lasts):
+    if not supports(masses, firsts, lasts):
         return NotImplemented  # type: ignore[no-any-return]
     width = min(pages, sinks + window + budget)
     out = torch.empty((rows, heads, width), dtype=torch.int32)
@@ -49,7 +49,7 @@ def top_pages(
     return TopPages(out, kept)
 
 
-def _supports(masses: Tensor, firsts: Tensor, lasts: Tensor) -> bool:
+def supports(masses: Tensor, firsts: Tensor, lasts: Tensor) -> bool:
     return (
         masses.is_cpu
         and masses.dtype == torch.float32

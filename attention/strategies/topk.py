@@ -27,6 +27,10 @@ class TopK(Strategy):
     top_k: Count = 100
     """Keys of each query head besides."""
 
+    @property
+    def scans(self) -> bool:
+        return True
+
     def prefill(self, q: Tensor, context: Context) -> Selection:
         return context.all()
 

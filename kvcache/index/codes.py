@@ -29,12 +29,11 @@ class CodeIndex(Stateless):
 
     def masses(self, q: Tensor, context: Context) -> Tensor:
         tier = context.tier
-        frames = context.fetch(context.own())
         return code_masses(
             q,
-            frames.k,
+            *context.own_page(),
             tier.codes(context.layer),
-            frames.table,
+            context.step.table,
             context.step.starts,
             scale=context.spec.softmax_scale,
             candidates=self.candidates,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class FlatIndex(Stateless):
     """Reads all keys: what the other indexes are measured by."""
+
+    scans: ClassVar[bool] = True
 
     def make(self, spec: CacheSpec) -> FlatIndex:
         return self

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 class Graph:
     """One graph for each KV head of each layer, walked best first; what it does not cover yet is scanned."""
 
+    scans: ClassVar[bool] = True
+
     degree: int = 32
     """Links of a key, besides those to the tokens before and behind it."""
     beam: int = 128
@@ -90,7 +92,7 @@ class GraphIndex:
         for row, span in enumerate(step.spans):
             self._of(context, row).kept.add(q[first : first + span.length], span.start)
             first += span.length
-        if step.phase is Phase.PREFILL and not step.rows_behind and not self.options.wait:
+        if step.phase is Phase.PREFILL and not step.rows_behind and not self._waits(context):
             self._prepare(context, 0)
 
     def forget(self, frames: Sequence[int]) -> None:
@@ -108,7 +110,7 @@ class GraphIndex:
         starts, graphs = context.step.starts, self._graphs(context)
         ends = torch.tensor([0 if graph is None else graph.tokens for graph in graphs], device=starts.device)
         ready = (ends > 0) | (starts <= 2 * self.options.lag)
-        if self.options.wait or not context.spec.code_bits or bool(ready.all()):  # a CPU index: nobody waits for it
+        if self._waits(context) or not context.spec.code_bits or bool(ready.all()):  # a CPU index: nobody waits for it
             return self._search(q, context, graphs, starts).masses
         found = self._search(q, context, graphs, starts.where(ready, -1)).masses
         return torch.where(ready[:, None, None], found, self._by_codes(q, context))
@@ -129,9 +131,13 @@ class GraphIndex:
         return search_graphs(q, frames.k, frames.table, positions, graphs, reach, context.spec.softmax_scale)
 
     def _by_codes(self, q: Tensor, context: Context) -> Tensor:
-        frames, codes = context.fetch(context.own()), context.tier.codes(context.layer)
-        scale, starts = context.spec.softmax_scale, context.step.starts
-        return code_masses(q, frames.k, codes, frames.table, starts, scale=scale, candidates=512)
+        codes, step = context.tier.codes(context.layer), context.step
+        scale = context.spec.softmax_scale
+        return code_masses(q, *context.own_page(), codes, step.table, step.starts, scale=scale, candidates=512)
+
+    def _waits(self, context: Context) -> bool:
+        """Where pages come and go nobody can build beside the answers."""
+        return self.options.wait or not context.tier.steady
 
     def _of(self, context: Context, row: int) -> _Known:
         span, held = context.step.spans[row], context.step.held[row]
@@ -153,7 +159,7 @@ class GraphIndex:
         if self._builds(context.layer, frames):
             return graph
         work = self._work(context, known, graph if 2 * covered >= pages * size else None, frames)
-        if not self.options.wait:
+        if not self._waits(context):
             self._submit(context.layer, frames, work)
             return graph
         self._put(context.layer, frames, work())
@@ -174,7 +180,7 @@ class GraphIndex:
             frames,
             -(-self.options.sink // size) * size,
             self.options.degree,
-            0 if self.options.wait else 1,
+            0 if self._waits(context) else 1,
         )
         return partial(build, source) if graph is None else partial(extend, graph, source)
 

@@ -31,6 +31,8 @@ Segment = dict[int, Lists]
 class Ivf:
     """Scans the `nprobe` nearest lists of each query head, and all keys that no list covers yet."""
 
+    scans: ClassVar[bool] = True
+
     segment: int = 2048
     """Tokens that are clustered together, counted from the start of a sequence, so that a shared prefix shares them."""
     tokens_per_list: int = 16

@@ -35,6 +35,9 @@ class PageIndex(Protocol):
 class IndexSpec(Hashable, Protocol):
     """Which index, with which options: a cache keeps one index for each."""
 
+    scans: ClassVar[bool]
+    """It reads all keys of a layer, or any of them, rather than what lies beside them."""
+
     def make(self, spec: CacheSpec) -> PageIndex:
         """An empty index for a cache of this shape. Raises `ValueError` where it does not fit."""
 
@@ -44,6 +47,7 @@ class Stateless:
 
     __slots__ = ()
     tells_shares: ClassVar[bool] = True
+    scans: ClassVar[bool] = False
 
     def observe(self, q: Tensor, context: Context) -> None:
         pass

@@ -26,10 +26,8 @@ class BoundIndex(Stateless):
         return self
 
     def masses(self, q: Tensor, context: Context) -> Tensor:
-        frames = context.fetch(context.own())
-        summaries = context.tier.summaries(context.layer)
-        scale = context.spec.softmax_scale
-        return page_bounds(q, frames.k, summaries, frames.table, context.step.starts, scale=scale)
+        summaries, step = context.tier.summaries(context.layer), context.step
+        return page_bounds(q, *context.own_page(), summaries, step.table, step.starts, scale=context.spec.softmax_scale)
 
 
 @dataclass(frozen=True, slots=True)

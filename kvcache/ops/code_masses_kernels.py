@@ -15,9 +15,9 @@ from .page_masses_kernels import LN2, LOG2E, join, load_heads, store_own, unit
 
 @triton.jit(do_not_specialize=["F"])
 def centres_kernel(
-    q, k, bounds, scales, frames, positions, masses, promises, scale, slack, F,
+    q, k, own, bounds, scales, frames, positions, masses, promises, scale, slack, F,
     stride_qr, stride_qh, stride_kn, stride_kh, stride_ks, stride_bn, stride_bh, stride_bi, stride_cn, stride_ch,
-    stride_fr, stride_fh, stride_fp,
+    stride_fr, stride_fh, stride_fp, stride_or, stride_oh,
     Hkv: tl.constexpr, G: tl.constexpr, S: tl.constexpr, LOG_S: tl.constexpr, D: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, OWN_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -47,16 +47,17 @@ def centres_kernel(
     tl.store(masses + o_out, tl.where(m_p[None, :], b_centre + LOG_S, float("-inf")), mask=m_out)
     if i_t == 0:
         store_own(
-            masses, b_q, o_h, m_h, k, p_frames, i_r, i_kv, position, F, scale, stride_kn, stride_kh, stride_ks,
-            stride_fp, Hkv * G, S, D, BLOCK_G, OWN_S, BLOCK_D,
+            masses, b_q, o_h, m_h, k, own, i_r, i_kv, position, F, scale, stride_kn, stride_kh, stride_ks, stride_or,
+            stride_oh, Hkv * G, S, D, BLOCK_G, OWN_S, BLOCK_D,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["F", "P"])
 def codes_kernel(
-    q, k, levels, bounds, scales, frames, positions, pages, masses, scale, F, P,
+    q, k, own, levels, bounds, scales, frames, positions, pages, masses, scale, F, P,
     stride_qr, stride_qh, stride_kn, stride_kh, stride_ks, stride_wn, stride_wh, stride_ww,
     stride_bn, stride_bh, stride_bi, stride_cn, stride_ch, stride_fr, stride_fh, stride_fp,
+    stride_or, stride_oh,
     Hkv: tl.constexpr, G: tl.constexpr, S: tl.constexpr, D: tl.constexpr, W: tl.constexpr, BITS: tl.constexpr,
     LISTED: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, OWN_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -115,6 +116,6 @@ def codes_kernel(
     if not LISTED:  # noqa: SIM102 - a constant is no part of a condition
         if i_t == 0:
             store_own(
-                masses, b_q, o_h, m_h, k, p_frames, i_r, i_kv, position, F, scale, stride_kn, stride_kh, stride_ks,
-                stride_fp, Hkv * G, S, D, BLOCK_G, OWN_S, BLOCK_D,
+                masses, b_q, o_h, m_h, k, own, i_r, i_kv, position, F, scale, stride_kn, stride_kh, stride_ks,
+                stride_or, stride_oh, Hkv * G, S, D, BLOCK_G, OWN_S, BLOCK_D,
             )  # fmt: skip

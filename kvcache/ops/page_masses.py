@@ -35,6 +35,7 @@ def page_masses(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, *, scal
 def code_masses(
     q: Tensor,
     k: Tensor,
+    own: Tensor,
     codes: Codes,
     frames: Tensor,
     positions: Tensor,
@@ -50,46 +51,50 @@ def code_masses(
     score; ties go to the lower page. Those that are no candidates get the score of their middle alone, times S.
 
     Args:
-        k: [N, Hkv, S, D] of q's dtype, read for the page of `positions` alone.
-        codes: of the same frames, [N, Hkv, ...]; those of pages that are not full may hold anything.
+        k: [*, Hkv, S, D] of q's dtype, read for the page of `positions` alone.
+        own: [R, Hkv] int32, the frame of k that holds that page.
+        codes: of the frames of `frames`, [N, Hkv, ...]; those of pages that are not full may hold anything.
     """
     page_size = k.shape[2]
-    own = positions // page_size  # [R]
-    exact = _own(q, k, frames, positions, own, scale)  # [R, Hq]
+    last = positions // page_size  # [R]
+    exact = _own(q, k, own, positions, scale)  # [R, Hq]
     here = Codes(*(_gather(part, frames) for part in codes))  # [R, Hkv, F, ...]
     fine = _masses(q, decode(here), _last_full(positions, page_size), scale)
     middle, half = (here.bounds.float() * here.scales[..., None]).unbind(-2)  # [R, Hkv, F, D] each
-    full = torch.arange(frames.shape[2], device=q.device) < own[:, None]  # [R, F]
+    full = torch.arange(frames.shape[2], device=q.device) < last[:, None]  # [R, F]
     middle, half = (part.masked_fill(~full[:, None, :, None], 0.0) for part in (middle, half))
     centre, spread = (_scores(x, part, scale) for x, part in ((q, middle), (q.abs(), half)))
     chosen = _candidates(centre + slack * spread, full, frames.shape[1], candidates)
     masses = torch.where(chosen, fine, (centre + math.log(page_size)).masked_fill(~full[:, None], -torch.inf))
-    return masses.scatter(2, own.long()[:, None, None].expand(-1, q.shape[1], 1), exact[..., None])
+    return masses.scatter(2, last.long()[:, None, None].expand(-1, q.shape[1], 1), exact[..., None])
 
 
 @op(
     native="keysift.attention.native.page_bounds:page_bounds",
     triton="keysift.kvcache.ops.page_masses_triton:page_bounds",
 )
-def page_bounds(q: Tensor, k: Tensor, summaries: Tensor, frames: Tensor, positions: Tensor, *, scale: float) -> Tensor:
+def page_bounds(
+    q: Tensor, k: Tensor, own: Tensor, summaries: Tensor, frames: Tensor, positions: Tensor, *, scale: float
+) -> Tensor:
     """[R, Hq, F] fp32, what the log mass of a page cannot exceed: S times the best key between its least and greatest.
 
     The page that a query stands in is exact. Tang et al., "Quest", arXiv 2406.10774, rank pages by this.
 
     Args:
-        k: [N, Hkv, S, D] of q's dtype, read for the page of `positions` alone.
+        k: [*, Hkv, S, D] of q's dtype, read for the page of `positions` alone.
+        own: [R, Hkv] int32, the frame of k that holds that page.
         summaries: [N, Hkv, 4, D]; those of pages that are not full may hold anything.
     """
     page_size = k.shape[2]
-    own = positions // page_size
-    full = torch.arange(frames.shape[2], device=q.device) < own[:, None]  # [R, F]
+    last = positions // page_size
+    full = torch.arange(frames.shape[2], device=q.device) < last[:, None]  # [R, F]
     here = _gather(summaries, frames).float().masked_fill(~full[:, None, :, None, None], 0.0)  # [R, Hkv, F, 4, D]
     least, greatest = here[..., 1, :], here[..., 2, :]
     positive, negative = q.float().clamp(min=0), q.float().clamp(max=0)
     best = _scores(positive, greatest, scale) + _scores(negative, least, scale)
     bounds = (best + math.log(page_size)).masked_fill(~full[:, None], -torch.inf)
-    exact = _own(q, k, frames, positions, own, scale)
-    return bounds.scatter(2, own.long()[:, None, None].expand(-1, q.shape[1], 1), exact[..., None])
+    exact = _own(q, k, own, positions, scale)
+    return bounds.scatter(2, last.long()[:, None, None].expand(-1, q.shape[1], 1), exact[..., None])
 
 
 def _gather(pages: Tensor, frames: Tensor) -> Tensor:
@@ -110,10 +115,9 @@ def _masses(q: Tensor, keys: Tensor, positions: Tensor, scale: float) -> Tensor:
     return scores.masked_fill((token > positions[:, None, None])[:, None], -torch.inf).logsumexp(-1)
 
 
-def _own(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, own: Tensor, scale: float) -> Tensor:
-    """[R, Hq], the exact log mass of the page that each query stands in."""
-    index = own.long()[:, None, None].expand(-1, frames.shape[1], 1)
-    keys = _gather(k, frames.gather(2, index))  # [R, Hkv, 1, S, D]
+def _own(q: Tensor, k: Tensor, own: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """[R, Hq], the exact log mass of the page that each query stands in, in the frames own [R, Hkv]."""
+    keys = _gather(k, own[:, :, None])  # [R, Hkv, 1, S, D]
     return _masses(q, keys, positions % k.shape[2], scale)[..., 0]
 
 

@@ -71,20 +71,21 @@ def exact(
 
 @triton.jit
 def store_own(
-    masses, b_q, o_h, m_h, k, p_frames, i_r, i_kv, position, F, scale, stride_kn, stride_kh, stride_ks, stride_fp,
+    masses, b_q, o_h, m_h, k, own, i_r, i_kv, position, F, scale, stride_kn, stride_kh, stride_ks, stride_or, stride_oh,
     Hq: tl.constexpr, S: tl.constexpr, D: tl.constexpr, BLOCK_G: tl.constexpr, OWN_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The page that the row stands in, exactly."""
-    own = position // S
+    i_own = position // S
+    p_own = own + i_r * stride_or + i_kv * stride_oh  # the frame of whatever page
     b_own = exact(
-        b_q, k + i_kv * stride_kh, p_frames, own, position, F, scale, stride_kn, stride_ks, stride_fp,
+        b_q, k + i_kv * stride_kh, p_own, i_own, position, F, scale, stride_kn, stride_ks, 0,
         S, D, BLOCK_G, 1, OWN_S, BLOCK_D,
     )  # fmt: skip
     tl.store(
-        masses + ((i_r * Hq + o_h) * F + own)[:, None] + tl.zeros([1, 1], tl.int32),
+        masses + ((i_r * Hq + o_h) * F + i_own)[:, None] + tl.zeros([1, 1], tl.int32),
         b_own,
-        mask=m_h[:, None] & (own < F),
+        mask=m_h[:, None] & (i_own < F),
     )
 
 
@@ -112,9 +113,9 @@ def masses_kernel(
 
 @triton.jit(do_not_specialize=["F"])
 def bounds_kernel(
-    q, k, summaries, frames, positions, masses, scale, F,
+    q, k, own, summaries, frames, positions, masses, scale, F,
     stride_qr, stride_qh, stride_kn, stride_kh, stride_ks, stride_un, stride_uh, stride_ui,
-    stride_fr, stride_fh, stride_fp,
+    stride_fr, stride_fh, stride_fp, stride_or, stride_oh,
     Hkv: tl.constexpr, G: tl.constexpr, S: tl.constexpr, LOG_S: tl.constexpr, D: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_P: tl.constexpr, OWN_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -139,6 +140,6 @@ def bounds_kernel(
     tl.store(p_out, b_mass, mask=m_h[:, None] & ((o_p < F) & (o_p != position // S))[None, :])
     if i_t == 0:
         store_own(
-            masses, b_q, o_h, m_h, k, p_frames, i_r, i_kv, position, F, scale, stride_kn, stride_kh, stride_ks,
-            stride_fp, Hkv * G, S, D, BLOCK_G, OWN_S, BLOCK_D,
+            masses, b_q, o_h, m_h, k, own, i_r, i_kv, position, F, scale, stride_kn, stride_kh, stride_ks, stride_or,
+            stride_oh, Hkv * G, S, D, BLOCK_G, OWN_S, BLOCK_D,
         )  # fmt: skip

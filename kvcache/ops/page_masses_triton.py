@@ -110,6 +110,7 @@ def page_masses(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, *, scal
 def code_masses(
     q: Tensor,
     k: Tensor,
+    own: Tensor,
     codes: Codes,
     frames: Tensor,
     positions: Tensor,
@@ -130,23 +131,23 @@ def code_masses(
     if masses.numel():
         with torch.cuda.device_of(q):
             if everything:
-                _scan(call, codes, None, masses)
+                _scan(call, own, codes, None, masses)
             else:
-                promises = _centres(call, codes, slack, masses)
+                promises = _centres(call, own, codes, slack, masses)
                 width = {"lists": k.shape[1], "width": candidates, "budget": candidates}
-                _scan(call, codes, heaviest(promises, None, **width)[0], masses)
+                _scan(call, own, codes, heaviest(promises, None, **width)[0], masses)
     return masses
 
 
-def _centres(call: Call, codes: Codes, slack: float, masses: Tensor) -> Tensor:
+def _centres(call: Call, own: Tensor, codes: Codes, slack: float, masses: Tensor) -> Tensor:
     """Write the masses of all pages but those of candidates; returns what ranks them, [R, Hq, F]."""
     (_, _, page_size, dim), max_pages = call.k.shape, call.frames.shape[2]
     promises = torch.empty_like(masses)
     block = page_blocks(dim, page_size, call.q.dtype)
     centres_kernel[call.grid(max_pages, block)](
-        *(call.q, call.k, codes.bounds, codes.scales, call.frames, call.positions, masses, promises),
+        *(call.q, call.k, own, codes.bounds, codes.scales, call.frames, call.positions, masses, promises),
         *(call.scale, slack, max_pages, *call.strides),
-        *(*codes.bounds.stride()[:3], *codes.scales.stride()[:2], *call.frames.stride()),
+        *(*codes.bounds.stride()[:3], *codes.scales.stride()[:2], *call.frames.stride(), *own.stride()),
         LOG_S=math.log(page_size),
         **call.shape,
         **block,
@@ -155,7 +156,7 @@ def _centres(call: Call, codes: Codes, slack: float, masses: Tensor) -> Tensor:
     return promises
 
 
-def _scan(call: Call, codes: Codes, pages: Tensor | None, masses: Tensor) -> None:
+def _scan(call: Call, own: Tensor, codes: Codes, pages: Tensor | None, masses: Tensor) -> None:
     """Write the masses by codes of the pages [R, Hkv, P]; None: of all, and that of the row's own page."""
     (_, _, page_size, dim), max_pages = call.k.shape, call.frames.shape[2]
     width = max_pages if pages is None else pages.shape[2]
@@ -163,9 +164,9 @@ def _scan(call: Call, codes: Codes, pages: Tensor | None, masses: Tensor) -> Non
     if not width:
         return
     codes_kernel[call.grid(width, block)](
-        *(call.q, call.k, *codes, call.frames, call.positions, call.frames if pages is None else pages, masses),
+        *(call.q, call.k, own, *codes, call.frames, call.positions, call.frames if pages is None else pages, masses),
         *(call.scale, max_pages, width, *call.strides, *codes.levels.stride()[:3]),
-        *(*codes.bounds.stride()[:3], *codes.scales.stride()[:2], *call.frames.stride()),
+        *(*codes.bounds.stride()[:3], *codes.scales.stride()[:2], *call.frames.stride(), *own.stride()),
         W=codes.levels.shape[2],
         BITS=codes.bits,
         LISTED=pages is not None,
@@ -176,7 +177,9 @@ def _scan(call: Call, codes: Codes, pages: Tensor | None, masses: Tensor) -> Non
     )
 
 
-def page_bounds(q: Tensor, k: Tensor, summaries: Tensor, frames: Tensor, positions: Tensor, *, scale: float) -> Tensor:
+def page_bounds(
+    q: Tensor, k: Tensor, own: Tensor, summaries: Tensor, frames: Tensor, positions: Tensor, *, scale: float
+) -> Tensor:
     """The twin of the reference of the same name, which documents it."""
     call, max_pages = Call(q, k, frames, positions, scale), frames.shape[2]
     if not call.supported(WIDEST) or summaries.dtype != q.dtype or summaries.stride(3) != 1:
@@ -186,8 +189,8 @@ def page_bounds(q: Tensor, k: Tensor, summaries: Tensor, frames: Tensor, positio
     if masses.numel():
         with torch.cuda.device_of(q):
             bounds_kernel[call.grid(max_pages, block)](
-                *(q, k, summaries, frames, positions, masses, scale, max_pages),
-                *(*call.strides, *summaries.stride()[:3], *frames.stride()),
+                *(q, k, own, summaries, frames, positions, masses, scale, max_pages),
+                *(*call.strides, *summaries.stride()[:3], *frames.stride(), *own.stride()),
                 LOG_S=math.log(k.shape[2]),
                 **call.shape,
                 **block,

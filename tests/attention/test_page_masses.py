@@ -125,15 +125,27 @@ def run(backend: Backend, kind: Kind, problem: Problem) -> Tensor:
     return shares.masked_fill(shares < LEAST, -torch.inf)
 
 
+def elsewhere(problem: Problem) -> tuple[Tensor, Tensor]:
+    """The rows' own pages in other frames than everything else, as they are where most pages are not at hand."""
+    rows, kv_heads = problem.frames.shape[:2]
+    index = (problem.positions.long() // problem.k.shape[2]).clamp(min=0)[:, None, None].expand(-1, kv_heads, 1)
+    frames = problem.frames.gather(2, index)[..., 0].long()  # [R, Hkv]
+    heads = torch.arange(kv_heads)
+    keys = torch.full((rows + 2, *problem.k.shape[1:]), torch.nan, dtype=problem.k.dtype)
+    keys[1:-1] = problem.k[frames, heads]
+    return keys, torch.arange(1, rows + 1, dtype=torch.int32)[:, None].expand(-1, kv_heads)
+
+
 def run_raw(backend: Backend, kind: Kind, problem: Problem) -> Tensor:
     p = problem
     place = {"frames": p.frames, "positions": p.positions, "scale": p.scale}
+    keys, own = elsewhere(p)
     with use_backend(backend):
         if kind == "exact":
             return page_masses(p.q, p.k, **place)
         if kind == "codes":
-            return code_masses(p.q, p.k, p.codes, **place, candidates=p.case.candidates)
-        return page_bounds(p.q, p.k, p.summaries, **place)
+            return code_masses(p.q, keys, own, p.codes, **place, candidates=p.case.candidates)
+        return page_bounds(p.q, keys, own, p.summaries, **place)
 
 
 def keys_by_code(problem: Problem, frame: int, head: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -52,6 +52,13 @@ ROWS = [
         {**ZONES, "budget": 40, "epsilon": 0.3, "certify": True},
         {"budget": 10**6, "epsilon": 0.0, "certify": True},
     ),
+    Row("nosa", {**ZONES, "budget": 8, "queried": 8, "m_max": 1}, {"budget": 10**6}),
+    Row("nosa", {**ZONES, "budget": 12, "m_max": 0, "index": "flat"}, {"budget": 10**6, "index": "flat"}),
+    Row(
+        "nosa",
+        {**ZONES, "budget": 8, "m_max": 0, "epsilon": 1.0, "refused": "drop", "certify": True},
+        {"budget": 10**6, "queried": 0, "m_max": 0, "refused": "drop"},
+    ),
     Row("dense+streaming", {"streaming.sink": 4, "streaming.window": 12}, {"streaming.window": 10**6}),
 ]
 IDS = [" ".join([row.name, *map(str, row.sparse.values())]) for row in ROWS]

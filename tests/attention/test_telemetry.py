@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from keysift.attention import Telemetry, bind, make
+from keysift.attention import Locality, Telemetry, bind, make
 from keysift.attention.telemetry import Coverage
 from keysift.kvcache import CacheSpec, PagedCache, Selection, Span, Step
 
@@ -171,3 +172,31 @@ def test_a_page_counts_alike_whether_heads_list_it_apart_or_together() -> None:
     alone = Telemetry(cache.spec, step)
     alone.record(1, sparse)
     assert reads.density == pytest.approx((1 + alone.reads()[0].density) / 2)
+
+
+def test_choices_that_were_compared_with_the_last_token_s_count() -> None:
+    cache = cache_of(3)
+    telemetry = Telemetry(cache.spec, step := tokens_of(cache, [30, 25]))
+    pages, none = Selection.all(step, KV_HEADS).pages[..., :5], math.nan
+    for layer, (overlaps, valves) in enumerate(
+        [
+            ([[0.5, 0.9], [0.1, none]], [[True, False], [True, False]]),
+            ([[none, 0.4], [none, none]], [[True, False]] * 2),
+        ]
+    ):
+        telemetry.record(layer, Selection(pages, overlap=torch.tensor(overlaps), valve=torch.tensor(valves)))
+    telemetry.record(2, Selection(pages))
+    first, second = telemetry.locality()
+    assert (first.choices, first.valve, second.choices, second.valve) == (3, 1.0, 1, 1.0)
+    assert first.mean_overlap == pytest.approx(0.6)
+    assert first.valve_share == pytest.approx(1 / 3)
+    assert (first + second).mean_overlap == pytest.approx(1.9 / 4)
+    assert (Locality().mean_overlap, Locality().valve_share) == (None, 0.0)
+
+
+def test_without_such_choices_nothing_is_told_of_them() -> None:
+    cache = cache_of(1)
+    step = tokens_of(cache, [30, 25])
+    telemetry = Telemetry(cache.spec, step)
+    telemetry.record(0, Selection.all(step, KV_HEADS))
+    assert telemetry.locality() == [Locality(), Locality()]

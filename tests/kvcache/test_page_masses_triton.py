@@ -103,14 +103,20 @@ def exact(problem: Problem) -> Tensor:
     return page_masses(problem.q, problem.k, problem.frames, problem.positions, scale=scale)
 
 
+def own(problem: Problem) -> Tensor:
+    """[R, Hkv], the frame of each row's own page."""
+    last = (problem.positions.long() // problem.k.shape[2]).clamp(min=0)
+    return problem.frames.gather(2, last[:, None, None].expand(-1, problem.frames.shape[1], 1))[..., 0]
+
+
 def bounded(problem: Problem) -> Tensor:
     scale, given = problem.q.shape[2] ** -0.5, (problem.frames, problem.positions)
-    return page_bounds(problem.q, problem.k, problem.summaries, *given, scale=scale)
+    return page_bounds(problem.q, problem.k, own(problem), problem.summaries, *given, scale=scale)
 
 
 def coded(problem: Problem, candidates: int = 10**6) -> Tensor:
     numbers = {"scale": problem.q.shape[2] ** -0.5, "candidates": candidates}
-    return code_masses(problem.q, problem.k, problem.codes, problem.frames, problem.positions, **numbers)
+    return code_masses(problem.q, problem.k, own(problem), problem.codes, problem.frames, problem.positions, **numbers)
 
 
 Op = Callable[[Problem], Tensor]

@@ -1,0 +1,110 @@
+"""NOSA's bound on what changes from token to token, for a model that was not trained for it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from keysift.kvcache import Context, Selection
+from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, IndexSpec, MeanIndex
+
+from ..ops.steady_pages import SteadyPages, steady_pages
+from ..probe import on_device
+from ..strategy import LARGEST, Positive, Share, Tokens
+from ..token import TokenStrategy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nosa(TokenStrategy):
+    """Reads what the last token read, but for a few pages that this one asks for.
+
+    After Huang et al., "NOSA: Native and Offloadable Sparse Attention", arXiv 2510.13602, which trains a score that no
+    query changes, so that most of the pages stay. Here what stays follows from the sequence's own last tokens, a moving
+    average of each page's share: whatever the model, at most ``m_max`` pages of a layer and KV head come in with a
+    token, and one more where its own page begins. A page that is asked for and does not come in stands in by its
+    means; where such pages would hold more than ``epsilon``, more come in all the same. The first token behind a prompt
+    takes the heaviest pages.
+    """
+
+    epsilon: Share = 0.02
+    """Share of the attention that pages which are asked for and refused may hold; 1: the bound always counts."""
+    m_max: Annotated[int, Field(ge=-1, le=LARGEST)] = 4
+    """Pages that may come in with a token, for each layer and KV head. -1: any number."""
+    queried: Tokens = 512
+    """Most tokens that a token asks for, in whole pages, within the budget; the others stay from before."""
+    beta: Share = 0.9
+    """Weight of the past in the average share of a page."""
+    delta: Annotated[float, Field(ge=-math.inf, le=10.0)] = math.log(1.25)
+    """How much greater, as a logarithm, a page's share has to be than that of the page whose place it takes, both now
+    and on average. -inf: pages are not compared."""
+    refused: Literal["drop", "mean"] = "mean"
+    """Pages that were asked for and did not come in: dropped, or standing in by their mean key and mean value."""
+    index: Literal["flat", "codes", "summary", "bound"] = "codes"
+    """What tells shares: all keys exactly, their codes, the pages' mean keys, or their bounds."""
+    candidates: Positive = 512
+    """Of codes: pages whose codes are read, the most promising by the bounds of all."""
+
+    @property
+    def remembers(self) -> bool:
+        return True
+
+    def make_index(self) -> IndexSpec:
+        specs: dict[str, IndexSpec] = {
+            "flat": FlatIndex(),
+            "codes": CodeIndex(self.candidates),
+            "summary": MeanIndex(),
+            "bound": BoundIndex(),
+        }
+        return specs[self.index]
+
+    def masses(self, q: Tensor, context: Context) -> Tensor:
+        return context.page_mass(q)
+
+    def choose(self, masses: Tensor, context: Context) -> Selection:
+        turns = context.turns()
+        chosen = _joined([self._turn(masses, context, rows) for rows in turns], turns, context)
+        return Selection(
+            chosen.pages,
+            coverage=chosen.kept if context.tells_shares else None,
+            estimated=chosen.refused if self.refused == "mean" and chosen.refused.shape[2] else None,
+            overlap=chosen.overlap,
+            valve=chosen.valve,
+        )
+
+    def _turn(self, masses: Tensor, context: Context, rows: Sequence[int]) -> SteadyPages:
+        """The choices of these rows, and what they leave to the tokens behind them."""
+        step, zones = context.step, self.zones(context.step)
+        inputs = masses, zones.firsts, step.last_pages
+        if len(rows) < step.num_rows:
+            index = on_device(list(rows), step)
+            inputs = masses[index], zones.firsts[index], step.last_pages[index]
+        chosen = steady_pages(
+            *inputs,
+            *context.previous(rows),
+            heads=context.spec.num_kv_heads,
+            sinks=zones.sinks,
+            window=zones.window,
+            budget=self.budget // step.page_size,
+            queried=self.queried // step.page_size,
+            most=self.m_max,
+            factor=math.exp(self.delta),
+            keep=self.beta,
+            epsilon=self.epsilon,
+        )
+        context.remember(rows, chosen.read, chosen.averages)
+        return chosen
+
+
+def _joined(parts: list[SteadyPages], turns: list[list[int]], context: Context) -> SteadyPages:
+    """All rows in the step's order."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = [row for turn in turns for row in turn]
+    back = on_device(sorted(range(len(rows)), key=rows.__getitem__), context.step)
+    return SteadyPages(*(torch.cat(part)[back] for part in zip(*parts, strict=True)))

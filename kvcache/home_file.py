@@ -1,0 +1,130 @@
+"""A home on disk: contexts larger than memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import HomeError
+from .home import EXTENT, runs
+from .ops.dispatch import op
+from .spec import CacheSpec
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class Place(NamedTuple):
+    """Where one layer's pages are in a file of extents."""
+
+    extent: int
+    """Pages of an extent."""
+    extent_bytes: int
+    layer_offset: int
+    """Bytes of an extent before this layer's."""
+    piece_bytes: int
+    """Of one head of a page."""
+
+    def of(self, frame: int, head: int, kv_heads: int) -> int:
+        page = frame % self.extent * kv_heads + head
+        return frame // self.extent * self.extent_bytes + self.layer_offset + page * self.piece_bytes
+
+
+class FileHome:
+    """One nameless file in a folder: nobody can delete or cut it, and it is gone with the process, however that ends.
+
+    It is read and written by calls rather than mapped: a full or failing disk is then an error of one request, where a
+    map would end the process with SIGBUS; and what the system keeps of it in its page cache is the system's to take
+    back, and no part of this process. Blocks are reserved extent by extent before anything is written.
+    """
+
+    def __init__(self, spec: CacheSpec, folder: Path) -> None:
+        self._folder = folder
+        self._kv_heads, self._piece_bytes = spec.num_kv_heads, spec.read_bytes
+        self._page_bytes = spec.num_kv_heads * spec.read_bytes
+        self._extent_bytes = spec.num_layers * EXTENT * self._page_bytes
+        self._claimed: set[int] = set()
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, prefix="keysift-", buffering=0)  # noqa: SIM115
+            self._fd = self._file.fileno()
+            self.close = weakref.finalize(self, self._file.close)
+            # What lies beside a page is no guess at what is read next, and whole runs are asked for as such.
+            getattr(os, "posix_fadvise", lambda *_: None)(self._fd, 0, 0, getattr(os, "POSIX_FADV_RANDOM", 0))
+        except OSError as error:
+            raise self._failed("opened", error) from error
+
+    def fileno(self) -> int:
+        """Of the file, for whoever wants to tell the system something about it."""
+        return self._fd
+
+    def claim(self, frames: Iterable[int]) -> None:
+        for extent in sorted({frame // EXTENT for frame in frames} - self._claimed):
+            try:
+                os.posix_fallocate(self._fd, extent * self._extent_bytes, self._extent_bytes)
+            except OSError as error:
+                raise self._failed(f"extended by {self._extent_bytes} bytes", error) from error
+            self._claimed.add(extent)
+
+    def write(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
+        for start, stop in runs(frames):
+            self._move("written", os.pwrite, self._offset(layer, frames[start]), pages[start:stop])
+
+    def read(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
+        for start, stop in runs(frames):
+            self._move("read", _pread, self._offset(layer, frames[start]), pages[start:stop])
+
+    def fetch(self, layer: int, pool: Tensor, loads: Tensor, slots: Tensor) -> None:
+        try:
+            read_pieces(pool, self._fd, self._place(layer), loads, slots)
+        except OSError as error:
+            raise self._failed("read", error) from error
+
+    def _place(self, layer: int) -> Place:
+        return Place(EXTENT, self._extent_bytes, layer * EXTENT * self._page_bytes, self._piece_bytes)
+
+    def _offset(self, layer: int, frame: int) -> int:
+        return self._place(layer).of(frame, 0, self._kv_heads)
+
+    def _move(self, what: str, call: Callable[[int, memoryview, int], int], offset: int, pages: Tensor) -> None:
+        """All bytes of contiguous pages, in as many calls as it takes."""
+        rest = bytes_of(pages)
+        try:
+            while rest:
+                if not (moved := call(self._fd, rest, offset)):
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                rest, offset = rest[moved:], offset + moved
+        except OSError as error:
+            raise self._failed(what, error) from error
+
+    def _failed(self, what: str, error: OSError) -> HomeError:
+        free = shutil.disk_usage(self._folder).free if self._folder.is_dir() else 0
+        problem = f"kv_home: the file in {self._folder} could not be {what}: {error.strerror} ({free} bytes free there)"
+        return HomeError(problem, exhausted=error.errno in NO_ROOM)
+
+
+def bytes_of(pages: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(pages.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]  # numpy says no buffer
+
+
+@op(native="keysift.attention.native.read_pieces:read_pieces")
+def read_pieces(pool: Tensor, fd: int, place: Place, loads: Tensor, slots: Tensor) -> None:
+    """As `keysift.kvcache.ops.fetch`, from a file, for a contiguous pool. Raises `OSError`."""
+    whole, kv_heads, size = bytes_of(pool), pool.shape[1], place.piece_bytes
+    for head, (frames, targets) in enumerate(zip(loads.tolist(), slots.tolist(), strict=True)):
+        for frame, slot in zip(frames, targets, strict=True):
+            start = (slot * kv_heads + head) * size
+            if frame >= 0 and _pread(fd, whole[start : start + size], place.of(frame, head, kv_heads)) != size:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def _pread(fd: int, memory: memoryview, offset: int) -> int:
+    return os.preadv(fd, [memory], offset)

@@ -1,0 +1,148 @@
+"""One request larger than the memory for its KV cache: the same tokens, and clear words where it cannot be done."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from keysift.engine import Engine, InvalidRequest, Request, ResourceExhausted
+from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
+
+PAIR = "dense+retrieval"
+SMALL = {"dense_below": 0, "sink": 16, "window": 32}
+ARGS = tuple(f"retrieval.{name}={value}" for name, value in {**SMALL, "budget": 64}.items())
+NOSA = tuple(f"nosa.{name}={value}" for name, value in {**SMALL, "budget": 96, "queried": 64, "m_max": 2}.items())
+LENGTH, NEW = 400, 40
+
+
+def home(make: Make, folder: Path | str, share: float = 1.0, **fields: object) -> Engine:
+    """An engine whose pool is a share of what the longest request's keys and values take."""
+    spec = make().cache.spec
+    pool = int(share * spec.kv_bytes * spec.pages_for(LENGTH + NEW))
+    sizes = {"kv_memory": pool, "max_num_seqs": 2, "prefill_chunk": 64}
+    return make(**{"kv_home": str(folder), "strategy": PAIR, "strategy_args": ARGS} | sizes | fields)
+
+
+def answer(engine: Engine, *requests: Request) -> list[list[int]]:
+    for request in requests:
+        engine.add(request)
+    outputs = drain(engine)
+    assert engine.cache.free_pages == engine.cache.allocator.total
+    return [said(outputs, request.request_id) for request in requests]
+
+
+@pytest.mark.parametrize("place", ["file", "pinned"])
+@pytest.mark.parametrize("strategy", ["dense", PAIR, "streaming", "dense+quest", "dense+nosa", "sift+retrieval"])
+def test_a_pool_gives_the_same_tokens(strategy: str, place: str, make: Make, tmp_path: Path) -> None:
+    request = Request("one", tokens(LENGTH), greedy(NEW))
+    args = {PAIR: ARGS, "dense+nosa": NOSA}.get(strategy, ())
+    wanted = answer(make(strategy=strategy, strategy_args=args), request)
+    engine = home(make, tmp_path if place == "file" else "pinned", strategy=strategy, strategy_args=args)
+    assert answer(engine, request) == wanted
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("cramped", [False, True])
+def test_many_share_one_pool(cramped: bool, make: Make, tmp_path: Path) -> None:
+    """Alone, together, behind a common prefix and after preemptions."""
+    prefix = tokens(128, 1)
+    requests = [Request(str(i), (*prefix, *tokens(80 + 30 * i, i)), greedy(NEW)) for i in range(4)]
+    fields = {"kv_home_memory": 2**22}
+    if cramped:
+        spec = make().cache.spec
+        fields = {"kv_home_memory": spec.kv_bytes * 30, "prefix_cache": False}
+    alone = [answer(home(make, tmp_path, 0.8), request)[0] for request in requests]
+    engine = home(make, tmp_path, 0.8, **fields)
+    assert answer(engine, *requests) == alone
+    assert bool(engine.scheduler.preemptions) == cramped
+    if not cramped:
+        again = Request("again", requests[0].prompt, greedy(NEW))
+        assert answer(engine, again) == alone[:1]
+
+
+def test_the_answer_says_what_moved(make: Make, tmp_path: Path) -> None:
+    engine = home(make, tmp_path, strategy="dense+nosa", strategy_args=(*NOSA, "nosa.epsilon=1"))
+    engine.add(Request("one", tokens(LENGTH), greedy(NEW)))
+    told, spec = finish_of(drain(engine), "one").sparsity, engine.cache.spec
+    assert told.kv_bytes_written == (LENGTH + NEW - 1) // spec.page_size * spec.kv_bytes
+    assert told.decode_bytes_moved == told.kv_misses * spec.read_bytes
+    assert told.kv_bytes_moved > told.decode_bytes_moved > 0
+    assert told.kv_hits > told.kv_misses
+    read = told.kv_hits + told.kv_misses  # the open page aside
+    heads = spec.num_layers * spec.num_kv_heads
+    assert told.kv_overlap is not None
+    assert told.kv_overlap >= 1 - (2 + 1) / (1 + read / (NEW - 1) / heads)
+    assert told.kv_misses <= (NEW - 2) * (2 + 1) * heads + (1 + 3 + 6) * heads  # m_max, and the first token's own
+    assert told.valve == 0
+
+
+def test_pages_beyond_the_memory_are_refused_with_a_hint(make: Make, tmp_path: Path) -> None:
+    request = Request("one", tokens(LENGTH), greedy(NEW))
+    spec = make().cache.spec
+    engine = make(kv_memory=spec.page_bytes * 10, prefill_chunk=64)
+    with pytest.raises(ResourceExhausted, match=r"kv_memory: 440 tokens .* the cache has 10 pages = .* with kv_home"):
+        engine.add(request)
+    engine = home(make, tmp_path, kv_home_memory=spec.kv_bytes * 10)
+    with pytest.raises(
+        ResourceExhausted, match=rf"kv_home_memory: 440 .* need 28 pages = {28 * spec.kv_bytes} bytes, .* has 10 pages"
+    ):
+        engine.add(request)
+
+
+@pytest.mark.parametrize(("strategy", "args"), [("sift", ("sift.dense_below=0",)), ("dense+topk", ())])
+def test_who_looks_at_all_keys_needs_a_layer_of_them(
+    strategy: str, args: tuple[str, ...], make: Make, tmp_path: Path
+) -> None:
+    engine = home(make, tmp_path, 0.5, max_num_seqs=1)
+    request = Request("one", tokens(LENGTH), greedy(NEW), strategy=strategy, strategy_args=args)
+    with pytest.raises(ResourceExhausted, match=r"kv_memory: strategy \w+ looks at all keys .* \d+ bytes for 4\d0"):
+        engine.add(request)
+    assert answer(engine, Request("two", tokens(LENGTH), greedy(4)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kv_home": "/nowhere"}, "kv_home: an existing folder, or 'pinned' .* got '/nowhere'"),
+        ({"kv_home_memory": 2**20}, "kv_home_memory: takes kv_home as well, got 1048576 alone"),
+        ({"kv_home": "pinned", "kv_home_memory": 10}, "kv_home_memory: at least one page = .* bytes, got 10"),
+        ({"kv_home": "pinned", "kv_memory": 2**12}, r"kv_memory: at least \d+ bytes: .* got 4096"),
+        (
+            {"kv_home": ".", "kv_home_memory": 2**60},
+            r"kv_home_memory: at most the \d+ bytes .* got 1152921504606846976",
+        ),
+    ],
+)
+def test_sizes_are_checked_before_anything_runs(fields: dict[str, object], message: str, make: Make) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        make(**{"kv_memory": 2**22} | fields)
+
+
+SCRIPT = """
+import sys
+from keysift.engine import Engine, EngineConfig, Request, SamplingParams
+engine = Engine(EngineConfig(model=sys.argv[1], kv_home=sys.argv[2], kv_memory=2**20, prefill_chunk=64, max_num_seqs=2))
+engine.add(Request("one", tuple(range(3, 203)), SamplingParams(max_new_tokens=100, ignore_eos=True)))
+for _ in range(20):
+    engine.step()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_nothing_is_left_on_disk_after_a_crash(tiny_llama: Path, tmp_path: Path) -> None:
+    """While it runs the file has no name, and it is gone with the process."""
+    command = [sys.executable, "-c", SCRIPT, str(tiny_llama), str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        held = [os.readlink(link) for link in Path(f"/proc/{process.pid}/fd").iterdir()]
+        assert [name for name in held if name.startswith(str(tmp_path))]
+        assert not list(tmp_path.iterdir())
+        process.send_signal(signal.SIGKILL)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,76 @@
+"""Caches over every kind of tier, and one way of running a request through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from keysift.attention import Strategy, bind
+from keysift.kvcache import CacheSpec, Home, MemoryHome, OffloadTier, PagedCache, PoolSize, Span
+from keysift.kvcache.home_file import FileHome
+
+FRAMES, SEQUENCES, MAX_LEN = 160, 4, 400
+
+Make = Callable[[CacheSpec], PagedCache]
+
+
+def on_device(spec: CacheSpec) -> PagedCache:
+    return PagedCache(spec, FRAMES, max_sequences=SEQUENCES, max_len=MAX_LEN)
+
+
+def offloaded(home: Callable[[CacheSpec], Home], *, slots: int, staged: int, ahead: int = 0) -> Make:
+    """Everything that an op must not read is NaN."""
+
+    def make(spec: CacheSpec) -> PagedCache:
+        size = PoolSize(slots, staged, SEQUENCES, ahead)
+        tier = OffloadTier(spec, FRAMES, home(spec), size, torch.device("cpu"))
+        for pages in (tier._pool.pages, tier._stage.pages):
+            pages.fill_(torch.nan)
+        return PagedCache(spec, FRAMES, max_sequences=SEQUENCES, max_len=MAX_LEN, tier=tier)
+
+    return make
+
+
+def in_memory(spec: CacheSpec) -> Home:
+    return MemoryHome(spec, torch.device("cpu"))
+
+
+def in_file(folder: Path) -> Callable[[CacheSpec], Home]:
+    return lambda spec: FileHome(spec, folder)
+
+
+def run(cache: PagedCache, strategy: Strategy, lengths: Sequence[int], chunk: int, row: int, new: int) -> list[Tensor]:
+    """Prompts of these lengths in chunks, then `new` tokens of all together; what every step and layer gave.
+
+    Keys and values are the same for the same sequence, token and layer, whoever else is there.
+    """
+    outs = []
+    open_ones = [cache.open() for _ in lengths]
+    for number, (sequence, length) in enumerate(zip(open_ones, lengths, strict=True)):
+        cache.reserve(sequence, length)
+        for start in range(0, length, chunk):
+            span = Span(sequence, start, min(chunk, length - start))
+            step = cache.prefill(span, row, length - span.stop)
+            attend = bind(strategy, cache, step)
+            outs += [attend(layer, *qkv(cache.spec, number, span, layer)) for layer in range(cache.spec.num_layers)]
+    for i in range(new):
+        spans = [Span(sequence, length + i, 1) for sequence, length in zip(open_ones, lengths, strict=True)]
+        for span in spans:
+            cache.reserve(span.sequence, span.stop)
+        attend = bind(strategy, cache, cache.decode(spans))
+        for layer in range(cache.spec.num_layers):
+            each = [qkv(cache.spec, number, span, layer) for number, span in enumerate(spans)]
+            outs.append(attend(layer, *(torch.cat(parts) for parts in zip(*each, strict=True))))
+    return outs
+
+
+def qkv(spec: CacheSpec, number: int, span: Span, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * number + layer)
+    heads = 4 * spec.num_kv_heads
+    every = torch.randn(MAX_LEN, heads, spec.head_dim, generator=generator).to(spec.dtype)
+    q, k, v = every.split([2 * spec.num_kv_heads, spec.num_kv_heads, spec.num_kv_heads], 1)
+    here = slice(span.start, span.stop)
+    return 2 * q[here], k[here], v[here]
