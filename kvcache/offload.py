@@ -174,7 +174,7 @@ class OffloadTier:
             if self._pool.opened(layer, span.sequence) != frame:
                 tail = self._pool.open(layer, span.sequence, frame)
                 if span.start % size:
-                    self._reopen(layer, frame, tail)
+                    self.home.read(layer, [frame], tail[None])
         tails = self._pool.pages[layer]
         store(tails[:, :, 0], tails[:, :, 1], k, v, self._slots)
         if filled := [
@@ -184,14 +184,6 @@ class OffloadTier:
         ]:
             places = torch.tensor([self._pool.capacity + span.sequence for _, span in filled], device=k.device)
             self._send(layer, [frame for frame, _ in filled], tails[places])
-
-    def _reopen(self, layer: int, frame: int, tail: Tensor) -> None:
-        """Go on in a page [Hkv, 2, S, D] that is at home; the page is open only if it has come."""
-        try:
-            self.home.read(layer, [frame], tail[None])
-        except Exception:
-            self._pool.drop(layer, [frame])
-            raise
 
     def _send(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
         """Full pages [n, Hkv, 2, S, D] to their home, and what is known of them to where it stays."""
