@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .allocator import FrameAllocator
 from .context import Context
-from .errors import HomeError
 from .index.protocol import IndexSpec, PageIndex
 from .prefix import PrefixCache
 from .recent import Recent
@@ -79,7 +78,7 @@ class PagedCache:
         frames = self.allocator.take(missing)
         try:
             self.tier.claim(frames)
-        except HomeError:
+        except Exception:
             for frame in reversed(frames):
                 self.allocator.release(frame)
             raise

@@ -117,8 +117,10 @@ class OffloadTier:
         """In vain, if it fails: whoever really wants the pages will hear of it."""
         try:
             self.home.fetch(layer, self._pool.pages[layer], admitted.loads, admitted.slots)
-        except HomeError:
+        except Exception as error:
             self._pool.undo(layer, admitted)
+            if not isinstance(error, HomeError):
+                raise
 
     def holds(self, pages: int) -> bool:
         return pages <= self.size.staged
@@ -172,7 +174,7 @@ class OffloadTier:
             if self._pool.opened(layer, span.sequence) != frame:
                 tail = self._pool.open(layer, span.sequence, frame)
                 if span.start % size:
-                    self.home.read(layer, [frame], tail[None])
+                    self._reopen(layer, frame, tail)
         tails = self._pool.pages[layer]
         store(tails[:, :, 0], tails[:, :, 1], k, v, self._slots)
         if filled := [
@@ -182,6 +184,14 @@ class OffloadTier:
         ]:
             places = torch.tensor([self._pool.capacity + span.sequence for _, span in filled], device=k.device)
             self._send(layer, [frame for frame, _ in filled], tails[places])
+
+    def _reopen(self, layer: int, frame: int, tail: Tensor) -> None:
+        """Go on in a page [Hkv, 2, S, D] that is at home; it is open only once it has come."""
+        try:
+            self.home.read(layer, [frame], tail[None])
+        except Exception:
+            self._pool.drop(layer, [frame])
+            raise
 
     def _send(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
         """Full pages [n, Hkv, 2, S, D] to their home, and what is known of them to where it stays."""
@@ -205,7 +215,7 @@ class OffloadTier:
         self._found += admitted.found.sum(0)
         try:
             self.home.fetch(layer, pages, admitted.loads, admitted.slots)
-        except HomeError:
+        except Exception:  # no memory, too: whoever comes next must not find what has not come
             self._pool.undo(layer, admitted)
             raise
         return Frames(pages[:, :, 0], pages[:, :, 1], admitted.table)
@@ -221,7 +231,7 @@ class OffloadTier:
                 raise self._too_small(len(named))
         try:
             self._bring(layer, missing.tolist(), room)
-        except HomeError:
+        except Exception:
             self._stage.clear()
             raise
         if step.phase is Phase.DECODE:

@@ -98,7 +98,7 @@ void admit(const AdmitCall& call) {
   static thread_local std::vector<char> seen;
   static thread_local std::vector<std::pair<std::int32_t, std::int32_t>> victims;
   // All memory first: what fails later would leave the tables half written.
-  misses.reserve(static_cast<std::size_t>(call.rows * call.lists / call.kv_heads * call.pages_per_list));
+  misses.reserve(static_cast<std::size_t>(call.count));
   seen.reserve(static_cast<std::size_t>(call.capacity));
   victims.reserve(static_cast<std::size_t>(call.capacity));
   for (std::int64_t head = 0; head < call.kv_heads; ++head) {

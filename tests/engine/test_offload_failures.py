@@ -1,0 +1,93 @@
+"""A KV home that fails now and then: whoever is not hit says what it would have said, and no page is lost."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from keysift.engine import Engine, FinishReason, Request
+from keysift.kvcache.home import Home
+from keysift.kvcache.offload import OffloadTier
+from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
+from tests.engine.faults import KINDS
+
+ARGS = ("retrieval.dense_below=0", "retrieval.sink=16", "retrieval.window=32", "retrieval.budget=64")
+
+
+class FaultyHome:
+    """A home whose reads, writes and claims fail by chance, half done."""
+
+    def __init__(self, home: Home, share: float, seed: int) -> None:
+        self._home, self._share = home, share
+        self._chance = random.Random(seed)
+        self.failed = self.fetched = 0
+
+    def claim(self, frames: Iterable[int]) -> None:
+        self._home.claim(frames)
+        self._maybe(0.2)
+
+    def write(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
+        self._home.write(layer, frames[:-1], pages[:-1])
+        self._maybe()
+        self._home.write(layer, frames, pages)
+
+    def read(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
+        self._maybe(spoilt=pages)
+        self._home.read(layer, frames, pages)
+
+    def fetch(self, layer: int, pool: Tensor, loads: Tensor, slots: Tensor) -> None:
+        self.fetched += int((loads >= 0).sum())
+        self._maybe(4.0)
+        self._home.fetch(layer, pool, loads, slots)
+
+    def close(self) -> None:
+        self._home.close()
+
+    def _maybe(self, less: float = 1.0, spoilt: Tensor | None = None) -> None:
+        if self._chance.random() >= self._share * less:
+            return
+        self.failed += 1
+        if spoilt is not None:
+            spoilt.fill_(float("nan"))
+        KINDS[self._chance.choice(list(KINDS))]()
+
+
+def home(make: Make, folder: Path, strategy: str) -> Engine:
+    spec = make().cache.spec
+    sizes = {
+        "kv_memory": spec.kv_bytes * 46,
+        "kv_home_memory": spec.kv_bytes * 60,
+        "max_num_seqs": 4,
+        "max_model_len": 256,
+    }
+    return make(kv_home=str(folder), strategy=strategy, strategy_args=ARGS, prefill_chunk=64, **sizes)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_others_say_the_same(make: Make, tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    wanted = [Request(str(i), tokens(chance.randint(60, 200), i % 3), greedy(chance.randint(4, 30))) for i in range(16)]
+    answers = []
+    for faulty in (False, True):
+        engine = home(make, tmp_path, "dense+retrieval")
+        tier = engine.cache.tier
+        assert isinstance(tier, OffloadTier)
+        if faulty:
+            tier.home = faults = FaultyHome(tier.home, 0.02, seed)
+        for each in wanted:
+            engine.add(each)
+        answers.append(drain(engine))
+        assert engine.cache.free_pages == engine.cache.allocator.total
+    clean, outputs = answers
+    assert min(faults.failed, faults.fetched // 50) > 2
+    ends = {each.request_id: finish_of(outputs, each.request_id) for each in wanted}
+    assert {end.reason for end in ends.values()} == {FinishReason.LENGTH, FinishReason.ERROR}
+    for name, end in ends.items():
+        whole = said(clean, name)
+        assert said(outputs, name) == (
+            whole if end.reason is FinishReason.LENGTH else whole[: len(said(outputs, name))]
+        )
