@@ -161,8 +161,8 @@ class OffloadTier:
         if span.start % size:
             self._bring(layer, frames[:1], pages[:1])
         store(pages[:, :, 0], pages[:, :, 1], k, v, step.positions - first * size)
-        self._pool.drop(layer, frames)
         self._send(layer, frames[:full], pages[:full])
+        self._pool.drop(layer, frames)  # not before: should it fail, the chunk's first page may be in a tail only
         if full < len(frames):
             self._pool.open(layer, span.sequence, frames[-1]).copy_(pages[-1])
 
