@@ -21,6 +21,7 @@ PROMPT, TOKENS = 2024, 48
 """The prompt ends within a page; a segment of 2,048 tokens, of which indexes make lists, is full amid the tokens."""
 SMALL = {"sink": 16, "window": 24, "budget": 32, "top_k": 32, "dense_layers": 0}
 SMALL |= {"topk": 6, "query_blocks": 4, "window_size": 64}
+SMALL |= {"wait": True}  # a graph that is built beside the answers changes them whenever it is ready
 Pages = list[list[list[int]]]
 """Of each row, of each layer and head."""
 
