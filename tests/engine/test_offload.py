@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from keysift.engine import Engine, InvalidRequest, Request, ResourceExhausted
+from keysift.kvcache import OffloadTier
+from keysift.kvcache.home_file import FileHome
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 
 PAIR = "dense+retrieval"
@@ -121,6 +125,64 @@ def test_who_looks_at_all_keys_needs_a_layer_of_them(
 def test_sizes_are_checked_before_anything_runs(fields: dict[str, object], message: str, make: Make) -> None:
     with pytest.raises(InvalidRequest, match=message):
         make(**{"kv_memory": 2**22} | fields)
+
+
+def wide(make: Make, folder: Path) -> Engine:
+    """Room for four requests of 27 pages each, in two extents of the file."""
+    spec = make().cache.spec
+    return home(make, folder, 3.0, max_num_seqs=4, kv_home_memory=128 * spec.kv_bytes, prefix_cache=False)
+
+
+def test_a_full_disk_ends_the_request_that_meets_it(make: Make, tmp_path: Path) -> None:
+    """The system's own limit for files stands for the disk's end."""
+    requests = [Request(str(i), tokens(LENGTH, i), greedy(20)) for i in range(4)]
+    wanted = answer(wide(make, tmp_path), *requests)
+    engine = wide(make, tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 * engine.cache.spec.kv_bytes, before[1]))
+    try:
+        for request in requests:
+            engine.add(request)
+        outputs = drain(engine)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert engine.cache.free_pages == engine.cache.allocator.total
+    ends = [finish_of(outputs, request.request_id) for request in requests]
+    assert [end.reason.name for end in ends] == ["LENGTH", "LENGTH", "ERROR", "ERROR"]
+    for end in ends[2:]:
+        assert end.exhausted
+        assert re.match(
+            rf"kv_home: the file in {tmp_path} could not be extended by \d+ bytes: .* free there", end.error
+        )
+    assert [said(outputs, str(i)) for i in range(2)] == wanted[:2]
+    assert answer(engine, *requests) == wanted
+
+
+def test_a_folder_that_goes_takes_nothing_with_it(make: Make, tmp_path: Path) -> None:
+    request = Request("one", tokens(LENGTH), greedy(NEW))
+    wanted = answer(home(make, tmp_path), request)
+    (folder := tmp_path / "home").mkdir()
+    engine = home(make, folder)
+    engine.add(request)
+    engine.step()
+    folder.rmdir()
+    assert said(drain(engine), "one") == wanted[0]
+
+
+def test_a_file_that_is_cut_is_an_error_of_whoever_reads_it(make: Make, tmp_path: Path) -> None:
+    engine = home(make, tmp_path, prefix_cache=False)
+    engine.add(Request("one", tokens(LENGTH), greedy(NEW)))
+    for _ in range(10):
+        outputs = engine.step()
+    tier = engine.cache.tier
+    assert isinstance(tier, OffloadTier)
+    assert isinstance(tier.home, FileHome)
+    os.ftruncate(tier.home.fileno(), 0)
+    outputs = drain(engine)
+    end = finish_of(outputs, "one")
+    assert (end.reason.name, end.exhausted) == ("ERROR", False)
+    assert re.match(rf"kv_home: the file in {tmp_path} could not be read: Input/output error", end.error)
+    assert engine.cache.free_pages == engine.cache.allocator.total
 
 
 SCRIPT = """
