@@ -35,7 +35,7 @@ class Layout:
         return (
             f"KV: {self.frames:,} pages at home ({_mib(self.home_bytes)}), their summaries and codes at hand "
             f"({_mib(self.described_bytes)}); a pool of {_mib(self.pool_bytes)}: {size.slots:,} pages of each layer "
-            f"and head, {size.staged:,} of one layer for prompts, {size.tails} open ones"
+            f"and head, {size.staged:,} of one layer for prompts, {size.tails} for open pages"
         )
 
 

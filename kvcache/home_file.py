@@ -68,7 +68,7 @@ class FileHome:
     def claim(self, frames: Iterable[int]) -> None:
         for extent in sorted({frame // EXTENT for frame in frames} - self._claimed):
             try:
-                os.posix_fallocate(self._fd, extent * self._extent_bytes, self._extent_bytes)
+                _reserve(self._fd, extent * self._extent_bytes, self._extent_bytes)
             except OSError as error:
                 raise self._failed(f"extended by {self._extent_bytes} bytes", error) from error
             self._claimed.add(extent)
@@ -108,6 +108,14 @@ class FileHome:
         free = shutil.disk_usage(self._folder).free if self._folder.is_dir() else 0
         problem = f"kv_home: the file in {self._folder} could not be {what}: {error.strerror} ({free} bytes free there)"
         return HomeError(problem, exhausted=error.errno in NO_ROOM)
+
+
+def _reserve(fd: int, offset: int, size: int) -> None:
+    """Blocks of the disk for a part of a file; where the system cannot promise them, as on macOS, only its length."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, offset, size)
+    elif os.fstat(fd).st_size < offset + size:
+        os.ftruncate(fd, offset + size)
 
 
 def bytes_of(pages: Tensor) -> memoryview:

@@ -114,6 +114,7 @@ def test_who_looks_at_all_keys_needs_a_layer_of_them(
     [
         ({"kv_home": "/nowhere"}, "kv_home: an existing folder, or 'pinned' .* got '/nowhere'"),
         ({"kv_home_memory": 2**20}, "kv_home_memory: takes kv_home as well, got 1048576 alone"),
+        ({"kv_prefetch": 4}, "kv_prefetch: takes kv_home as well, got 4 alone"),
         ({"kv_home": "pinned", "kv_home_memory": 10}, "kv_home_memory: at least one page = .* bytes, got 10"),
         ({"kv_home": "pinned", "kv_memory": 2**12}, r"kv_memory: at least \d+ bytes: .* got 4096"),
         (
