@@ -161,7 +161,7 @@ BORDERS = [
 def cache_of(page_size: int = 16, dtype: torch.dtype = torch.float32, pages: int = 4096) -> PagedCache:
     spec = CacheSpec(1, KV_HEADS, DIM + MORE, page_size, dtype, SCALE, code_bits=None, bias_channels=MORE)
     cache = PagedCache(spec, pages, max_sequences=4, max_len=pages * page_size)
-    for tensor in (cache.tier.k, cache.tier.v, cache.tier._summaries):  # type: ignore[attr-defined]
+    for tensor in (cache.tier.k, cache.tier.v, cache.tier.summaries(0)):  # type: ignore[attr-defined]
         tensor.fill_(float("nan"))
     return cache
 
