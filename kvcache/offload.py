@@ -68,6 +68,7 @@ class OffloadTier:
         self._ahead = torch.zeros((), dtype=torch.int64, device=device)
         self._beside = beside(device)
         self.close = weakref.finalize(self, _close, self._beside, home)
+        self._guesses: dict[int, Admitted] = {}  # of each layer the last one
         self._staged = self._written = 0  # pages of all heads
         self._staged_by_tokens = 0
         self._step: Step | None = None
@@ -111,6 +112,7 @@ class OffloadTier:
         residents = self._pool.residents(layer)
         admitted = admit(step.table, pages, residents, now=self._clock + 1, before=self._clock - 2)
         self._ahead += (admitted.loads >= 0).sum()
+        self._guesses[layer] = admitted  # a stream of its own reads it: its memory is not free before somebody waited
         self._beside.submit(layer, partial(self._guess, layer, admitted))
 
     def _guess(self, layer: int, admitted: Admitted) -> None:
