@@ -69,8 +69,9 @@ class EngineConfig(Checked):
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
-        if self.kv_home_memory is not None and self.kv_home is None:
-            raise InvalidRequest("kv_home_memory", f"takes kv_home as well, got {int(self.kv_home_memory)} alone")
+        for name in ("kv_home_memory", "kv_prefetch"):
+            if self.kv_home is None and (value := getattr(self, name)):
+                raise InvalidRequest(name, f"takes kv_home as well, got {int(value)} alone")
         for name, unit in (("queries_per_row", "page_size"), ("prefill_chunk", "queries_per_row")):
             if getattr(self, name) % getattr(self, unit):
                 raise InvalidRequest(name, f"a multiple of {unit} ({getattr(self, unit)}), got {getattr(self, name)}")
