@@ -197,7 +197,7 @@ def test_a_cache_may_be_dropped_while_a_guess_runs() -> None:
         worker.join(10)
     gc.collect()
     assert gone() is None
-    assert not closed.alive  # type: ignore[attr-defined]
+    assert not closed.alive
 
 
 @pytest.mark.parametrize("how", ["missing", errno.EOPNOTSUPP, errno.EINVAL])
