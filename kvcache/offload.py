@@ -177,9 +177,8 @@ class OffloadTier:
             self._bring(layer, frames[:1], pages[:1])
         store(pages[:, :, 0], pages[:, :, 1], k, v, step.positions - first * size)
         self._send(layer, frames[:full], pages[:full])
-        self._pool.drop(
-            layer, frames
-        )  # not before: if the home fails, the chunk's first tokens may be in the tail alone
+        # Not before: if the home fails, the chunk's first tokens may be in the tail alone.
+        self._pool.drop(layer, frames)
         if full < len(frames):
             self._pool.open(layer, span.sequence, frames[-1]).copy_(pages[-1])
 
