@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterable, Sequence
 from random import Random
 
@@ -56,6 +57,8 @@ class Failing:
         self.home.read(layer, frames, pages)
 
     def fetch(self, layer: int, pool: Tensor, loads: Tensor, slots: Tensor) -> None:
+        if threading.current_thread() is not self._main:
+            time.sleep(0.002 * self._beside.random())
         if self._fails():
             for head, targets in enumerate(slots.tolist()):
                 pool[[slot for slot in targets if slot >= 0], head] = torch.nan

@@ -21,6 +21,7 @@ from keysift.kvcache import (
     OffloadTier,
     PagedCache,
     PageKeys,
+    Phase,
     PoolSize,
     Span,
     Step,
@@ -154,12 +155,14 @@ class World:
 
     def _same(self, strategy: Strategy, steps: Sequence[Step], words: Sequence[int]) -> bool:
         """Run a step in both; False: it failed, and nobody tried again."""
+        if self.dice.random() < 0.2:
+            self._mistake(steps[0])
         while (found := self._tried(strategy, steps[0], words)) is None:
             if self.dice.random() < 0.3:
                 self._give_up(steps[0])
                 return False
         if self.dice.random() < 0.1:
-            found = self._tried(strategy, steps[0], words) or found
+            found = self._tried(strategy, steps[0], words) or found  # as a step may run twice
         wanted = self._run(strategy, self.twin, steps[1], words)
         held = sum(self.spec.pages_for(span.stop) for span in steps[0].spans) <= self.tier.size.staged
         self.exact += held
@@ -168,6 +171,13 @@ class World:
             assert not other.isnan().any()
             torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
         return True
+
+    def _mistake(self, step: Step) -> None:
+        """The same step with other words and choices, which nobody wants after all."""
+        strategy, words = make("dense"), [self.dice.randrange(WORDS) for _ in step.positions]
+        if step.phase is Phase.DECODE:
+            strategy = make("quest", sink=3, window=6, budget=self.dice.choice([8, 24]), dense_layers=0, dense_below=0)
+        self._tried(strategy, step, words)
 
     def _give_up(self, step: Step) -> None:
         """As if the step had never begun."""
@@ -232,7 +242,7 @@ class World:
         for _ in range(EVENTS):
             yield self.dice.choices(
                 [self.begin, self.prompt, self.generate, self.keep, self.rollback, self.end, self.poison],
-                [3, 5, 8, 2, 2, 1, 2],
+                [3, 5, 8, 2, 4, 1, 2],
             )[0]
 
 
@@ -247,7 +257,7 @@ def world(seed: int, folder: Path | None) -> Iterator[World]:
     staged = FRAMES if dice.random() < 0.6 else dice.randrange(3, 12)
     size = PoolSize(dice.choice([1, 4, 9, 16, 60]), staged, SEQUENCES, dice.choice([0, 0, 1, 3, 8]))
     home = Failing(
-        MemoryHome(spec, CPU) if folder is None else FileHome(spec, folder), spec, dice.choice([0.0, 0.05, 0.2]), seed
+        MemoryHome(spec, CPU) if folder is None else FileHome(spec, folder), spec, dice.choice([0.0, 0.1, 0.25]), seed
     )
     tiers = OffloadTier(spec, FRAMES, home, size, CPU), DeviceTier(spec, FRAMES, CPU)
     caches = [PagedCache(spec, FRAMES, max_sequences=SEQUENCES, max_len=256, tier=tier) for tier in tiers]
