@@ -51,7 +51,7 @@ def lay_out(
         InvalidRequest: what was asked for does not fit, or is too little to work with; it names the bytes.
     """
     longest = spec.pages_for(max_model_len)
-    room = _home_bytes(config, spec, free, free if host is None else host, share)
+    room = _home_bytes(config, spec, free, share, host)
     frames = min(_frames(spec, room), longest * config.max_num_seqs)
     if frames < 1:
         raise InvalidRequest("kv_home_memory", f"at least one page = {spec.kv_bytes} bytes, got {room}")
@@ -96,10 +96,13 @@ def _frames(spec: CacheSpec, room: int) -> int:
     return pages if pages < EXTENT else pages // EXTENT * EXTENT
 
 
-def _home_bytes(config: EngineConfig, spec: CacheSpec, free: float, host: float, share: float) -> int:
-    """By default no more than the place has room for, and no more pages than can be described on the device."""
+def _home_bytes(config: EngineConfig, spec: CacheSpec, free: float, share: float, host: float | None) -> int:
+    """By default no more than the place has room for, and no more pages than the device's share of memory bears."""
+    borne = _described(spec)
     if config.kv_home == PINNED:
-        place, there, spared = "host memory", int(host), int(share * host)
+        place, there = "host memory", int(free if host is None else host)
+        spared = int(share * there)
+        borne += spec.kv_bytes if host is None else 0
     else:
         folder = Path(str(config.kv_home))
         if not folder.is_dir():
@@ -107,7 +110,7 @@ def _home_bytes(config: EngineConfig, spec: CacheSpec, free: float, host: float,
         place, there = str(folder), shutil.disk_usage(folder).free
         spared = int(SHARE_OF_DISK * there)
     if config.kv_home_memory is None:
-        return min(spared, int(share * free) // _described(spec) * spec.kv_bytes)
+        return min(spared, int(share * free) // borne * spec.kv_bytes)
     if config.kv_home_memory > there:
         raise InvalidRequest(
             "kv_home_memory", f"at most the {there} bytes that are free in {place}, got {int(config.kv_home_memory)}"

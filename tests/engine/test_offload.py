@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,14 @@ def test_a_pinned_home_is_measured_by_host_memory() -> None:
     with pytest.raises(InvalidRequest, match=r"kv_home_memory: \d+ pages need \d+ .* codes and \d+ for themselves, .*"):
         lay_out(both, SPEC, 131_072, 2**30, 0.4)
     assert lay_out(both, SPEC, 131_072, 2**30, 0.4, host=2**30).home_bytes <= 2**29
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 16])
+def test_by_default_all_of_it_fits(page_size: int) -> None:
+    """Small pages take as much to describe as to keep."""
+    spec = replace(SPEC, page_size=page_size)
+    layout = lay_out(EngineConfig(kv_home="pinned"), spec, 131_072, 2**30, 0.4)
+    assert 0.7 * 2**30 < layout.home_bytes + layout.described_bytes + layout.pool_bytes <= 0.8 * 2**30
 
 
 def test_a_gpu_reads_no_files(tmp_path: Path) -> None:
