@@ -107,10 +107,7 @@ class TokenStrategy(Strategy, ABC):
 
 
 def nearly(masses: Tensor, selection: Selection, context: Context) -> Tensor:
-    """[R, H, P] int32, the heaviest pages that were not chosen, by masses [R, Hq, F]: see `Selection.ahead`.
-
-    On real text every third page that a token reads and the one before did not is among the 8 that came next there.
-    """
+    """[R, H, P] int32, the heaviest pages that were not chosen, by masses [R, Hq, F]: see `Selection.ahead`."""
     heads, count = selection.pages.shape[1], min(context.tier.ahead, masses.shape[2])
     shares = torch.unflatten(masses.softmax(-1).nan_to_num(0.0), 1, (heads, -1)).mean(2)  # [R, H, F]
     shares = shares.masked_fill(selection.mask(masses.shape[2]), 0.0)

@@ -42,12 +42,13 @@ class EngineConfig(Checked):
     )
     kv_memory: ByteSize | None = Field(
         None,
-        description="bytes for KV pages, such as 4GiB; none: at most 40 % of what is free",
+        description="bytes for KV pages, such as 4GiB, with kv_home for those at hand; none: at most 40 % of what is "
+        "free",
     )
     kv_home: str | None = Field(
         None,
-        description="where KV pages live when kv_memory holds only those that are being read: a folder, for a nameless "
-        "file in it, or pinned for host memory; none: all pages are in kv_memory",
+        description="where KV pages live when kv_memory holds only those that are being read: a folder on a CPU, for a "
+        "nameless file in it, or pinned for host memory beside a GPU; none: all pages are in kv_memory",
     )
     kv_home_memory: ByteSize | None = Field(
         None, description="most bytes of the KV home; none: what the requests can fill and the place has room for"

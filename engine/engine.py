@@ -44,7 +44,7 @@ class Engine:
         calibration.tell(config, self._crossovers, report)
         self.tokenizer = self.model.tokenizer
         self.cache = make_cache(config, self.model, report)
-        self._check_index(self._default)
+        self._check_strategy(self._default)
         self.scheduler = Scheduler(
             self.cache,
             max_running=config.max_num_seqs,
@@ -140,12 +140,12 @@ class Engine:
         strategy = self._default
         if request.strategy is not None or request.strategy_args:
             strategy = self._strategy(request.strategy or self.config.strategy, request.strategy_args)
-        self._check_index(strategy)
+        self._check_strategy(strategy)
         sequence = Sequence(request, strategy, min(request.params.max_new_tokens, limit - length))
         sequence.keys = self._page_keys(sequence)
         return sequence
 
-    def _check_index(self, strategy: Strategy) -> None:
+    def _check_strategy(self, strategy: Strategy) -> None:
         """Raises `Unsupported` where the cache does not suit the strategy, or cannot keep its index."""
         which = strategy.make_index()
         try:

@@ -44,7 +44,8 @@ def make_cache(config: EngineConfig, model: LoadedModel, report: Callable[[str],
     """
     spec, free = cache_spec(config, model), free_memory(model.device)
     if config.kv_home is not None:
-        layout = lay_out(config, spec, model.max_model_len, free, SHARE)
+        beside = free_memory(torch.device("cpu")) if model.device.type == "cuda" else None
+        layout = lay_out(config, spec, model.max_model_len, free, SHARE, beside)
         report(str(layout))
         tier = make_tier(config, spec, layout, model.device)
         return _cache(config, model, spec, layout.frames, tier)

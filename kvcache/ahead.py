@@ -19,7 +19,7 @@ class Ahead(Protocol):
         """The layer's copy is done: what is computed from now on sees it. Raises what it raised."""
 
     def close(self) -> None:
-        """Begin nothing more."""
+        """Begin nothing more; what has begun is done."""
 
 
 class Thread:
@@ -37,11 +37,18 @@ class Thread:
             running.result()
 
     def close(self) -> None:
-        self._worker.shutdown(wait=False, cancel_futures=True)
+        """Perhaps on the worker itself, which may be the last to know whom it copies for: it must not be joined."""
+        self._worker.shutdown(wait=False)
+        for copy in self._copies.values():
+            if not copy.cancel():
+                copy.exception()
 
 
 class Stream:
-    """For a GPU that reads pinned memory itself: a stream of its own, and events for those who wait."""
+    """For a GPU that reads pinned memory itself: a stream of its own, and events for those who wait.
+
+    Whoever submits a copy keeps the tensors that it reads until it has waited.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -58,6 +65,7 @@ class Stream:
             torch.cuda.current_stream(self._stream.device).wait_event(event)
 
     def close(self) -> None:
+        self._stream.synchronize()
         self._events.clear()
 
 

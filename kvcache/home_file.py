@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from .ops.dispatch import op
 from .spec import CacheSpec
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+NO_SUCH_CALL = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What systems answer that cannot reserve blocks in such a file."""
 
 
 class Place(NamedTuple):
@@ -43,7 +46,8 @@ class FileHome:
 
     It is read and written by calls rather than mapped: a full or failing disk is then an error of one request, where a
     map would end the process with SIGBUS; and what the system keeps of it in its page cache is the system's to take
-    back, and no part of this process. Blocks are reserved extent by extent before anything is written.
+    back, and no part of this process. Blocks are reserved extent by extent before anything is written, where the system
+    can; elsewhere a full disk shows when a page is written.
     """
 
     def __init__(self, spec: CacheSpec, folder: Path) -> None:
@@ -56,10 +60,11 @@ class FileHome:
             self._file = tempfile.TemporaryFile(dir=folder, prefix="keysift-", buffering=0)  # noqa: SIM115
             self._fd = self._file.fileno()
             self.close = weakref.finalize(self, self._file.close)
-            # What lies beside a page is no guess at what is read next, and whole runs are asked for as such.
-            getattr(os, "posix_fadvise", lambda *_: None)(self._fd, 0, 0, getattr(os, "POSIX_FADV_RANDOM", 0))
         except OSError as error:
             raise self._failed("opened", error) from error
+        # What lies beside a page is no guess at what is read next, and whole runs are asked for as such.
+        with suppress(AttributeError, OSError):
+            os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def fileno(self) -> int:
         """Of the file, for whoever wants to tell the system something about it."""
@@ -68,7 +73,7 @@ class FileHome:
     def claim(self, frames: Iterable[int]) -> None:
         for extent in sorted({frame // EXTENT for frame in frames} - self._claimed):
             try:
-                _reserve(self._fd, extent * self._extent_bytes, self._extent_bytes)
+                reserve(self._fd, extent * self._extent_bytes, self._extent_bytes)
             except OSError as error:
                 raise self._failed(f"extended by {self._extent_bytes} bytes", error) from error
             self._claimed.add(extent)
@@ -94,28 +99,36 @@ class FileHome:
         return self._place(layer).of(frame, 0, self._kv_heads)
 
     def _move(self, what: str, call: Callable[[int, memoryview, int], int], offset: int, pages: Tensor) -> None:
-        """All bytes of contiguous pages, in as many calls as it takes."""
-        rest = bytes_of(pages)
         try:
-            while rest:
-                if not (moved := call(self._fd, rest, offset)):
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
-                rest, offset = rest[moved:], offset + moved
+            whole(call, self._fd, bytes_of(pages), offset)
         except OSError as error:
             raise self._failed(what, error) from error
 
     def _failed(self, what: str, error: OSError) -> HomeError:
-        free = shutil.disk_usage(self._folder).free if self._folder.is_dir() else 0
+        free = 0
+        with suppress(OSError):
+            free = shutil.disk_usage(self._folder).free
         problem = f"kv_home: the file in {self._folder} could not be {what}: {error.strerror} ({free} bytes free there)"
         return HomeError(problem, exhausted=error.errno in NO_ROOM)
 
 
-def _reserve(fd: int, offset: int, size: int) -> None:
-    """Blocks of the disk for a part of a file; where the system cannot promise them, as on macOS, only its length."""
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(fd, offset, size)
-    elif os.fstat(fd).st_size < offset + size:
-        os.ftruncate(fd, offset + size)
+def reserve(fd: int, offset: int, size: int) -> None:
+    """Have blocks for a range of a file; where that is unheard of, let the file at least be as long."""
+    try:
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            return os.posix_fallocate(fd, offset, size)
+    except OSError as error:
+        if error.errno not in NO_SUCH_CALL:
+            raise
+    return os.ftruncate(fd, max(os.fstat(fd).st_size, offset + size))
+
+
+def whole(call: Callable[[int, memoryview, int], int], fd: int, memory: memoryview, offset: int) -> None:
+    """Read or write all of it, in as many calls as it takes."""
+    while memory:
+        if not (moved := call(fd, memory, offset)):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        memory, offset = memory[moved:], offset + moved
 
 
 def bytes_of(pages: Tensor) -> memoryview:
@@ -126,12 +139,12 @@ def bytes_of(pages: Tensor) -> memoryview:
 @op(native="keysift.attention.native.read_pieces:read_pieces")
 def read_pieces(pool: Tensor, fd: int, place: Place, loads: Tensor, slots: Tensor) -> None:
     """As `keysift.kvcache.ops.fetch`, from a file, for a contiguous pool. Raises `OSError`."""
-    whole, kv_heads, size = bytes_of(pool), pool.shape[1], place.piece_bytes
+    memory, kv_heads, size = bytes_of(pool), pool.shape[1], place.piece_bytes
     for head, (frames, targets) in enumerate(zip(loads.tolist(), slots.tolist(), strict=True)):
         for frame, slot in zip(frames, targets, strict=True):
-            start = (slot * kv_heads + head) * size
-            if frame >= 0 and _pread(fd, whole[start : start + size], place.of(frame, head, kv_heads)) != size:
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            if frame >= 0:
+                start = (slot * kv_heads + head) * size
+                whole(_pread, fd, memory[start : start + size], place.of(frame, head, kv_heads))
 
 
 def _pread(fd: int, memory: memoryview, offset: int) -> int:

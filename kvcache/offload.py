@@ -21,8 +21,11 @@ from .pool import Pool
 from .selection import Selection
 from .spec import CacheSpec
 from .stage import Stage
-from .step import Phase, Step
+from .step import Phase, Span, Step
 from .tiers import Frames, Traffic, own_page
+
+LATEST = 2**31 - 4
+"""Times are int32, and a token's guesses are of a time right after its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class OffloadTier:
     - A page is written home when it becomes full. It then never changes, so leaving the pool is forgetting it.
 
     Where a page is read changes no bit of what comes out, unless a read is more than the stage takes and is done in
-    parts. On a GPU nothing here waits for the device but a prompt's list of pages.
+    parts. On a GPU nothing here asks the device for a number but a prompt's list of pages and reads through the stage.
     """
 
     steady: ClassVar[bool] = False
@@ -68,18 +71,23 @@ class OffloadTier:
         self._ahead = torch.zeros((), dtype=torch.int64, device=device)
         self._beside = beside(device)
         self.close = weakref.finalize(self, _close, self._beside, home)
-        self._guesses: dict[int, Admitted] = {}  # of each layer the last one
         self._staged = self._written = 0  # pages of all heads
         self._staged_by_tokens = 0
+        self._vain = 0  # heads of pages that were guessed and did not come
         self._step: Step | None = None
         self._clock = 0
-        self._listed: dict[int, int] = {}  # layer -> pages of a head that this step has asked the pool for
+        self._listed: dict[int, int] = {}  # layer that this step has written -> pages of a head that it asked for
+        self._guesses: dict[int, Admitted] = {}  # layer -> its last one
 
     def claim(self, frames: Sequence[int]) -> None:
         self.home.claim(frames)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
+        if layer in self._listed:  # the step runs once more, and what it read before need not stay
+            self._step = None
         self._begin(step)
+        self._listed[layer] = 0
+        self._stage.leave()
         self._beside.wait(layer)
         if step.phase is Phase.PREFILL:
             self._write_chunk(layer, k, v, step)
@@ -112,17 +120,15 @@ class OffloadTier:
         residents = self._pool.residents(layer)
         admitted = admit(step.table, pages, residents, now=self._clock + 1, before=self._clock - 2)
         self._ahead += (admitted.loads >= 0).sum()
-        self._guesses[layer] = admitted  # a stream of its own reads it: its memory is not free before somebody waited
+        self._guesses[layer] = admitted  # a stream reads it until somebody has waited
         self._beside.submit(layer, partial(self._guess, layer, admitted))
 
     def _guess(self, layer: int, admitted: Admitted) -> None:
         """In vain, if it fails: whoever really wants the pages will hear of it."""
         try:
-            self.home.fetch(layer, self._pool.pages[layer], admitted.loads, admitted.slots)
-        except Exception as error:
-            self._pool.undo(layer, admitted)
-            if not isinstance(error, HomeError):
-                raise
+            self._fetch(layer, admitted)
+        except HomeError:
+            self._vain += int((admitted.loads >= 0).sum())
 
     def holds(self, pages: int) -> bool:
         return pages <= self.size.staged
@@ -130,7 +136,7 @@ class OffloadTier:
     @property
     def traffic(self) -> Traffic:
         hits, guessed, misses = self._found.tolist()
-        ahead = int(self._ahead)
+        ahead = int(self._ahead) - self._vain
         heads, piece = self.spec.num_kv_heads, self.spec.read_bytes
         return Traffic(
             hits=hits,
@@ -143,12 +149,21 @@ class OffloadTier:
 
     def _begin(self, step: Step) -> None:
         if step is not self._step:
+            _check_alone(step)
             self._step = step
-            self._clock += 2
+            self._tick()
             self._listed.clear()
             tails = [self._pool.capacity + span.sequence for span in step.spans]
             self._tails = torch.tensor(tails, dtype=torch.int32, device=step.starts.device)  # [B]
             self._slots = self._tails.long() * self.spec.page_size + step.starts[: len(tails)] % self.spec.page_size
+
+    def _tick(self) -> None:
+        self._clock += 2
+        if self._clock > LATEST:
+            for layer in range(self.spec.num_layers):
+                self._beside.wait(layer)
+            self._pool.restart()
+            self._clock = 2
 
     def _write_chunk(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         """A prompt's chunk goes through the stage, where its own queries find it, to its home."""
@@ -156,44 +171,39 @@ class OffloadTier:
         first, full = span.start // size, span.stop // size - span.start // size
         frames = step.held[0][first : self.spec.pages_for(span.stop)]
         self._stage.enter(layer, step)
-        self._stage.clear()  # the chunk comes first, page after page
-        pages = self._stage.place(torch.tensor(frames, device=k.device))
+        pages = self._stage.place(torch.tensor(frames, device=k.device))  # side by side, as nothing else is there yet
         if pages is None:
             raise self._too_small(len(frames))
         if span.start % size:
             self._bring(layer, frames[:1], pages[:1])
         store(pages[:, :, 0], pages[:, :, 1], k, v, step.positions - first * size)
         self._send(layer, frames[:full], pages[:full])
-        self._pool.drop(layer, frames)  # not before: should it fail, the chunk's first page may be in a tail only
+        # Not before: if the home fails, the chunk's first tokens may be in the tail alone.
+        self._pool.drop(layer, frames)
         if full < len(frames):
             self._pool.open(layer, span.sequence, frames[-1]).copy_(pages[-1])
 
     def _write_tokens(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         """Every token goes into its sequence's tail; a page that becomes full goes home and stays there to be read."""
-        size, spans = self.spec.page_size, step.spans
-        for span, held in zip(spans, step.held, strict=True):
-            frame = held[span.start // size]
+        size, tails = self.spec.page_size, self._pool.pages[layer]
+        own = [(held[span.start // size], span) for span, held in zip(step.spans, step.held, strict=True)]
+        for frame, span in own:
             if self._pool.opened(layer, span.sequence) != frame:
-                tail = self._pool.open(layer, span.sequence, frame)
-                if span.start % size:
-                    self._reopen(layer, frame, tail)
-        tails = self._pool.pages[layer]
+                self._reopen(layer, frame, span)
         store(tails[:, :, 0], tails[:, :, 1], k, v, self._slots)
-        if filled := [
-            (held[span.start // size], span)
-            for span, held in zip(spans, step.held, strict=True)
-            if span.stop % size == 0
-        ]:
+        if filled := [(frame, span) for frame, span in own if span.stop % size == 0]:
             places = torch.tensor([self._pool.capacity + span.sequence for _, span in filled], device=k.device)
             self._send(layer, [frame for frame, _ in filled], tails[places])
 
-    def _reopen(self, layer: int, frame: int, tail: Tensor) -> None:
-        """Go on in a page [Hkv, 2, S, D] that is at home; it is open only once it has come."""
-        try:
-            self.home.read(layer, [frame], tail[None])
-        except Exception:
-            self._pool.drop(layer, [frame])
-            raise
+    def _reopen(self, layer: int, frame: int, span: Span) -> None:
+        """Make the frame's page the sequence's open one, with the tokens that it has already."""
+        tail = self._pool.open(layer, span.sequence, frame)
+        if span.start % self.spec.page_size:
+            try:
+                self.home.read(layer, [frame], tail[None])
+            except BaseException:
+                self._pool.drop(layer, [frame])  # it is not there
+                raise
 
     def _send(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
         """Full pages [n, Hkv, 2, S, D] to their home, and what is known of them to where it stays."""
@@ -214,13 +224,17 @@ class OffloadTier:
         self._listed[layer] = self._listed.get(layer, 0) + rows * lists // self.spec.num_kv_heads * listed
         residents, pages = self._pool.residents(layer), self._pool.pages[layer]
         admitted = admit(step.table, selection.pages, residents, now=self._clock, before=self._clock)
+        self._fetch(layer, admitted)
         self._found += admitted.found.sum(0)
+        return Frames(pages[:, :, 0], pages[:, :, 1], admitted.table)
+
+    def _fetch(self, layer: int, admitted: Admitted) -> None:
+        """All that was admitted, or as if nothing had been."""
         try:
-            self.home.fetch(layer, pages, admitted.loads, admitted.slots)
-        except Exception:  # no memory, too: whoever comes next must not find what has not come
+            self.home.fetch(layer, self._pool.pages[layer], admitted.loads, admitted.slots)
+        except BaseException:  # an interrupt, too, leaves slots without their pages
             self._pool.undo(layer, admitted)
             raise
-        return Frames(pages[:, :, 0], pages[:, :, 1], admitted.table)
 
     def _from_stage(self, layer: int, named: Tensor, step: Step) -> Frames:
         """Frames [n] int32, ascending and unique."""
@@ -233,8 +247,8 @@ class OffloadTier:
                 raise self._too_small(len(named))
         try:
             self._bring(layer, missing.tolist(), room)
-        except Exception:
-            self._stage.clear()
+        except BaseException:
+            self._stage.leave()
             raise
         if step.phase is Phase.DECODE:
             self._staged_by_tokens += len(missing)
@@ -267,6 +281,12 @@ class OffloadTier:
             f"there is room for {self.size.staged} pages = {self.size.staged * page} bytes",
             exhausted=True,
         )
+
+
+def _check_alone(step: Step) -> None:
+    """A sequence has one tail, which holds its last page: raises `ValueError` for two tokens of one in a step."""
+    if step.phase is Phase.DECODE and len({span.sequence for span in step.spans}) < len(step.spans):
+        raise ValueError("a decode step over an offloaded cache takes one token of each sequence")
 
 
 def _close(beside: Ahead, home: Home) -> None:

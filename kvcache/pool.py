@@ -45,12 +45,14 @@ class Pool:
 
     def undo(self, layer: int, admitted: Admitted) -> None:
         """Forget pages that were to come and did not."""
-        for head, frames in enumerate(admitted.loads.tolist()):
-            for frame, slot in zip(frames, admitted.slots[head].tolist(), strict=True):
-                if frame >= 0:
-                    self._where[layer, head, frame] = self._owner[layer, head, slot] = self._used[
-                        layer, head, slot
-                    ] = -1
+        where, owner, used = self.residents(layer)
+        heads, places = (admitted.loads >= 0).nonzero(as_tuple=True)
+        frames, slots = admitted.loads[heads, places].long(), admitted.slots[heads, places].long()
+        where[heads, frames] = owner[heads, slots] = used[heads, slots] = -1
+
+    def restart(self) -> None:
+        """The clock begins again: whatever is here was read at one time."""
+        self._used.clamp_(max=0)
 
     def open(self, layer: int, sequence: int, frame: int) -> Tensor:
         """Make the frame's page the sequence's open one; returns its tail [Hkv, 2, S, D], which may hold anything."""

@@ -30,6 +30,10 @@ class Stage:
             self._of = layer, step
             self.clear()
 
+    def leave(self) -> None:
+        """Whoever enters next finds nothing."""
+        self._of = None
+
     def clear(self) -> None:
         self._count = 0
         self._where.fill_(-1)

@@ -20,6 +20,9 @@ from ..strategy import LARGEST, Positive, Share, Tokens
 from ..token import TokenStrategy
 from .nosa_trained import NosaTrained
 
+TRAINED = NosaTrained()
+"""With the constants of the published checkpoints."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nosa(TokenStrategy):
@@ -56,11 +59,11 @@ class Nosa(TokenStrategy):
 
     def check(self, spec: CacheSpec) -> None:
         if self.trained and spec.bias_channels:
-            NosaTrained().check(spec)
+            TRAINED.check(spec)
 
     def decode(self, q: Tensor, context: Context) -> Selection:
         if self.trained and context.spec.bias_channels:
-            return NosaTrained().decode(q, context)
+            return TRAINED.decode(q, context)
         return TokenStrategy.decode(self, q, context)
 
     @property

@@ -16,7 +16,7 @@ class Residents(NamedTuple):
     where: Tensor
     """[Hkv, N] int32, home frame -> slot; -1: not there. Slots from C on are nobody's to give away: open pages."""
     owner: Tensor
-    """[Hkv, C] int32, slot -> home frame; -1: empty."""
+    """[Hkv, C] int32, slot -> home frame; -1: empty. C is at least 1."""
     used: Tensor
     """[Hkv, C] int32, when the slot was last read; -1: never since it became empty."""
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from keysift.attention.ops.steady_pages import SteadyPages, steady_pages
 from keysift.attention.ops.top_pages import top_pages
@@ -17,6 +16,7 @@ from keysift.kvcache.ops.dispatch import Backend
 from tests.problems import built
 
 from .steady_problems import CASES, Case, Inputs, make_inputs, written_out
+from .test_top_pages import as_lists
 
 BUILT = built("keysift.attention.native.steady_pages")
 NATIVE = pytest.mark.skipif(not BUILT, reason="not built")
@@ -37,15 +37,6 @@ def run(backend: Backend, case: Case, inputs: Inputs) -> SteadyPages:
     assert got.read.dtype == got.valve.dtype == torch.bool
     assert got.overlap.shape == got.valve.shape == lists
     return got
-
-
-def as_lists(pages: Tensor) -> list[list[int]]:
-    """Also checks that they ascend, and that only padding follows."""
-    lists = [[page for page in row if page >= 0] for row in pages.flatten(0, 1).tolist()]
-    for row, found in zip(pages.flatten(0, 1).tolist(), lists, strict=True):
-        assert row == found + [-1] * (len(row) - len(found))
-        assert found == sorted(set(found))
-    return lists
 
 
 @BACKENDS

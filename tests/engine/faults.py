@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from keysift.engine import Engine
+from keysift.engine import Engine, FinishReason, Output
 from keysift.kvcache import DeviceTier, Frames, HomeError, Selection, Step
+from tests.engine.driver import finish_of, said
 
 Act = Literal["write", "resident"]
 Fault = Callable[[Act, int, Step], None]
@@ -73,3 +74,12 @@ def holds(engine: Engine, step: Step, request_id: str) -> bool:
         sequence.request.request_id == request_id and sequence.handle in {span.sequence for span in step.spans}
         for sequence in engine.scheduler.running
     )
+
+
+def check_said(outputs: list[Output], clean: list[Output], names: Sequence[str]) -> None:
+    """Some requests failed and some did not; all said what they say where nothing fails, as far as they came."""
+    ends = {name: finish_of(outputs, name) for name in names}
+    assert {end.reason for end in ends.values()} == {FinishReason.LENGTH, FinishReason.ERROR}
+    for name, end in ends.items():
+        text, whole = said(outputs, name), said(clean, name)
+        assert text == (whole if end.reason is FinishReason.LENGTH else whole[: len(text)])

@@ -11,7 +11,7 @@ import pytest
 from keysift.engine import Engine, Finish, FinishReason, Output, Request, SamplingParams
 from keysift.kvcache import HomeError, OutOfFrames, Phase, Step
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
-from tests.engine.faults import KINDS, Act, Fault, holds, install
+from tests.engine.faults import KINDS, Act, Fault, check_said, holds, install
 
 RETRIEVAL = ("dense_below=0", "sink=16", "window=32", "budget=32", "epsilon=0", "wait=true")
 STRATEGIES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -220,13 +220,7 @@ def test_soak(make: Make, seed: int) -> None:
 
     install(engine, fault)
     outputs = outcome(engine, wanted)
-    ends = {each.request_id: finish_of(outputs, each.request_id) for each in wanted}
-    assert {end.reason for end in ends.values()} == {FinishReason.LENGTH, FinishReason.ERROR}
-    for name, end in ends.items():
-        whole = said(clean, name)
-        assert said(outputs, name) == (
-            whole if end.reason is FinishReason.LENGTH else whole[: len(said(outputs, name))]
-        )
+    check_said(outputs, clean, [each.request_id for each in wanted])
 
 
 def _any_request(chance: random.Random, number: int) -> Request:

@@ -8,12 +8,16 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from keysift.engine import Engine, InvalidRequest, Request, ResourceExhausted
-from keysift.kvcache import OffloadTier
+from keysift.engine import Engine, EngineConfig, InvalidRequest, Request, ResourceExhausted
+from keysift.engine.offload import lay_out, make_tier
+from keysift.kvcache import CacheSpec, OffloadTier
+from keysift.kvcache.home import EXTENT
 from keysift.kvcache.home_file import FileHome
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 
@@ -106,7 +110,7 @@ def test_who_looks_at_all_keys_needs_a_layer_of_them(
     request = Request("one", tokens(LENGTH), greedy(NEW), strategy=strategy, strategy_args=args)
     with pytest.raises(ResourceExhausted, match=r"kv_memory: strategy \w+ looks at all keys .* \d+ bytes for 4\d0"):
         engine.add(request)
-    assert answer(engine, Request("two", tokens(LENGTH), greedy(4)))
+    assert len(answer(engine, Request("two", tokens(LENGTH), greedy(4)))[0]) == 4
 
 
 @pytest.mark.parametrize(
@@ -115,6 +119,10 @@ def test_who_looks_at_all_keys_needs_a_layer_of_them(
         ({"kv_home": "/nowhere"}, "kv_home: an existing folder, or 'pinned' .* got '/nowhere'"),
         ({"kv_home_memory": 2**20}, "kv_home_memory: takes kv_home as well, got 1048576 alone"),
         ({"kv_prefetch": 4}, "kv_prefetch: takes kv_home as well, got 4 alone"),
+        (
+            {"kv_home": "pinned", "kv_home_memory": 2**60},
+            r"kv_home_memory: at most the \d+ bytes .* free in host memory",
+        ),
         ({"kv_home": "pinned", "kv_home_memory": 10}, "kv_home_memory: at least one page = .* bytes, got 10"),
         ({"kv_home": "pinned", "kv_memory": 2**12}, r"kv_memory: at least \d+ bytes: .* got 4096"),
         (
@@ -184,6 +192,73 @@ def test_a_file_that_is_cut_is_an_error_of_whoever_reads_it(make: Make, tmp_path
     assert (end.reason.name, end.exhausted) == ("ERROR", False)
     assert re.match(rf"kv_home: the file in {tmp_path} could not be read: Input/output error", end.error)
     assert engine.cache.free_pages == engine.cache.allocator.total
+
+
+BASE = {"kv_home": "pinned", "max_num_seqs": 2, "prefill_chunk": 64}
+SPEC = CacheSpec(num_layers=30, num_kv_heads=3, head_dim=64, dtype=torch.bfloat16)
+PIECE = SPEC.num_kv_heads * SPEC.read_bytes
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 32])
+def test_what_is_asked_for_at_least_is_enough(sequences: int) -> None:
+    """Many open pages leave no slots, unless the stage makes room."""
+    config = EngineConfig(**BASE | {"max_num_seqs": sequences, "kv_memory": 1})
+    with pytest.raises(InvalidRequest, match="kv_memory: at least") as refused:
+        lay_out(config, SPEC, 10_000, 2**40, 0.4)
+    least = int(str(refused.value).split("at least ")[1].split()[0])
+    size = lay_out(config.model_copy(update={"kv_memory": least}), SPEC, 10_000, 2**40, 0.4).pool
+    assert (size.slots, size.staged, size.bytes(SPEC)) == (1, 64 // SPEC.page_size + 1, least)
+    with pytest.raises(InvalidRequest, match=f"at least {least} bytes: .*, got {least - 1}"):
+        lay_out(config.model_copy(update={"kv_memory": least - 1}), SPEC, 10_000, 2**40, 0.4)
+
+
+@pytest.mark.parametrize("kv_memory", [2**25, 2**28, 2**31])
+@pytest.mark.parametrize("longest", [300, 131_072])
+@pytest.mark.parametrize("sequences", [1, 16])
+def test_a_pool_is_within_what_it_was_given(sequences: int, longest: int, kv_memory: int) -> None:
+    config = EngineConfig(**BASE | {"max_num_seqs": sequences, "kv_memory": kv_memory})
+    layout = lay_out(config, SPEC, longest, 2**40, 0.4)
+    size, pages = layout.pool, SPEC.pages_for(longest)
+    assert layout.pool_bytes == size.bytes(SPEC) <= kv_memory
+    assert size.staged <= pages
+    assert size.slots <= pages * sequences
+    full = size.slots == pages * sequences and size.staged == pages
+    assert full or layout.pool_bytes > kv_memory - SPEC.num_layers * PIECE, "less than a page of each layer is left"
+
+
+def test_a_home_takes_whole_extents_within_its_bytes() -> None:
+    config = EngineConfig(**BASE | {"kv_home_memory": 200 * SPEC.kv_bytes})
+    assert lay_out(config, SPEC, 10_000, 2**40, 0.4).frames == 3 * EXTENT
+    few = config.model_copy(update={"kv_home_memory": 20 * SPEC.kv_bytes})
+    assert lay_out(few, SPEC, 10_000, 2**40, 0.4).frames == 20
+
+
+def test_a_pinned_home_is_measured_by_host_memory() -> None:
+    """The device's counts for what is at hand alone, unless it is the same."""
+    config = EngineConfig(**BASE)
+    beside = lay_out(config, SPEC, 131_072, 2**30, 0.4, host=2**34)
+    assert beside.home_bytes > 2**30 > beside.pool_bytes + beside.described_bytes
+    little = lay_out(config, SPEC, 131_072, 2**30, 0.4, host=2**28)
+    assert little.home_bytes <= 0.4 * 2**28
+    both = config.model_copy(update={"kv_memory": 2**29, "kv_home_memory": 2**29})
+    with pytest.raises(InvalidRequest, match=r"kv_home_memory: \d+ pages need \d+ .* codes and \d+ for themselves, .*"):
+        lay_out(both, SPEC, 131_072, 2**30, 0.4)
+    assert lay_out(both, SPEC, 131_072, 2**30, 0.4, host=2**30).home_bytes <= 2**29
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 16])
+def test_by_default_all_of_it_fits(page_size: int) -> None:
+    """Small pages take as much to describe as to keep."""
+    spec = replace(SPEC, page_size=page_size)
+    layout = lay_out(EngineConfig(kv_home="pinned"), spec, 131_072, 2**30, 0.4)
+    assert 0.7 * 2**30 < layout.home_bytes + layout.described_bytes + layout.pool_bytes <= 0.8 * 2**30
+
+
+def test_a_gpu_reads_no_files(tmp_path: Path) -> None:
+    config = EngineConfig(**BASE | {"kv_home": str(tmp_path)})
+    layout = lay_out(config, SPEC, 1000, 2**32, 0.4)
+    with pytest.raises(InvalidRequest, match="kv_home: 'pinned' on cuda, which reads no files, got '/"):
+        make_tier(config, SPEC, layout, torch.device("cuda"))
 
 
 SCRIPT = """

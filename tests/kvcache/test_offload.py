@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from keysift.attention import make
-from keysift.kvcache import CacheSpec, HomeError, MemoryHome
+from keysift.attention import bind, make
+from keysift.kvcache import CacheSpec, HomeError, MemoryHome, Span
 from tests.attention.test_strategies import IDS, ROWS, Row
 from tests.tiers import in_file, in_memory, offloaded, on_device, run
 
@@ -118,3 +118,13 @@ def test_traffic_is_what_moved(name: str) -> None:
     assert traffic.written == moved["written"]
     full = sum((length + 12) // PAGE for length in LENGTHS)
     assert traffic.written == full * spec.kv_bytes
+
+
+def test_two_tokens_of_one_sequence_are_refused() -> None:
+    """They would share the one tail, and the page in it."""
+    cache = offloaded(in_memory, slots=30, staged=80)(spec_of())
+    cache.reserve(sequence := cache.open(), 20)
+    step = cache.decode([Span(sequence, 0, 1), Span(sequence, 1, 1)])
+    q, k = torch.randn(2, 4, 16), torch.randn(2, 2, 16)
+    with pytest.raises(ValueError, match="one token of each sequence"):
+        bind(make("dense"), cache, step)(0, q, k, k)

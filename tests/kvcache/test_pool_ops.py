@@ -118,8 +118,9 @@ def test_homes_give_back_what_they_got(backend: Backend, where: str, dtype: torc
     """Whole pages in runs that cross extents, and single heads into a pool."""
     if where == "triton":
         pytest.importorskip("triton")
+    device = torch.device("cuda" if where == "triton" and torch.cuda.is_available() else "cpu")
     spec = CacheSpec(num_layers=2, num_kv_heads=3, head_dim=8, page_size=4, dtype=dtype)
-    home = FileHome(spec, tmp_path) if where == "file" else MemoryHome(spec, torch.device("cpu"))
+    home = FileHome(spec, tmp_path) if where == "file" else MemoryHome(spec, device)
     count = 2 * EXTENT + 3
     home.claim(range(count))
     written = torch.randn(2, count, 3, 2, 4, 8).to(dtype)
@@ -127,17 +128,17 @@ def test_homes_give_back_what_they_got(backend: Backend, where: str, dtype: torc
     for layer in range(2):
         home.write(layer, order.tolist(), written[layer][order])
     some = [0, 5, EXTENT - 1, EXTENT, EXTENT + 1, count - 1]
-    read = torch.full((len(some), 3, 2, 4, 8), torch.nan, dtype=dtype)
+    read = torch.full((len(some), 3, 2, 4, 8), torch.nan, dtype=dtype, device=device)
     home.read(1, some, read)
-    assert torch.equal(read, written[1, some])
-    pool = torch.full((4, 3, 2, 4, 8), torch.nan, dtype=dtype)
+    assert torch.equal(read.cpu(), written[1, some])
+    pool = torch.full((4, 3, 2, 4, 8), torch.nan, dtype=dtype, device=device)
     loads = torch.tensor([[5, EXTENT, -1], [-1, -1, -1], [1, 5, count - 1]], dtype=torch.int32)
     slots = torch.tensor([[3, 0, -1], [-1, -1, -1], [1, 3, 2]], dtype=torch.int32)
     with use_backend("triton" if where == "triton" else backend):
-        home.fetch(1, pool, loads, slots)
+        home.fetch(1, pool, loads.to(device), slots.to(device))
     for head, row in enumerate(loads.tolist()):
         for frame, slot in zip(row, slots[head].tolist(), strict=True):
             if frame >= 0:
-                assert torch.equal(pool[slot, head], written[1, frame, head])
+                assert torch.equal(pool[slot, head].cpu(), written[1, frame, head])
     assert pool.isnan().sum() == (12 - 5) * 64
     home.close()

@@ -1,0 +1,69 @@
+"""A home that cannot be relied on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from random import Random
+
+import torch
+from torch import Tensor
+
+from keysift.kvcache import CacheSpec, Home, HomeError
+
+
+class Failing:
+    """Now and then does half of what it was asked for, and then fails; what it was not told to keep is NaN."""
+
+    def __init__(self, home: Home, spec: CacheSpec, rate: float, seed: int) -> None:
+        self.home, self.spec, self.rate = home, spec, rate
+        self.claimed: set[int] = set()
+        self._main = threading.current_thread()
+        self._dice, self._beside = Random(seed), Random(seed + 1)
+
+    def _fails(self) -> bool:
+        dice = self._dice if threading.current_thread() is self._main else self._beside
+        return dice.random() < self.rate
+
+    def claim(self, frames: Iterable[int]) -> None:
+        frames = list(frames)
+        if self._fails():
+            raise HomeError("full", exhausted=True)
+        self.home.claim(frames)
+        fresh = [frame for frame in frames if frame not in self.claimed]
+        self.claimed.update(fresh)
+        self.poison(fresh)
+
+    def poison(self, frames: Sequence[int]) -> None:
+        spec = self.spec
+        nothing = torch.full(
+            (len(frames), spec.num_kv_heads, 2, spec.page_size, spec.head_dim), torch.nan, dtype=spec.dtype
+        )
+        for layer in range(spec.num_layers):
+            self.home.write(layer, frames, nothing)
+
+    def write(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
+        if self._fails():
+            self.home.write(layer, frames[: len(frames) // 2], pages[: len(frames) // 2])
+            raise HomeError("no write")
+        self.home.write(layer, frames, pages)
+
+    def read(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
+        if self._fails():
+            self.home.read(layer, frames[: len(frames) // 2], pages[: len(frames) // 2])
+            pages[len(frames) // 2 :] = torch.nan
+            raise HomeError("no read")
+        self.home.read(layer, frames, pages)
+
+    def fetch(self, layer: int, pool: Tensor, loads: Tensor, slots: Tensor) -> None:
+        if threading.current_thread() is not self._main:
+            time.sleep(0.002 * self._beside.random())
+        if self._fails():
+            for head, targets in enumerate(slots.tolist()):
+                pool[[slot for slot in targets if slot >= 0], head] = torch.nan
+            raise HomeError("no fetch")
+        self.home.fetch(layer, pool, loads, slots)
+
+    def close(self) -> None:
+        self.home.close()
