@@ -1,0 +1,1 @@
+"""Long-context tasks that download nothing, made to an exact length with the model's own tokenizer."""

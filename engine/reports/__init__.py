@@ -1,0 +1,1 @@
+"""Self-contained HTML pages of results: charts that need no script and no network."""
