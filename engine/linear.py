@@ -12,7 +12,7 @@ from torch.nn import functional
 KERNEL_ROWS = 16
 MAX_ROWS = 32
 """As many sequences as decode at once by default; for more, reading the weights every 16 rows costs too much."""
-Kernel = Callable[[Tensor, Tensor, Tensor | None], Any]
+Kernel = Callable[..., Any]
 """x [B, K] with B at most `KERNEL_ROWS`, weight [N, K], bias [N] or None -> [B, N], or `NotImplemented`."""
 
 

@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from keysift.attention import Attend
 
-from . import key_bias, seam
+from . import key_bias, quantized, seam
 from .config import EngineConfig
 from .errors import InvalidRequest, ModelNotFound, Unsupported
 from .linear import native_kernel, swap_linears
@@ -76,6 +76,8 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
     Raises `ModelNotFound`, `Unsupported` naming what cannot be honoured, or `InvalidRequest` naming the field.
     """
     device = choose_device(config.device)
+    if config.quantization != "none" and device.type != "cpu":
+        raise InvalidRequest("quantization", f"none on {device.type}, where no kernel reads {config.quantization} yet")
     source = locate(config.model, report)
     report(f"loading {source.name}")
     module, unexpected = _load_module(source, config, device)
@@ -83,8 +85,9 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
     calls = _check_calls(seam.probe(module, device), text)
     max_model_len = _max_model_len(config.max_model_len, text)
     _check_rotary(module, max_model_len)
-    _use_native_linears(module, device)
     bias_channels = _attach_bias(module, source, unexpected, calls)
+    fingerprint = f"{_fingerprint(module)}-{config.quantization}".removesuffix("-none")
+    _swap(module, device, config.quantization, layers=not bias_channels)
     if bias_channels and max_model_len > key_bias.TRAINED_LEN:
         report(f"{source.name} was trained on {key_bias.TRAINED_LEN} tokens, max_model_len is {max_model_len}")
     return LoadedModel(
@@ -102,7 +105,7 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
         eos_token_ids=_eos_token_ids(module),
         scale=calls[0].scale,
         windows=tuple(call.window for call in calls),
-        fingerprint=_fingerprint(module),
+        fingerprint=fingerprint,
         bias_channels=bias_channels,
     )
 
@@ -247,9 +250,22 @@ def _constant_until(rotary: Any, layer_type: str | None, kind: str | None) -> in
     return int(rotary.max_seq_len_cached) if kind and "dynamic" in kind else None
 
 
-def _use_native_linears(module: nn.Module, device: torch.device) -> None:
-    if device.type == "cpu" and (kernel := native_kernel()) is not None:
-        swap_linears(module, kernel)
+def _swap(module: nn.Module, device: torch.device, quantization: str, *, layers: bool) -> None:
+    """Give a CPU modules that are fast at decode, and weights in 8 bits where that is asked for.
+
+    Without `layers` only linear layers change: a bias of the keys is added between projections and attention.
+    """
+    if device.type != "cpu":
+        return
+    if quantization == "int8":
+        quantized.swap_linears(module)
+    if (kernel := native_kernel()) is None:
+        return
+    swap_linears(module, kernel)
+    if layers:
+        from .decode_layer import swap_layers
+
+        swap_layers(module)
 
 
 def _eos_token_ids(module: Any) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""The command line: `keysift serve | generate | strategies | doctor`. Heavy imports wait inside the commands."""
+"""The command line: `keysift serve | generate | eval | strategies | doctor`. Heavy imports wait inside the commands."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 
 from keysift.engine.config import EngineConfig
 from keysift.engine.errors import InvalidRequest, KeysiftError, ModelNotFound, Unsupported
+from keysift.engine.evaluation.settings import Evaluation
 from keysift.engine.version import keysift_version
 
 from .flags import from_fields, given, read_config, read_config_later, refuse_config
@@ -166,6 +167,40 @@ def _flag(name: str) -> str:
 def _was_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+@app.command("eval", rich_help_panel="Measure")
+@from_fields(
+    evaluation=Evaluation, engine=EngineConfig, skip=("engine.strategy", "engine.strategy_args", "engine.seed")
+)
+def evaluate(
+    evaluation: Evaluation,
+    engine: EngineConfig,
+    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="name the built-in tasks, and do nothing")] = False,
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Measure what strategies cost in answers, and how far they are from dense attention; nothing is downloaded.
+
+    Asks questions behind long contexts (RULER's tasks and more, or your own), under dense and under every --strategy,
+    and compares next-token distributions along questions, answers and real texts. A run that was killed goes on where
+    it was. Writes results.json and report.html, one page that opens offline.
+
+    [bold]Examples[/bold]
+
+      keysift eval --strategy sift+retrieval --strategy flexprefill+quest
+
+      keysift eval ./my-model --strategy sift+retrieval,sift.threshold=0.002 --lengths 4096,32768 --samples 20
+
+      keysift eval --tasks my-questions.jsonl --text my-report.txt --strategy nosa --max-loss 0.02
+    """
+    from .evaluation import evaluate, print_tasks
+
+    if list_tasks:
+        print_tasks(as_json=json)
+        return
+    if status := evaluate(evaluation, engine, as_json=json):
+        raise typer.Exit(status)
 
 
 @app.command(rich_help_panel="Look around")

@@ -24,13 +24,47 @@ struct AttentionCall {
   float scale;
 };
 
+// Weights of a linear layer: of the inputs' type, or int8 with a scale for every output and 64 inputs.
+struct Matrix {
+  const void* weight;   // [N, K], contiguous
+  const float* scales;  // [N, K / 64], contiguous, or null
+  const void* bias;     // [N] or null
+  std::int64_t outputs, inputs;
+};
+
 struct LinearCall {
-  const void* x;       // [B, K]
-  const void* weight;  // [N, K], contiguous
-  const void* bias;    // [N] or null
-  void* out;           // [B, N], contiguous
-  std::int64_t x_stride, batch, outputs, inputs;
+  const void* x;  // [B, K]
+  void* out;      // [B, N], contiguous
+  Matrix matrix;
+  std::int64_t x_stride, batch;
   Type type;
+};
+
+// A decoder layer up to its attention; everything is contiguous.
+struct LayerInCall {
+  const void* x;     // [B, C]
+  const void* norm;  // [C]
+  const void* cos;   // [B, D]
+  const void* sin;   // [B, D]
+  void* q;           // [B, Hq, D]
+  void* k;           // [B, Hkv, D]
+  void* v;           // [B, Hkv, D]
+  Matrix to_q, to_k, to_v;
+  std::int64_t batch, dim;
+  Type type;
+  float eps;
+};
+
+// What follows its attention.
+struct LayerOutCall {
+  const void* x;         // [B, C], what the layer began with
+  const void* attended;  // [B, Hq * D]
+  const void* norm;      // [C]
+  void* out;             // [B, C]
+  Matrix to_out, gate, up, down;
+  std::int64_t batch;
+  Type type;
+  float eps;
 };
 
 struct ScoresCall {
@@ -204,6 +238,8 @@ struct ReadCall {
 struct Kernels {
   void (*attention)(const AttentionCall&, int threads);
   void (*linear)(const LinearCall&, int threads);
+  void (*layer_in)(const LayerInCall&, int threads);
+  void (*layer_out)(const LayerOutCall&, int threads);
   void (*column_scores)(const ScoresCall&, int threads);
   void (*code_masses)(const PagesCall&, int threads);
   void (*page_bounds)(const PagesCall&, int threads);

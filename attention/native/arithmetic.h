@@ -11,6 +11,7 @@ struct Single {
   static constexpr int kPair = 1;  // elements of a cell
 
   static KEYSIFT_INLINE Vec cells(const T* p) { return widen(p); }
+  static KEYSIFT_INLINE Vec bytes(const std::int8_t* p) { return widen(p); }
   static KEYSIFT_INLINE Quad four_cells(const T* p) { return widen_quad(p); }
   static KEYSIFT_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
   static KEYSIFT_INLINE void store_weights(float* cells, int vector, Vec v) { store(cells + vector * kLanes, v); }
@@ -31,6 +32,10 @@ struct Pairs {
   static constexpr int kPair = 2;
 
   static KEYSIFT_INLINE Vec cells(const bfloat16* p) { return _mm512_loadu_ps(p); }
+  // Exact: a byte has fewer digits than a bfloat16.
+  static KEYSIFT_INLINE Vec bytes(const std::int8_t* p) {
+    return (Vec)_mm512_cvtne2ps_pbh(widen(p + kLanes), widen(p));
+  }
   static KEYSIFT_INLINE Quad four_cells(const bfloat16* p) { return load_quad(p); }
   static KEYSIFT_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);

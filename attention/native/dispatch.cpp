@@ -63,6 +63,14 @@ KEYSIFT_EXPORT int keysift_linear(const keysift::LinearCall* call, int level, in
   return keysift::status_of([&] { keysift::kernels(level).linear(*call, threads); });
 }
 
+KEYSIFT_EXPORT int keysift_layer_in(const keysift::LayerInCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).layer_in(*call, threads); });
+}
+
+KEYSIFT_EXPORT int keysift_layer_out(const keysift::LayerOutCall* call, int level, int threads) {
+  return keysift::status_of([&] { keysift::kernels(level).layer_out(*call, threads); });
+}
+
 KEYSIFT_EXPORT int keysift_column_scores(const keysift::ScoresCall* call, int level, int threads) {
   return keysift::status_of([&] { keysift::kernels(level).column_scores(*call, threads); });
 }

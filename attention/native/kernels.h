@@ -12,6 +12,7 @@
 #include "dots.h"
 #include "few_queries.h"
 #include "linear.h"
+#include "layer.h"
 #include "pool_scores.h"
 #include "column_scores.h"
 #include "page_scan.h"
@@ -67,6 +68,16 @@ inline void linear(const LinearCall& call, int threads) {
   return linear<ArithmeticOf<bfloat16>::type>(call, threads);
 }
 
+inline void layer_in(const LayerInCall& call, int threads) {
+  if (call.type == kFloat32) return layer_in<ArithmeticOf<float>::type>(call, threads);
+  return layer_in<ArithmeticOf<bfloat16>::type>(call, threads);
+}
+
+inline void layer_out(const LayerOutCall& call, int threads) {
+  if (call.type == kFloat32) return layer_out<ArithmeticOf<float>::type>(call, threads);
+  return layer_out<ArithmeticOf<bfloat16>::type>(call, threads);
+}
+
 inline void column_scores(const ScoresCall& call, int threads) {
   by_type(call.type, [&](auto zero) { column_scores_of<typename ArithmeticOf<decltype(zero)>::type>(call, threads); });
 }
@@ -98,6 +109,8 @@ inline void encode(const FillCall& call, int threads) {
 constexpr Kernels kTable{
     attention,
     linear,
+    layer_in,
+    layer_out,
     column_scores,
     code_masses,
     page_bounds,

@@ -36,12 +36,44 @@ class AttentionCall(ctypes.Structure):
     )
 
 
+class Matrix(ctypes.Structure):
+    """Mirrors `Matrix` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "scales", "bias")),
+        *((name, c_int64) for name in ("outputs", "inputs")),
+    )
+
+
 class LinearCall(ctypes.Structure):
     """Mirrors `LinearCall` of abi.h."""
 
     _fields_ = (
-        *((name, c_void_p) for name in ("x", "weight", "bias", "out")),
-        *((name, c_int64) for name in ("x_stride", "batch", "outputs", "inputs", "type")),
+        *((name, c_void_p) for name in ("x", "out")),
+        ("matrix", Matrix),
+        *((name, c_int64) for name in ("x_stride", "batch", "type")),
+    )
+
+
+class LayerInCall(ctypes.Structure):
+    """Mirrors `LayerInCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "norm", "cos", "sin", "q", "k", "v")),
+        *((name, Matrix) for name in ("to_q", "to_k", "to_v")),
+        *((name, c_int64) for name in ("batch", "dim", "type")),
+        ("eps", c_float),
+    )
+
+
+class LayerOutCall(ctypes.Structure):
+    """Mirrors `LayerOutCall` of abi.h."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("x", "attended", "norm", "out")),
+        *((name, Matrix) for name in ("to_out", "gate", "up", "down")),
+        *((name, c_int64) for name in ("batch", "type")),
+        ("eps", c_float),
     )
 
 
@@ -212,6 +244,8 @@ KERNEL: tuple[tuple[type[Any], ...], type[c_int], Any] = (c_void_p, c_int, c_int
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     for function in (library.keysift_paged_attention, library.keysift_linear, library.keysift_column_scores):
+        function.argtypes, function.restype, function.errcheck = KERNEL
+    for function in (library.keysift_layer_in, library.keysift_layer_out):
         function.argtypes, function.restype, function.errcheck = KERNEL
     for function in (library.keysift_code_masses, library.keysift_page_bounds, library.keysift_top_pages):
         function.argtypes, function.restype, function.errcheck = KERNEL

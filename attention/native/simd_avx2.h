@@ -44,6 +44,9 @@ KEYSIFT_INLINE Vec widen(const bfloat16* p) {
 KEYSIFT_INLINE Vec widen(const float16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+KEYSIFT_INLINE Vec widen(const std::int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 
 KEYSIFT_INLINE void narrow(Vec v, float16* p) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

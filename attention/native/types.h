@@ -27,6 +27,7 @@ KEYSIFT_INLINE To bit_copy(const From& from) {
 KEYSIFT_INLINE int zipped(int i, int half) { return i / (2 * half) * 2 * half + i % (2 * half) / 2 + i % 2 * half; }
 
 KEYSIFT_INLINE float to_float(float x) { return x; }
+KEYSIFT_INLINE float to_float(std::int8_t x) { return x; }
 KEYSIFT_INLINE float to_float(bfloat16 x) { return bit_copy<float>(std::uint32_t{x.bits} << 16); }
 KEYSIFT_INLINE float to_float(float16 x) {
   const std::uint32_t sign = std::uint32_t{x.bits & 0x8000u} << 16, magnitude = x.bits & 0x7fffu;

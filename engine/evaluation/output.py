@@ -1,0 +1,46 @@
+"""``results.json`` and ``report.html``: written whole or not at all, after every piece of work."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..environment import environment, model_facts
+from .results import tables
+from .runner import Run
+
+SCHEMA = "keysift.eval/1"
+
+
+def results(run: Run) -> dict[str, Any]:
+    """Everything that is known, as one object."""
+    return {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": run.finished,
+        "environment": environment(run.engine.model.device),
+        "model": model_facts(run.engine.model),
+        "settings": run.settings.model_dump(mode="json", exclude={"restart"}),
+        "seconds": run.seconds,
+        **tables(run.journal.found, run.strategies),
+    }
+
+
+def write_results(run: Run) -> dict[str, Any]:
+    """Writes and returns them."""
+    found = results(run)
+    path = run.settings.output_dir / "results.json"
+    unfinished = path.with_suffix(".new")
+    unfinished.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+    unfinished.replace(path)
+    return found
+
+
+def write_page(run: Run, found: dict[str, Any]) -> Path:
+    from .report import write_report
+
+    path = run.settings.output_dir / "report.html"
+    write_report(found, path)
+    return path

@@ -1,0 +1,125 @@
+"""What `keysift eval` does: asks, keeps what it finds, and shows how far each strategy is from dense."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from keysift.engine.config import EngineConfig
+from keysift.engine.engine import Engine
+from keysift.engine.evaluation.output import write_page, write_results
+from keysift.engine.evaluation.runner import Run
+from keysift.engine.evaluation.settings import Evaluation
+from keysift.engine.evaluation.tasks import TASKS
+
+from .generate import report
+
+INTERRUPTED = 130
+
+
+def print_tasks(*, as_json: bool) -> None:
+    """The built-in tasks, and what each asks."""
+    about = {name: task.about for name, task in TASKS.items()}
+    if as_json:
+        print(json.dumps(about))
+        return
+    table = Table("task", "what it asks", box=None, pad_edge=False)
+    for each in about.items():
+        table.add_row(*each)
+    Console().print(table)
+
+
+def evaluate(settings: Evaluation, config: EngineConfig, *, as_json: bool) -> int:
+    """Runs what is missing in the output folder; the exit status. Progress on standard error, results on output."""
+    run = Run.open(settings, Engine(config, report))
+    interrupted = _go(run)
+    found = write_results(run)
+    page = write_page(run, found)
+    print(json.dumps(found, ensure_ascii=False)) if as_json else _show(found)
+    state = "interrupted; the same command goes on" if interrupted else "done"
+    report(f"{state}: {settings.output_dir / 'results.json'} and {page}")
+    if interrupted:
+        return INTERRUPTED
+    return _verdict(found, settings.max_loss)
+
+
+def _go(run: Run) -> bool:
+    """Whether it was interrupted; what was found until then is kept."""
+    with _progress() as bar:
+        task = bar.add_task("evaluating", total=None)
+
+        def tell(done: int, total: int, title: str) -> None:
+            bar.update(task, completed=done, total=total, description=title)
+
+        try:
+            run.go(tell, lambda: write_results(run))
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    remaining = (TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, *remaining, console=Console(stderr=True))
+
+
+def _verdict(found: dict[str, Any], max_loss: float | None) -> int:
+    """1 where a strategy lost more than it may."""
+    if max_loss is None:
+        return 0
+    worse = [row for row in found["summary"] if row["loss"] > max_loss]
+    for row in worse:
+        where = "over all lengths" if row["length"] is None else f"at {row['length']} tokens"
+        print(f"keysift: max_loss: {row['strategy']} scores {row['loss']:.3f} below dense {where}", file=sys.stderr)
+    return 1 if worse else 0
+
+
+def _show(found: dict[str, Any]) -> None:
+    console = Console()
+    if rows := [row for row in found["summary"] if row["length"] is None]:
+        console.print(_scores(rows))
+    if found["agreement"]:
+        console.print(_agreement(found["agreement"]))
+
+
+def _scores(rows: list[dict[str, Any]]) -> Table:
+    columns = ("score", "95 %", "lost", "answer nats lost", "prompt density", "token density")
+    table = Table("strategy", *(Column(name, justify="right") for name in columns), "worst task", title="answers")
+    for row in rows:
+        table.add_row(
+            row["strategy"],
+            f"{row['score']:.3f}",
+            f"{row['low']:.2f} to {row['high']:.2f}",
+            f"{row['loss']:+.3f}",
+            f"{row['answer_nll_loss']:+.3f} ± {row['answer_nll_loss_se']:.3f}",
+            f"{row['prefill_density']:.3f}",
+            f"{row['decode_density']:.3f}",
+            f"{row['worst_task']} ({row['worst_loss']:+.2f})",
+        )
+    return table
+
+
+def _agreement(rows: list[dict[str, Any]]) -> Table:
+    columns = ("KL mean", "median", "p99", "top-1", "perplexity", "density", "coverage")
+    table = Table("what", "tokens", "phase", "strategy", *(Column(name, justify="right") for name in columns))
+    table.title = "agreement with dense"
+    for row in rows:
+        if row["strategy"] != "dense":
+            table.add_row(
+                f"{row['source']} {row['name']}",
+                f"{row['length']:,}",
+                row["phase"],
+                row["strategy"],
+                *(f"{row[name]:.4f}" for name in ("kl_mean", "kl_median", "kl_p99")),
+                f"{row['top1']:.1%}",
+                f"{row['perplexity_change']:+.1%} ± {row['perplexity_change_se']:.1%}",
+                f"{row['density']:.3f}",
+                "-" if row["coverage"] is None else f"{row['coverage']:.3f}",
+            )
+    return table
