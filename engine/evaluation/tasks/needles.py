@@ -131,7 +131,7 @@ def passkey(dice: Random, pieces: Pieces) -> Puzzle:
 
 
 def copy(dice: Random, pieces: Pieces) -> Puzzle:
-    """A marked passage of about 32 tokens, to be said again; every four words of it count as an answer (the last may have more)."""
+    """A marked passage of about 32 tokens, to be said again; every four words of it are an answer, or a few more."""
     passage = some_words(dice, pieces, 32)
     head = "One passage of the following text stands between <passage> and </passage>. Make sure to memorize it."
     head += " I will ask you to repeat it afterwards.\n"

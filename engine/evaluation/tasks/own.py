@@ -22,6 +22,8 @@ Answer = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 def _listed(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise ValueError(f"text or a list of texts is needed, got {_short(value)}")
     return [value] if isinstance(value, str) else value
 
 
