@@ -13,6 +13,8 @@ from .errors import InvalidRequest, Unsupported
 
 TAIL = 16
 """Prompt tokens that a stream is seeded with: enough for a decoder that treats the start of a text differently."""
+MARK = "keysift0message"
+"""A message that no template writes of itself."""
 
 
 class Tokenizer:
@@ -40,15 +42,31 @@ class Tokenizer:
 
         Raises `InvalidRequest` where the model has no template or the template rejects the messages.
         """
+        text = self._render(messages, add_generation_prompt)
+        return list(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def around(self) -> tuple[str, str] | None:
+        """What the model's template writes before and behind a single message of a user; None: it has no template.
+
+        Raises `InvalidRequest` where the template does not show the message as it is.
+        """
+        if not self._hf.chat_template:
+            return None
+        parts = self._render([{"role": "user", "content": MARK}], add_generation_prompt=True).split(MARK)
+        if len(parts) != 2:
+            raise InvalidRequest("chat", f"the model's template shows a message {len(parts) - 1} times instead of once")
+        return parts[0], parts[1]
+
+    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
         if not self._hf.chat_template:
             raise InvalidRequest("chat", "the model has no chat template")
         try:
-            text = self._hf.apply_chat_template(
+            text: str = self._hf.apply_chat_template(
                 [dict(message) for message in messages], add_generation_prompt=add_generation_prompt, tokenize=False
             )
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             raise InvalidRequest("chat", f"the model's template rejects the messages: {error}") from error
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        return text
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
