@@ -24,7 +24,7 @@ INTERRUPTED = 130
 
 def print_tasks(*, as_json: bool) -> None:
     """The built-in tasks, and what each asks."""
-    about = {name: task.about for name, task in TASKS.items()}
+    about = {name: task.summary for name, task in TASKS.items()}
     if as_json:
         print(json.dumps(about))
         return
@@ -97,7 +97,7 @@ def _scores(rows: list[dict[str, Any]]) -> Table:
             f"{row['score']:.3f}",
             f"{row['low']:.2f} to {row['high']:.2f}",
             f"{row['loss']:+.3f}",
-            f"{row['answer_nll_loss']:+.3f} ± {row['answer_nll_loss_se']:.3f}",
+            f"{row['answer_nll_loss']:+.3f}{_error(row['answer_nll_loss_se'], '.3f')}",
             f"{row['prefill_density']:.3f}",
             f"{row['decode_density']:.3f}",
             f"{row['worst_task']} ({row['worst_loss']:+.2f})",
@@ -118,8 +118,13 @@ def _agreement(rows: list[dict[str, Any]]) -> Table:
                 row["strategy"],
                 *(f"{row[name]:.4f}" for name in ("kl_mean", "kl_median", "kl_p99")),
                 f"{row['top1']:.1%}",
-                f"{row['perplexity_change']:+.1%} ± {row['perplexity_change_se']:.1%}",
+                f"{row['perplexity_change']:+.1%}{_error(row['perplexity_change_se'], '.1%')}",
                 f"{row['density']:.3f}",
                 "-" if row["coverage"] is None else f"{row['coverage']:.3f}",
             )
     return table
+
+
+def _error(error: float | None, digits: str) -> str:
+    """A standard error; nothing where one sample cannot tell."""
+    return "" if error is None else f" ± {error:{digits}}"

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..environment import environment, model_facts
+from ..environment import about, environment
 from .results import tables
 from .runner import Run
 
@@ -21,7 +21,7 @@ def results(run: Run) -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "finished": run.finished,
         "environment": environment(run.engine.model.device),
-        "model": model_facts(run.engine.model),
+        "model": about(run.engine.model),
         "settings": run.settings.model_dump(mode="json", exclude={"restart"}),
         "seconds": run.seconds,
         **tables(run.journal.found, run.strategies),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -70,11 +71,8 @@ def summary(answers: list[Row]) -> list[Row]:
 
 def _summed(strategy: str, length: int | None, group: list[Row], answers: list[Row]) -> Row:
     dense = _dense(answers)
-    lost = {
-        task: _mean(dense[_name(row)]["score"] - row["score"] for row in rows)
-        for (task,), rows in _groups(group, "task")
-    }
-    worst = max(lost, key=lambda task: lost[task])
+    lost = {task: _loss(rows, dense) for (task,), rows in _groups(group, "task")}
+    worst = max(lost, key=lost.__getitem__)
     scored = _scored(group)
     return {
         "strategy": strategy,
@@ -113,7 +111,7 @@ def _likelihood(group: list[Row], dense: dict[Key, Row]) -> Row:
     return {
         "answer_nll": _mean(row["answer_nll"] for row in group),
         "answer_nll_loss": loss,
-        "answer_nll_loss_se": error,
+        "answer_nll_loss_se": _known(error),
         "answer_rank": _mean(row["answer_rank"] for row in group),
         "answer_greedy": _mean(float(row["answer_greedy"]) for row in group),
     }
@@ -167,7 +165,7 @@ def _agreement(key: tuple[Any, ...], parts: list[Divergence], facts: Row) -> Row
         "kl_p99": statistics.quantiles(kl, n=100, method="inclusive")[98] if len(kl) > 1 else kl[0],
         "top1": _mean(float(value) for part in parts for value in part.agrees),
         "perplexity_change": change,
-        "perplexity_change_se": error,
+        "perplexity_change_se": _known(error),
         **facts,
     }
 
@@ -206,6 +204,11 @@ def _groups(rows: list[Row], *names: str) -> list[tuple[tuple[Any, ...], list[Ro
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
     return list(groups.items())
+
+
+def _known(error: float) -> float | None:
+    """A standard error, but for that of a single value: JSON has no infinity."""
+    return error if math.isfinite(error) else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -19,7 +19,7 @@ from .journal import Journal
 from .reader import Reader
 from .sample import Sample
 from .settings import Evaluation
-from .tasks import TASKS, load_jsonl, make
+from .tasks import TASKS, find, load_jsonl, make
 from .texts import texts
 from .units import Prompts, Questions, Tokens, Unit
 
@@ -122,11 +122,7 @@ def _tasks(settings: Evaluation) -> tuple[list[str], list[Path]]:
     """Built-in tasks by name, and files. Raises `InvalidRequest` for a name that is neither."""
     files = [Path(name) for name in settings.tasks if name.endswith(".jsonl")]
     names = [name for name in settings.tasks if not name.endswith(".jsonl") and name != "none"]
-    if unknown := sorted({*names} - {*TASKS, "all"}):
-        raise InvalidRequest(
-            "tasks", f"one of all, none, {', '.join(TASKS)} or a .jsonl file, got {', '.join(unknown)}"
-        )
-    return [name for name in TASKS if name in names or "all" in names], files
+    return [task.name for task in find(TASKS if "all" in names else names)], files
 
 
 def _questions(settings: Evaluation, engine: Engine, names: list[str], indices: range) -> Iterator[Unit]:
