@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pydoc_data.topics
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from keysift.engine.errors import InvalidRequest
+from keysift.engine.evaluation.texts import documentation
 from keysift.engine.request import PromptInfo, SamplingParams
 
 from .client import Client
@@ -32,17 +32,12 @@ class Ask:
     """Of the prompt, only the last so many tokens; None: all of them."""
 
 
-def text() -> str:
-    """CPython's own documentation, which every Python carries."""
-    return "\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
-
-
 def cut(lengths: Iterable[int], seed: int, token_size: float) -> list[Ask]:
-    """A prompt of each length in tokens, each from a place of its own in the text.
+    """A prompt of each length in tokens, each from a place of its own in CPython's documentation.
 
     `token_size` is the mean number of characters in a token. The server cuts to the exact length: only it can count.
     """
-    whole, places = text(), random.Random(seed)
+    whole, places = documentation(), random.Random(seed)
     asks = []
     for length in lengths:
         size = math.ceil(SPARE * token_size * length) + 64
@@ -60,7 +55,7 @@ def _around(whole: str, start: int, size: int) -> str:
 def token_size(client: Client, max_model_len: int) -> float:
     """Characters in a token of the text, a mean that the server is asked for; it reads nothing else of it."""
     # A token has at least one character of this text, so it fits whatever the tokenizer is.
-    sample = text()[: max(1, min(PROBED, max_model_len - 2))]
+    sample = documentation()[: max(1, min(PROBED, max_model_len - 2))]
     outputs = client.generate(sample, SamplingParams(max_new_tokens=1), bypass_prefix_cache=True)
     for output in outputs:
         if isinstance(output, PromptInfo):

@@ -27,6 +27,7 @@ from keysift.engine import (
     TokenOutput,
     Usage,
 )
+from keysift.engine.evaluation.texts import documentation
 from keysift.server import load_prompts
 from keysift.server.client import Client
 from keysift.server.errors import Unauthenticated, Unavailable
@@ -325,7 +326,7 @@ def test_prompts_come_from_all_over_the_text() -> None:
 
 
 def test_a_prompt_longer_than_the_text_begins_again() -> None:
-    whole = load_prompts.text()
+    whole = documentation()
     (ask,) = load_prompts.cut([len(whole)], seed=0, token_size=2.0)
     assert len(ask.prompt) >= 3 * len(whole)
     assert str(ask.prompt)[: len(whole)] == str(ask.prompt)[len(whole) : 2 * len(whole)]
