@@ -20,7 +20,8 @@ from contextlib import nullcontext
 from datetime import datetime
 from itertools import accumulate, cycle, islice
 from pathlib import Path
-from threading import Lock, Semaphore, Thread
+from queue import SimpleQueue
+from threading import Lock, Thread
 from typing import Annotated, Any
 
 from pydantic import Field
@@ -145,10 +146,11 @@ class _Run:
         self._client = client
         self._config = config
         self._hear = hear
-        self._room = Semaphore(config.max_concurrency) if config.max_concurrency else None
+        self._places: SimpleQueue[float] | None = SimpleQueue() if config.max_concurrency else None
         self._lock = Lock()
         self._threads: list[Thread] = []
         self._begun = 0.0
+        self._failed = 0
         self.records: list[Record] = []
         self.interrupted = False
 
@@ -170,13 +172,14 @@ class _Run:
         return {**report(records, parse_targets(self._config.goodput), duration), **texts}
 
     def _send(self, asks: Sequence[Ask], offsets: Sequence[float]) -> None:
-        behind = 0.0
+        for _ in range(self._config.max_concurrency or 0):
+            self._leave(0.0)
+        due = 0.0
         for number, (ask, offset) in enumerate(zip(asks, offsets, strict=True)):
-            due = max(offset, behind)  # requests leave in order: one that is held back holds up those behind it
+            due = max(due, offset)  # requests leave in order: one that is held back holds up those behind it
             time.sleep(max(0.0, due - self._now()))
-            if self._room is not None and not self._room.acquire(blocking=False):
-                self._room.acquire()
-                due = behind = self._now()
+            if self._places is not None:
+                due = max(due, self._places.get())
             thread = Thread(target=self._ask, args=(ask, Record(number, due, ask.length or 0)))
             thread.start()
             self._threads.append(thread)
@@ -195,9 +198,15 @@ class _Run:
         except Exception as problem:  # whatever it was, the others go on
             error = f"{type(problem).__name__}: {problem}"
         record.end(self._now(), error)
-        self._keep(record)
-        if self._room is not None:
-            self._room.release()
+        try:
+            self._keep(record)
+        finally:
+            self._leave(record.ended)
+
+    def _leave(self, now: float) -> None:
+        """From this moment on there is room for one more request."""
+        if self._places is not None:
+            self._places.put(now)
 
     def _listen(self, ask: Ask, record: Record) -> None:
         config = self._config
@@ -218,7 +227,8 @@ class _Run:
             if self.interrupted and record.error:
                 return
             self.records.append(record)
-            self._hear(len(self.records), sum(bool(each.error) for each in self.records))
+            self._failed += bool(record.error)
+            self._hear(len(self.records), self._failed)
 
 
 class _Bar:
