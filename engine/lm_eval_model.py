@@ -49,18 +49,18 @@ class KeysiftLM(TemplateLM):  # type: ignore[misc]
     def __init__(self, llm: LLM, strategy: str | None = None) -> None:
         """`strategy`, as `attention.make` spells it, replaces the engine's own."""
         super().__init__()
-        self._llm, self._engine = llm, llm.engine
+        self._llm, self.engine = llm, llm.engine
         self._name = strategy
-        self._strategy = self._engine.default if strategy is None else self._engine.strategy(strategy)
-        self._reader = Reader(self._engine)
-        self._tokenizer = self._engine.tokenizer
+        self._strategy = self.engine.default if strategy is None else self.engine.strategy(strategy)
+        self._reader = Reader(self.engine)
+        self._tokenizer = self.engine.tokenizer
         self._told = False
 
     @property
     def eot_token_id(self) -> int:
-        ends = (self._tokenizer.eos_token_id, *sorted(self._engine.model.eos_token_ids))
+        ends = (self._tokenizer.eos_token_id, *sorted(self.engine.model.eos_token_ids))
         if (found := next((end for end in ends if end is not None), None)) is None:
-            raise Unsupported(f"{self._engine.model.name}: has no token that ends a text")
+            raise Unsupported(f"{self.engine.model.name}: has no token that ends a text")
         return found
 
     @property
@@ -71,7 +71,7 @@ class KeysiftLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def max_length(self) -> int:
-        return self._engine.model.max_model_len
+        return self.engine.model.max_model_len
 
     @property
     def max_gen_toks(self) -> int:
@@ -80,7 +80,7 @@ class KeysiftLM(TemplateLM):  # type: ignore[misc]
     @property
     def tokenizer_name(self) -> str:
         """Part of the names of files in which the harness keeps requests."""
-        return self._engine.model.name.replace("/", "__")
+        return self.engine.model.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> Tokens:
         """Without special tokens where a text, such as one of the chat template, begins with one already."""
@@ -99,7 +99,7 @@ class KeysiftLM(TemplateLM):  # type: ignore[misc]
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results."""
-        model, config = self._engine.model, self._engine.config
+        model, config = self.engine.model, self.engine.config
         return {
             "model_name": model.name,
             "model_dtype": str(model.dtype).removeprefix("torch."),
@@ -225,7 +225,7 @@ def _bar_over(requests: Sequence[Any], what: str, disable: bool) -> Iterable[Any
 
 
 def evaluate(
-    config: EngineConfig,
+    model: EngineConfig | KeysiftLM,
     tasks: Sequence[str],
     *,
     limit: float | None = None,
@@ -235,14 +235,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run tasks of the harness and give back what it reports; `options` are those of its `simple_evaluate`.
 
+    `limit` counts samples of a task: of one that is made at several lengths, those of the first length come first.
     `metadata` is what tasks are made from, such as ``{"max_seq_lengths": [4096]}`` for those of RULER, which also get
     the model's own tokenizer.
     """
-    llm = LLM(**config.model_dump())
+    lm = KeysiftLM(LLM(**model.model_dump())) if isinstance(model, EngineConfig) else model
     with TemporaryDirectory(prefix="keysift-tokenizer-") as folder:
-        llm.engine.tokenizer.save(Path(folder))
+        lm.engine.tokenizer.save(Path(folder))
         found: dict[str, Any] = simple_evaluate(
-            model=KeysiftLM(llm),
+            model=lm,
             tasks=list(tasks),
             limit=limit,
             num_fewshot=num_fewshot,
@@ -251,5 +252,5 @@ def evaluate(
         )
     for stated in found.get("configs", {}).values():
         if (given := stated.get("metadata") or {}).get("tokenizer") == folder:
-            given["tokenizer"] = llm.engine.model.name  # the folder is gone, and no two runs have the same
+            given["tokenizer"] = lm.engine.model.name  # the folder is gone, and no two runs have the same
     return found

@@ -197,7 +197,7 @@ def test_a_strategy_of_its_own(llm: LLM, ours: Any) -> None:
 
 
 @with_harness
-def test_a_task_of_the_harness(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_task_of_the_harness(tiny_llama: Path, ours: Any, tmp_path: Path) -> None:
     """One of our own, with a likelihood for each choice, from a file; twice, as a killed run would go on."""
     module = importlib.import_module(MODULE)
     data = tmp_path / "data.jsonl"
@@ -223,4 +223,4 @@ def test_a_task_of_the_harness(tiny_llama: Path, tmp_path: Path) -> None:
     assert first["configs"]["sums"]["metadata"]["tokenizer"] == tiny_llama.name
     # None but ours: the harness looks through the files of all its tasks otherwise, for seconds.
     few = importlib.import_module("lm_eval.tasks").TaskManager(include_defaults=False)
-    assert module.evaluate(config, [task], task_manager=few, **options)["results"] == first["results"]
+    assert module.evaluate(ours, [task], task_manager=few, **options)["results"] == first["results"]

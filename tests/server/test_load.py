@@ -6,6 +6,8 @@ import _thread
 import json
 import math
 import statistics
+import threading
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -291,6 +293,29 @@ def test_ctrl_c_gives_back_what_is_there(slow: Running) -> None:
     assert 2 <= result["completed"] <= 4
     assert result["failed"] == 0
     assert slow.free_pages() == slow.engine.status.pages_total
+
+
+def test_ctrl_c_during_the_warm_up_measures_nothing(slow: Running, tmp_path: Path) -> None:
+    def interrupt() -> None:
+        while not slow.engine.status.running:
+            time.sleep(0.01)
+        _thread.interrupt_main()
+
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a long one"}')
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    result = load(Load(address=slow.address, prompts=file, output_len=1000), quiet)
+    thread.join()
+    assert result["interrupted"]
+    assert (result["completed"], result["failed"], result["duration"]) == (0, 0, 0.0)
+    assert slow.free_pages() == slow.engine.status.pages_total
+
+
+def test_no_bar_where_nobody_sees_it(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+    result = load(Load(address=running.address, num_prompts=2, input_lens=(20,), output_len=2))
+    assert result["completed"] == 2
+    assert "".join(capsys.readouterr()).strip() == ""
 
 
 def test_a_server_that_is_not_there() -> None:
