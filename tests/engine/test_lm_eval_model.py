@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from keysift.engine import LLM, InvalidRequest, Unsupported
+from keysift.engine.tokenizer import Tokenizer
 from tests.models import make_tokenizer
 
 MODULE = "keysift.engine.lm_eval_model"
@@ -184,6 +186,19 @@ def test_conversations(ours: Any) -> None:
     assert "/" not in ours.tokenizer_name
     assert ours.prefix_token_id == 1
     assert ours.eot_token_id == 2
+
+
+@with_harness
+def test_a_text_begins_once(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a tokenizer that puts a token in front of every text, and texts that have it already."""
+    hf = make_tokenizer()
+    hf.backend_tokenizer.post_processor = TemplateProcessing(single="<|start|> $A", special_tokens=[("<|start|>", 1)])
+    lm = importlib.import_module(MODULE).KeysiftLM(llm)
+    monkeypatch.setattr(lm, "_tokenizer", Tokenizer(hf))
+    letter = Tokenizer(make_tokenizer()).encode("x")
+    assert lm.tok_encode("x") == lm.tok_encode("<|start|>x") == [1, *letter]
+    assert lm.tok_encode("x", add_special_tokens=False) == letter
+    assert lm.tok_encode("<|start|>x", add_special_tokens=True) == [1, 1, *letter]
 
 
 @with_harness

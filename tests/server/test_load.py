@@ -286,12 +286,12 @@ def test_ctrl_c_gives_back_what_is_there(slow: Running) -> None:
             _thread.interrupt_main()
 
     config = Load(
-        address=slow.address, num_prompts=1000, input_lens=(20,), output_len=3, max_concurrency=1, num_warmups=0
+        address=slow.address, num_prompts=1000, input_lens=(20,), output_len=10, max_concurrency=2, num_warmups=0
     )
     result = load(config, interrupt)
     assert result["interrupted"]
     assert 2 <= result["completed"] <= 4
-    assert result["failed"] == 0
+    assert result["failed"] == 0, "those that were under way have not failed: they were ended"
     assert slow.free_pages() == slow.engine.status.pages_total
 
 
