@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import _thread
 import json
 import math
+import signal
 import statistics
 import threading
 import time
@@ -55,6 +55,11 @@ def measure(running: Running) -> Measure:
         return load(Load(**small | fields), quiet)
 
     return call
+
+
+def press_ctrl_c() -> None:
+    """As a terminal does: it wakes the main thread, whatever that waits for."""
+    signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
 def finish(reason: FinishReason = FinishReason.LENGTH, error: str = "") -> Finish:
@@ -209,7 +214,7 @@ def test_every_request_is_counted_and_timed(measure: Measure) -> None:
     assert result["total_output_tokens"] == 30
     assert result["total_cached_tokens"] == 0
     assert (result["model_id"], result["request_rate"], result["max_concurrency"]) == ("tiny", "inf", None)
-    assert [len(gaps) for gaps in result["itls"]] == [4] * 6
+    assert all(1 <= len(gaps) <= 4 for gaps in result["itls"]), "a first message may have several tokens"
     assert all(0 < first <= result["duration"] for first in result["ttfts"])
     assert result["request_goodput"] == result["request_throughput"] == pytest.approx(6 / result["duration"])
     assert result["median_ttft_ms"] == pytest.approx(1e3 * float(np.median(result["ttfts"])))
@@ -283,7 +288,7 @@ def test_prompts_repeat_for_a_seed(measure: Measure) -> None:
 def test_ctrl_c_gives_back_what_is_there(slow: Running) -> None:
     def interrupt(done: int, failed: int) -> None:
         if done == 2:
-            _thread.interrupt_main()
+            press_ctrl_c()
 
     config = Load(
         address=slow.address, num_prompts=1000, input_lens=(20,), output_len=10, max_concurrency=2, num_warmups=0
@@ -299,14 +304,16 @@ def test_ctrl_c_during_the_warm_up_measures_nothing(slow: Running, tmp_path: Pat
     def interrupt() -> None:
         while not slow.engine.status.running:
             time.sleep(0.01)
-        _thread.interrupt_main()
+        press_ctrl_c()
 
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a long one"}')
     thread = threading.Thread(target=interrupt)
     thread.start()
-    result = load(Load(address=slow.address, prompts=file, output_len=1000), quiet)
+    begun = time.monotonic()
+    result = load(Load(address=slow.address, prompts=file, output_len=1900), quiet)
     thread.join()
+    assert time.monotonic() - begun < 30, "the answer would have taken longer"
     assert result["interrupted"]
     assert (result["completed"], result["failed"], result["duration"]) == (0, 0, 0.0)
     assert slow.free_pages() == slow.engine.status.pages_total
