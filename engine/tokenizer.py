@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -33,17 +34,34 @@ class Tokenizer:
         self.backend.no_padding()
         self._hf = hf_tokenizer
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def bos_token_id(self) -> int | None:
+        """What a text begins with, if the model has such a token."""
+        return self._hf.bos_token_id  # type: ignore[no-any-return]
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """What a text ends with, if the model has such a token."""
+        return self._hf.eos_token_id  # type: ignore[no-any-return]
+
+    @property
+    def chat_template(self) -> str | None:
+        return self._hf.chat_template  # type: ignore[no-any-return]
+
+    def save(self, folder: Path) -> None:
+        """Write it down as transformers reads it."""
+        self._hf.save_pretrained(folder)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Tokens of `text`, with the special tokens that the model expects around a text."""
-        return list(self.backend.encode(text).ids)
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """Tokens of a conversation in the model's own template; messages carry ``role`` and ``content``.
 
         Raises `InvalidRequest` where the model has no template or the template rejects the messages.
         """
-        text = self._render(messages, add_generation_prompt)
-        return list(self.backend.encode(text, add_special_tokens=False).ids)
+        return self.encode(self.render(messages, add_generation_prompt), add_special_tokens=False)
 
     def around(self) -> tuple[str, str] | None:
         """What the model's template writes before and behind a single message of a user; None: it has no template.
@@ -52,21 +70,24 @@ class Tokenizer:
         """
         if not self._hf.chat_template:
             return None
-        parts = self._render([{"role": "user", "content": MARK}], add_generation_prompt=True).split(MARK)
+        parts = self.render([{"role": "user", "content": MARK}], add_generation_prompt=True).split(MARK)
         if len(parts) != 2:
             raise InvalidRequest("chat", f"the model's template shows a message {len(parts) - 1} times instead of once")
         return parts[0], parts[1]
 
-    def _render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool) -> str:
+    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **options: Any) -> str:
+        """The text of a conversation, as `chat` lays it out; `options` are those of transformers."""
         if not self._hf.chat_template:
             raise InvalidRequest("chat", "the model has no chat template")
         try:
-            text: str = self._hf.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=add_generation_prompt, tokenize=False
+            return self._hf.apply_chat_template(  # type: ignore[no-any-return]
+                [dict(message) for message in messages],
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                **options,
             )
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             raise InvalidRequest("chat", f"the model's template rejects the messages: {error}") from error
-        return text
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)

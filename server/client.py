@@ -17,7 +17,7 @@ from . import inference_pb2 as pb
 from .convert import fill, from_params, from_reply
 from .errors import from_call
 from .inference_pb2_grpc import InferenceStub
-from .options import DEFAULT_MESSAGE_BYTES, Prompt, client_options
+from .options import DEFAULT_MESSAGE_BYTES, Prompt, Remote, client_options
 from .security import client_credentials
 
 
@@ -120,6 +120,20 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def connect(remote: Remote) -> Client:
+    """A client of the server that a command was told to ask."""
+    if remote.address is None:
+        raise InvalidRequest("address", "host:port of a running server, got none")
+    return Client(
+        remote.address,
+        api_key=remote.api_key.get_secret_value() if remote.api_key else None,
+        tls=remote.tls,
+        ssl_ca_certs=remote.ssl_ca_certs,
+        ssl_keyfile=remote.ssl_keyfile,
+        ssl_certfile=remote.ssl_certfile,
+    )
 
 
 def _prompt(prompt: Prompt) -> pb.GenerateRequest:

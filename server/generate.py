@@ -13,12 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from keysift.engine.config import EngineConfig
-from keysift.engine.errors import InvalidRequest
 from keysift.engine.request import Finish, FinishReason, Output, PrefillProgress, Request, SamplingParams, TokenOutput
 
-from .client import Client
+from .client import connect
 from .errors import Cancelled, failure
-from .options import Prompt, Remote
+from .options import Prompt, Remote, pair
 
 
 def run_here(config: EngineConfig, prompt: Prompt, params: SamplingParams) -> Iterator[Output]:
@@ -36,25 +35,10 @@ def run_there(
     remote: Remote, engine: EngineConfig, strategy: str, prompt: Prompt, params: SamplingParams
 ) -> Iterator[Output]:
     """The outputs of a running server; of `engine`, only what one request may choose is sent."""
-    address, key = str(remote.address), remote.api_key
-    arguments = dict(_pair(argument) for argument in engine.strategy_args)
-    with Client(
-        address,
-        api_key=key.get_secret_value() if key else None,
-        tls=remote.tls,
-        ssl_ca_certs=remote.ssl_ca_certs,
-        ssl_keyfile=remote.ssl_keyfile,
-        ssl_certfile=remote.ssl_certfile,
-    ) as client:
+    arguments = dict(pair(argument) for argument in engine.strategy_args)
+    with connect(remote) as client:
         model = engine.model or ""
         yield from client.generate(prompt, params, model=model, strategy=strategy, strategy_args=arguments)
-
-
-def _pair(argument: str) -> tuple[str, str]:
-    name, equals, value = argument.partition("=")
-    if not equals:
-        raise InvalidRequest("strategy_args", f"NAME.FIELD=VALUE, got {argument!r}")
-    return name, value
 
 
 def report(message: str) -> None:

@@ -110,6 +110,14 @@ class Remote(Checked):
     ssl_certfile: Path | None = Field(None, description="the caller's own certificate in PEM, for mTLS")
 
 
+def pair(argument: str) -> tuple[str, str]:
+    """Name and value of an option of a strategy."""
+    name, equals, value = argument.partition("=")
+    if not equals:
+        raise InvalidRequest("strategy_args", f"NAME.FIELD=VALUE, got {argument!r}")
+    return name, value
+
+
 def server_options(max_message_bytes: int) -> ChannelOptions:
     return [
         *_message_limits(max_message_bytes),
