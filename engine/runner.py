@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from keysift.attention import Coverage, Dense, Locality, Reads, Telemetry, bind
+from keysift.attention import Coverage, Dense, Locality, Reads, Spans, Telemetry, bind, unwatched
 from keysift.kvcache import PagedCache, Phase, Span, Step, Traffic
 from keysift.kvcache.ops import BackendUnavailable, use_backend
 
@@ -38,6 +38,8 @@ class Runner:
         self._cache = cache
         self._backend = backend
         self._queries_per_row = queries_per_row
+        self.spans: Spans = unwatched
+        """Hears what the time of every step goes to."""
 
     def rehearse(self) -> None:
         """One token through one layer's cache and attention. Raises `InvalidRequest` where the backend cannot do it."""
@@ -60,10 +62,12 @@ class Runner:
         step = self._step(batch)
         telemetry = Telemetry(self._cache.spec, step)
         before = self._cache.tier.traffic
-        attend = bind(batch.strategy, self._cache, step, telemetry)
+        attend = bind(batch.strategy, self._cache, step, telemetry, self.spans)
         with torch.inference_mode(), use_backend(self._backend):
-            logits = self._model.forward(self._input_ids(batch), step.positions, self._last(batch), attend)
-            sampled = sample(logits, states)
+            with self.spans("linear"):
+                logits = self._model.forward(self._input_ids(batch), step.positions, self._last(batch), attend)
+            with self.spans("sampling"):
+                sampled = sample(logits, states)
         reads = telemetry.reads()
         moved = self._cache.tier.traffic - before
         return StepResult(sampled, reads, telemetry.covered(reads), moved, telemetry.locality())
