@@ -8,9 +8,9 @@ from typing import Literal, Protocol, get_args
 Part = Literal["linear", "selection", "attention", "index", "transfer", "sampling", "other"]
 """What time is spent on.
 
-linear: the model outside of attention, its linear layers, norms and embeddings; selection: a strategy chooses; attention:
-the chosen pages are read, and estimates merged; index: keys, their codes and summaries are written, indexes built;
-transfer: pages are brought where an op can read them; sampling: logits become tokens; other: the rest of the step.
+linear: the model outside of attention, its linear layers, norms and embeddings; selection: a strategy chooses;
+attention: the chosen pages are read, and estimates merged; index: keys, their codes and summaries are written, indexes
+built; transfer: pages are brought where an op can read them; sampling: logits become tokens; other: the rest.
 """
 PARTS: tuple[Part, ...] = get_args(Part)
 

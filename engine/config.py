@@ -58,7 +58,7 @@ class EngineConfig(Checked):
         ge=0,
         le=1024,
         description="pages of each layer and KV head that a token may fetch from the KV home on a guess at what the "
-        "next one reads; pays where reading waits for a disk",
+        "next one reads; may pay where reading waits for a slow disk",
     )
     dtype: Dtype = Field("auto", description="of weights and pages; auto: bfloat16 where the hardware multiplies it")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")

@@ -42,19 +42,18 @@ class Engine:
         _strategy(config.strategy, config.strategy_args)  # a wrong name should not have to wait for a model
         self.model = load(config, report)
         self._crossovers = calibration.crossovers(config, self.model)
-        self._default = self._strategy(config.strategy, config.strategy_args)
-        calibration.tell(config, self._crossovers, report)
         self.tokenizer = self.model.tokenizer
         self.cache = make_cache(config, self.model, report)
-        self._check_strategy(self._default)
+        self.default = self.strategy(config.strategy, config.strategy_args)
+        calibration.tell(config, self._crossovers, report)
         self.scheduler = Scheduler(
             self.cache,
             max_running=config.max_num_seqs,
             chunk=config.prefill_chunk,
             queries_per_row=config.queries_per_row,
         )
-        self._runner = Runner(self.model, self.cache, backend=config.backend, queries_per_row=config.queries_per_row)
-        self._runner.rehearse()
+        self.runner = Runner(self.model, self.cache, backend=config.backend, queries_per_row=config.queries_per_row)
+        self.runner.rehearse()
         self._jobs: dict[str, Job] = {}
         self._outbox: list[Output] = []
 
@@ -67,6 +66,20 @@ class Engine:
         spec, cache = self.cache.spec, self.cache
         running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         return EngineStatus(running, waiting, cache.free_pages, cache.allocator.total, spec.page_size, spec.page_bytes)
+
+    def strategy(self, name: str, arguments: tuple[str, ...] = ()) -> Strategy:
+        """The strategy of this name, fit to run here.
+
+        It has the options that the model was trained with and the `dense_below` that was measured here, as far as the
+        arguments state none. Raises `InvalidRequest` or `Unsupported` naming what is wrong.
+        """
+        try:
+            stated = with_model_options(name, arguments, self.model)
+        except StrategyError as error:
+            raise InvalidRequest(error.field, error.problem) from None
+        strategy = _strategy(name, calibration.calibrated(name, stated, self._crossovers))
+        self._check_strategy(strategy)
+        return strategy
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -109,7 +122,7 @@ class Engine:
         """
         outputs, self._outbox = self._outbox, []
         if (batch := self.scheduler.next_batch()) is not None:
-            with self._runner.spans(batch.phase.value):
+            with self.runner.spans(batch.phase.value):
                 outputs += self._run(batch)
         for sequence, failure in self.scheduler.take_failed():
             outputs.append(self._finish(self._job_of(sequence), FinishReason.ERROR, failure))
@@ -119,7 +132,7 @@ class Engine:
     @contextmanager
     def watched(self, spans: Spans) -> Iterator[None]:
         """Meanwhile `spans` hears what the time of every step goes to."""
-        runner, cache, tier = self._runner, self.cache, self.cache.tier
+        runner, cache, tier = self.runner, self.cache, self.cache.tier
         before, runner.spans, cache.tier = runner.spans, spans, watched_tier(tier, spans)
         try:
             yield
@@ -129,7 +142,7 @@ class Engine:
     def _run(self, batch: Batch) -> list[Output]:
         """Run the batch; where it fails, each of its sequences alone, so that only those fail that fail alone."""
         try:
-            result = self._runner.run(batch, [self._job_of(sequence).sampler for sequence in batch.sampled])
+            result = self.runner.run(batch, [self._job_of(sequence).sampler for sequence in batch.sampled])
         except Exception as error:
             failure = failure_of(error, batch.title)
             if failure is None:
@@ -150,10 +163,9 @@ class Engine:
         if not 0 <= wrong < self.model.vocab_size:
             raise InvalidRequest("prompt", f"token ids from 0 to {self.model.vocab_size - 1}, got {wrong}")
         check(request.params, self.model.vocab_size, self.model.eos_token_ids)
-        strategy = self._default
+        strategy = self.default
         if request.strategy is not None or request.strategy_args:
-            strategy = self._strategy(request.strategy or self.config.strategy, request.strategy_args)
-        self._check_strategy(strategy)
+            strategy = self.strategy(request.strategy or self.config.strategy, request.strategy_args)
         sequence = Sequence(request, strategy, min(request.params.max_new_tokens, limit - length))
         sequence.keys = self._page_keys(sequence)
         return sequence
@@ -171,20 +183,9 @@ class Engine:
     def _retire(self, sequence: Sequence) -> None:
         """Without the index that only this sequence searched: requests may each ask for another one."""
         which = sequence.strategy.make_index()
-        in_use = {self._default.make_index(), *(job.sequence.strategy.make_index() for job in self._jobs.values())}
+        in_use = {self.default.make_index(), *(job.sequence.strategy.make_index() for job in self._jobs.values())}
         if which is not None and which not in in_use:
             self.cache.retire(which)
-
-    def _strategy(self, name: str, arguments: tuple[str, ...]) -> Strategy:
-        """With the options that its model was trained with, and the `dense_below` that was measured here.
-
-        Of both only those that the arguments do not state.
-        """
-        try:
-            stated = with_model_options(name, arguments, self.model)
-        except StrategyError as error:
-            raise InvalidRequest(error.field, error.problem) from None
-        return _strategy(name, calibration.calibrated(name, stated, self._crossovers))
 
     def _page_keys(self, sequence: Sequence) -> PageKeys | None:
         """Names for the prompt's pages: what they hold depends on what prefills the prompt, all its options included.

@@ -59,18 +59,21 @@ class Runner:
 
     def run(self, batch: Batch, states: SequenceOf[SamplerState]) -> StepResult:
         """Run the batch and sample with one state for each of `batch.sampled`."""
-        step = self._step(batch)
-        telemetry = Telemetry(self._cache.spec, step)
         before = self._cache.tier.traffic
-        attend = bind(batch.strategy, self._cache, step, telemetry, self.spans)
-        with torch.inference_mode(), use_backend(self._backend):
-            with self.spans("linear"):
-                logits = self._model.forward(self._input_ids(batch), step.positions, self._last(batch), attend)
-            with self.spans("sampling"):
-                sampled = sample(logits, states)
+        logits, telemetry = self.forward(batch, self._last(batch))
+        with self.spans("sampling"), torch.inference_mode():
+            sampled = sample(logits, states)
         reads = telemetry.reads()
         moved = self._cache.tier.traffic - before
         return StepResult(sampled, reads, telemetry.covered(reads), moved, telemetry.locality())
+
+    def forward(self, batch: Batch, last: torch.Tensor) -> tuple[torch.Tensor, Telemetry]:
+        """Next-token logits [B, V] fp32 after the tokens at indices last [B] of the packed ones, and what was read."""
+        step = self._step(batch)
+        telemetry = Telemetry(self._cache.spec, step)
+        attend = bind(batch.strategy, self._cache, step, telemetry, self.spans)
+        with self.spans("linear"), torch.inference_mode(), use_backend(self._backend):
+            return self._model.forward(self._input_ids(batch), step.positions, last, attend), telemetry
 
     def _step(self, batch: Batch) -> Step:
         if batch.phase is Phase.PREFILL:

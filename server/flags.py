@@ -103,7 +103,11 @@ def _flags(name: str, field: FieldInfo) -> list[str]:
     flag = name.replace("_", "-")
     if field.annotation is bool:
         return [f"--{flag}/--no-{flag}"]
-    return [f"--{flag.removesuffix('s') if _repeats(field) else flag}"]
+    return list(dict.fromkeys([f"--{_singular(flag)}", f"--{flag}"])) if _repeats(field) else [f"--{flag}"]
+
+
+def _singular(flag: str) -> str:
+    return f"{flag.removesuffix('ies')}y" if flag.endswith("ies") else flag.removesuffix("s")
 
 
 def _type(field: FieldInfo) -> Any:

@@ -21,13 +21,11 @@ class Clock:
     waits for it at every border, which slows the step down: a pass under a clock tells shares, not latencies.
     """
 
-    def __init__(
-        self, settle: Callable[[], None] = _nothing, now: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, settle: Callable[[], None] = _nothing, now: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: dict[Stretch, dict[Part, float]] = {"prefill": defaultdict(float), "decode": defaultdict(float)}
         self.steps: Counter[Stretch] = Counter()
         self._settle, self._now = settle, now
-        self._step: dict[Part, float] = {}
+        self._step: dict[Part, float] = defaultdict(float)
         self._part: Part = "other"
         self._since = 0.0
 

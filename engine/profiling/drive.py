@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from keysift.attention import Stretch
+
 from ..engine import Engine
 from ..errors import KeysiftError
 from ..request import Finish, FinishReason, Output, PrefillProgress, Request, TokenOutput
-
 from .clock import Clock
 
 

@@ -40,10 +40,10 @@ def record(engine: Engine, request: Request, title: str) -> Trace:
     try:
         engine.add(request)
         _skip_to_last_chunk(engine, len(request.prompt))
-        with profile(activities=_activities(engine.model.device)) as profiler:
-            with engine.watched(ranges), record_function(title):
-                for _ in islice(stepping(engine), 1 + DECODE_STEPS):
-                    pass
+        recording = profile(activities=_activities(engine.model.device))
+        with engine.watched(ranges), recording as profiler, record_function(title):
+            for _ in islice(stepping(engine), 1 + DECODE_STEPS):
+                pass
         return _trace(profiler)
     finally:
         clear(engine, [request])

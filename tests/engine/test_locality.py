@@ -87,9 +87,9 @@ def test_a_step_that_fails_and_runs_again_says_the_same(make: Make, monkeypatch:
         assert batch is not None
         states = [engine._job_of(sequence).sampler for sequence in batch.sampled]
         try:
-            result = engine._runner.run(batch, states)
+            result = engine.runner.run(batch, states)
         except OSError:
-            result = engine._runner.run(batch, states)
+            result = engine.runner.run(batch, states)
         outputs += engine._commit(batch, result)
     assert calls > 40
     assert said(outputs, "a") == undisturbed
