@@ -1,4 +1,4 @@
-"""The command line: `keysift serve | generate | strategies | doctor`. Heavy imports wait inside the commands."""
+"""The command line: `keysift serve | generate | profile | strategies | doctor`. Heavy imports wait inside the commands."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 
 from keysift.engine.config import EngineConfig
 from keysift.engine.errors import InvalidRequest, KeysiftError, ModelNotFound, Unsupported
+from keysift.engine.profiling.settings import Profile
 from keysift.engine.version import keysift_version
 
 from .flags import from_fields, given, read_config, read_config_later, refuse_config
@@ -166,6 +167,34 @@ def _flag(name: str) -> str:
 def _was_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
+
+
+@app.command("profile", rich_help_panel="Measure")
+@from_fields(profiling=Profile, engine=EngineConfig, skip=("engine.strategy", "engine.strategy_args"))
+def profile(
+    profiling: Profile,
+    engine: EngineConfig,
+    compare: Annotated[Path | None, typer.Option(help="an older profile.json to compare with")] = None,
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Measure how long prompts and tokens take under each strategy, and where the time goes.
+
+    TTFT: start to first token; TPOT: (end - first token) / (tokens - 1); ITL: between two tokens. Greedy, on real text,
+    without the prefix cache. A run during which something else used the machine is done again, or marked. Writes
+    profile.json, trace.json.gz, which opens in ui.perfetto.dev, and report.html, one page that opens offline.
+
+    [bold]Examples[/bold]
+
+      keysift profile --strategy dense --strategy sift+retrieval --input-lens 2000,8000
+
+      keysift profile ./my-model --batch-sizes 1,4 --runs 5 --compare keysift-profile/profile.json --output-dir after
+    """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler says when it starts, on standard error
+    from .profiling import profile
+
+    if status := profile(profiling, engine, compare=compare, as_json=json):
+        raise typer.Exit(status)
 
 
 @app.command(rich_help_panel="Look around")

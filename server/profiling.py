@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -72,13 +73,12 @@ def _write_pages(found: Results, before: Results | None, folder: Path) -> list[P
     """The report, and the comparison if there is something to compare with."""
     if not found["cells"]:
         return []
-    from keysift.engine.profiling.report import write_comparison, write_report
-
+    page = importlib.import_module("keysift.engine.profiling.report")
     pages = [folder / PAGE]
-    write_report(found, pages[0])
+    page.write_report(found, pages[0])
     if before is not None:
         pages.append(folder / COMPARISON)
-        write_comparison(before, found, pages[1])
+        page.write_comparison(before, found, pages[1])
     return pages
 
 
@@ -93,7 +93,7 @@ def show(found: Results) -> None:
     done = [cell for cell in found["cells"] if "error" not in cell]
     if done:
         console.print(_latencies(done))
-        console.print("\nshare of the time, prompt / token, in percent")
+        console.print("\nshare of the time in percent, prompt/token")
         console.print(_shares(done))
     for cell in found["cells"]:
         if "error" in cell:
@@ -107,23 +107,29 @@ def show(found: Results) -> None:
 
 
 def _title(cell: dict[str, Any]) -> str:
-    return f"{cell['strategy']}, {cell['input_len']:,} tokens x {cell['batch_size']}"
+    return f"{cell['strategy']}, {_prompts(cell)} tokens"
+
+
+def _prompts(cell: dict[str, Any]) -> str:
+    """Tokens of a prompt, and how many prompts there were at once."""
+    count = cell["batch_size"]
+    return f"{cell['input_len']:,}" + (f" x {count}" if count > 1 else "")
 
 
 def _table(*columns: str) -> Table:
-    numbers = (Column(name, justify="right", overflow="fold") for name in columns)
+    """The strategy's column gives way where a terminal is narrow."""
+    numbers = (Column(name, justify="right", no_wrap=True) for name in columns)
     return Table(Column("strategy", overflow="fold"), *numbers, box=None, pad_edge=False)
 
 
 def _latencies(cells: list[dict[str, Any]]) -> Table:
-    table = _table("prompt", "x", "TTFT s", "TPOT ms", "tokens/s", "density", "at tokens", "peak MiB")
+    table = _table("prompt", "TTFT s", "TPOT ms", "tokens/s", "density", "at tokens", "peak MiB")
     for cell in cells:
         table.add_row(
             cell["strategy"] + (" *" if cell["disturbed"] else ""),
-            f"{cell['input_len']:,}",
-            str(cell["batch_size"]),
-            f"{cell['ttft_ms']['median'] / 1e3:.2f} {_around(cell['ttft_ms'])}",
-            f"{cell['tpot_ms']['median']:.1f} {_around(cell['tpot_ms'])}",
+            _prompts(cell),
+            f"{cell['ttft_ms']['median'] / 1e3:.2f}{_around(cell, 'ttft_ms')}",
+            f"{cell['tpot_ms']['median']:.1f}{_around(cell, 'tpot_ms')}",
             f"{cell['output_throughput']:.1f}",
             f"{cell['prefill_density']:.3f}",
             f"{cell['decode_density']:.3f}",
@@ -132,15 +138,16 @@ def _latencies(cells: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _around(spread: dict[str, float]) -> str:
+def _around(cell: dict[str, Any], field: str) -> str:
     """Half of what lies between the fastest and the slowest run, in percent of the median."""
-    return f"±{50 * (spread['max'] - spread['min']) / spread['median']:.0f}%"
+    spread = cell[field]
+    return f" ±{50 * (spread['max'] - spread['min']) / spread['median']:.0f}%" if cell["runs"] > 1 else ""
 
 
 def _shares(cells: list[dict[str, Any]]) -> Table:
-    table = _table("prompt", "x", *PARTS)
+    table = _table("prompt", *PARTS)
     for cell in cells:
         each = [cell["shares"][phase] for phase in ("prefill", "decode")]
         percent = [[f"{100 * spent[part] / sum(spent.values()):.0f}" for spent in each] for part in PARTS]
-        table.add_row(cell["strategy"], f"{cell['input_len']:,}", str(cell["batch_size"]), *map(" / ".join, percent))
+        table.add_row(cell["strategy"], _prompts(cell), *map("/".join, percent))
     return table

@@ -25,7 +25,7 @@ from keysift.engine.profiling.quiet import cpu_share, disturbed
 from keysift.engine.profiling.settings import Profile
 from keysift.engine.profiling.summary import percentile
 
-SPARSE = "dense+quest,quest.dense_below=0,quest.sink=16,quest.window=32,quest.budget=64"
+SPARSE = "dense+quest,quest.dense_below=0,quest.dense_layers=0,quest.sink=16,quest.window=32,quest.budget=64"
 METRICS = ("ttft", "tpot", "itl", "e2el")
 FIELDS = {
     *("strategy", "input_len", "output_len", "batch_size", "runs", "disturbed", "cpu_share", "others_share"),
