@@ -1,4 +1,4 @@
-"""The command line: `keysift serve | generate | profile | strategies | doctor`. Heavy imports wait inside the commands."""
+"""The command line: `keysift serve | generate | profile | strategies | doctor`. Heavy imports wait inside commands."""
 
 from __future__ import annotations
 

@@ -126,9 +126,9 @@ def _latencies(cells: list[dict[str, Any]]) -> Table:
     table = _table("prompt", "TTFT s", "TPOT ms", "tokens/s", "density", "at tokens", "peak MiB")
     for cell in cells:
         table.add_row(
-            cell["strategy"] + (" *" if cell["disturbed"] else ""),
+            cell["strategy"],
             _prompts(cell),
-            f"{cell['ttft_ms']['median'] / 1e3:.2f}{_around(cell, 'ttft_ms')}",
+            f"{'* ' if cell['disturbed'] else ''}{cell['ttft_ms']['median'] / 1e3:.2f}{_around(cell, 'ttft_ms')}",
             f"{cell['tpot_ms']['median']:.1f}{_around(cell, 'tpot_ms')}",
             f"{cell['output_throughput']:.1f}",
             f"{cell['prefill_density']:.3f}",
