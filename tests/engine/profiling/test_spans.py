@@ -135,7 +135,7 @@ def test_a_step_that_fails_leaves_nobody_listening(make: Make, monkeypatch: pyte
 
 
 def test_a_span_that_nobody_hears_costs_next_to_nothing() -> None:
-    """At most two microseconds of processor time; a layer has four of them and takes hundreds of microseconds at least."""
+    """At most two microseconds of processor time; a layer has four and takes hundreds of microseconds."""
     begun = time.process_time()
     for _ in range(10_000):
         with unwatched("attention", 3):
