@@ -3,23 +3,29 @@
 from .attend import Attend, bind
 from .locality import Locality
 from .registry import DEFAULT, StrategyError, find, known, make, parse
+from .spans import PARTS, Part, Spans, Stretch, unwatched
 from .strategy import Dense, Split, Strategy
 from .telemetry import Coverage, Reads, Telemetry
 
 __all__ = [
     "DEFAULT",
+    "PARTS",
     "Attend",
     "Coverage",
     "Dense",
     "Locality",
+    "Part",
     "Reads",
+    "Spans",
     "Split",
     "Strategy",
     "StrategyError",
+    "Stretch",
     "Telemetry",
     "bind",
     "find",
     "known",
     "make",
     "parse",
+    "unwatched",
 ]

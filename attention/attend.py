@@ -11,6 +11,7 @@ from keysift.kvcache import Context, PagedCache, Phase, Selection, Step
 
 from .ops.merge import merge
 from .ops.paged_attention import paged_attention
+from .spans import Spans, unwatched
 from .strategy import Strategy
 from .tail import estimate
 from .telemetry import Telemetry
@@ -19,8 +20,10 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D] -> out [T, Hq, D]: appends k and v to the cache, then attends."""
 
 
-def bind(strategy: Strategy, cache: PagedCache, step: Step, telemetry: Telemetry | None = None) -> Attend:
-    """`Attend` for one step: the strategy chooses, the cache brings, the op computes.
+def bind(
+    strategy: Strategy, cache: PagedCache, step: Step, telemetry: Telemetry | None = None, spans: Spans = unwatched
+) -> Attend:
+    """`Attend` for one step: the strategy chooses, the cache brings, the op computes; `spans` hears which of them does.
 
     Layers with a sliding window read that window exactly; no strategy is asked about them.
     """
@@ -29,19 +32,23 @@ def bind(strategy: Strategy, cache: PagedCache, step: Step, telemetry: Telemetry
     choose = strategy.prefill if step.phase is Phase.PREFILL else strategy.decode
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.append(layer, k, v, step)
-        cache.observe(layer, q, step)
+        with spans("index", layer):
+            cache.append(layer, k, v, step)
+            cache.observe(layer, q, step)
         context = cache.context(layer, step, which)
         window = spec.window(layer)
-        selection = context.zones(sink=0, window=window) if window else choose(q, context)
-        out, lse = _read(q, context, selection, window)
-        if selection.ahead is not None:
-            cache.tier.foresee(layer, selection.ahead, step)
-        exact = lse
-        if selection.estimated is not None:
-            out, lse = merge(out, lse, *estimate(q, context, selection.estimated))
+        with spans("selection", layer):
+            selection = context.zones(sink=0, window=window) if window else choose(q, context)
+        with spans("attention", layer):
+            out, lse = _read(q, context, selection, window)
+            if selection.ahead is not None:
+                cache.tier.foresee(layer, selection.ahead, step)
+            exact = lse
+            if selection.estimated is not None:
+                out, lse = merge(out, lse, *estimate(q, context, selection.estimated))
         if telemetry is not None and not window:
-            telemetry.record(layer, selection, exact, lse)
+            with spans("other", layer):
+                telemetry.record(layer, selection, exact, lse)
         return out
 
     return attend

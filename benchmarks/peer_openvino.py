@@ -22,6 +22,7 @@ def main() -> None:
         settings["scheduler_config"] = scheduler(options)
     pipeline = genai.LLMPipeline(options["model"], "CPU", **settings)
     for _ in range(options["runs"]):
+        run(pipeline, options["prompt"][-1:], 1)  # what it kept of the prompt before goes
         print(json.dumps(run(pipeline, options["prompt"], options["new"])), flush=True)
 
 

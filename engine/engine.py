@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from keysift.attention import Strategy, StrategyError, parse
+from keysift.attention import Spans, Strategy, StrategyError, parse
 from keysift.kvcache import PageKeys, Phase
 
 from . import calibration, metrics
@@ -22,6 +23,7 @@ from .scheduler import Batch, Scheduler
 from .sequence import Sequence
 from .tokenizer import Detokenizer
 from .transcript import Transcript
+from .watch import watched_tier
 
 
 class Engine:
@@ -120,11 +122,22 @@ class Engine:
         """
         outputs, self._outbox = self._outbox, []
         if (batch := self.scheduler.next_batch()) is not None:
-            outputs += self._run(batch)
+            with self.runner.spans(batch.phase.value):
+                outputs += self._run(batch)
         for sequence, failure in self.scheduler.take_failed():
             outputs.append(self._finish(self._job_of(sequence), FinishReason.ERROR, failure))
         metrics.observe_status(self.status)
         return outputs
+
+    @contextmanager
+    def watched(self, spans: Spans) -> Iterator[None]:
+        """Meanwhile `spans` hears what the time of every step goes to."""
+        runner, cache, tier = self.runner, self.cache, self.cache.tier
+        before, runner.spans, cache.tier = runner.spans, spans, watched_tier(tier, spans)
+        try:
+            yield
+        finally:
+            runner.spans, cache.tier = before, tier
 
     def _run(self, batch: Batch) -> list[Output]:
         """Run the batch; where it fails, each of its sequences alone, so that only those fail that fail alone."""

@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from keysift.attention import Coverage, Dense, Locality, Reads, Telemetry, bind
+from keysift.attention import Coverage, Dense, Locality, Reads, Spans, Telemetry, bind, unwatched
 from keysift.kvcache import PagedCache, Phase, Span, Step, Traffic
 from keysift.kvcache.ops import BackendUnavailable, use_backend
 
@@ -38,6 +38,8 @@ class Runner:
         self._cache = cache
         self._backend = backend
         self._queries_per_row = queries_per_row
+        self.spans: Spans = unwatched
+        """Hears what the time of every step goes to."""
 
     def rehearse(self) -> None:
         """One token through one layer's cache and attention. Raises `InvalidRequest` where the backend cannot do it."""
@@ -59,7 +61,7 @@ class Runner:
         """Run the batch and sample with one state for each of `batch.sampled`."""
         before = self._cache.tier.traffic
         logits, telemetry = self.forward(batch, self._last(batch))
-        with torch.inference_mode():
+        with self.spans("sampling"), torch.inference_mode():
             sampled = sample(logits, states)
         reads = telemetry.reads()
         moved = self._cache.tier.traffic - before
@@ -69,8 +71,8 @@ class Runner:
         """Next-token logits [B, V] fp32 after the tokens at indices last [B] of the packed ones, and what was read."""
         step = self._step(batch)
         telemetry = Telemetry(self._cache.spec, step)
-        attend = bind(batch.strategy, self._cache, step, telemetry)
-        with torch.inference_mode(), use_backend(self._backend):
+        attend = bind(batch.strategy, self._cache, step, telemetry, self.spans)
+        with self.spans("linear"), torch.inference_mode(), use_backend(self._backend):
             return self._model.forward(self._input_ids(batch), step.positions, last, attend), telemetry
 
     def _step(self, batch: Batch) -> Step:

@@ -1,4 +1,4 @@
-"""The command line: `keysift serve | generate | eval | strategies | doctor`. Heavy imports wait inside the commands."""
+"""The command line: `serve`, `generate`, `eval`, `profile`, `strategies`, `doctor`. Heavy imports wait inside them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import typer
 
 from keysift.engine.config import EngineConfig
 from keysift.engine.errors import InvalidRequest, KeysiftError, ModelNotFound, Unsupported
-from keysift.engine.evaluation.settings import Evaluation
 from keysift.engine.version import keysift_version
 
-from .flags import from_fields, given, read_config, read_config_later, refuse_config
+from .flags import Config, Json, from_fields, given, read_config_later, refuse_config
+from .measuring import measuring
 from .options import Document, Remote, Sampling, ServerConfig
 
 SPINS = "20000"
@@ -51,11 +51,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Config = Annotated[
-    Path | None,
-    typer.Option(help="YAML file: flag names and values", envvar="KEYSIFT_CONFIG", is_eager=True, callback=read_config),
-]
-Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+app.add_typer(measuring)
 
 
 def main() -> None:
@@ -167,40 +163,6 @@ def _flag(name: str) -> str:
 def _was_given(context: typer.Context, name: str) -> bool:
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"
-
-
-@app.command("eval", rich_help_panel="Measure")
-@from_fields(
-    evaluation=Evaluation, engine=EngineConfig, skip=("engine.strategy", "engine.strategy_args", "engine.seed")
-)
-def evaluate(
-    evaluation: Evaluation,
-    engine: EngineConfig,
-    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="name the built-in tasks, and do nothing")] = False,
-    config: Config = None,
-    json: Json = False,
-) -> None:
-    """Measure what strategies cost in answers, and how far they are from dense attention; nothing is downloaded.
-
-    Asks questions behind long contexts (RULER's tasks and more, or your own), under dense and under every --strategy,
-    and compares next-token distributions along questions, answers and real texts. A run that was killed goes on where
-    it was. Writes results.json and report.html, one page that opens offline.
-
-    [bold]Examples[/bold]
-
-      keysift eval --strategy sift+retrieval --strategy flexprefill+quest
-
-      keysift eval ./my-model --strategy sift+retrieval,sift.threshold=0.002 --lengths 4096,32768 --samples 20
-
-      keysift eval --tasks my-questions.jsonl --text my-report.txt --strategy nosa --max-loss 0.02
-    """
-    from .evaluation import evaluate, print_tasks
-
-    if list_tasks:
-        print_tasks(as_json=json)
-        return
-    if status := evaluate(evaluation, engine, as_json=json):
-        raise typer.Exit(status)
 
 
 @app.command(rich_help_panel="Look around")

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 import yaml
@@ -196,3 +196,10 @@ def _load(path: Path) -> Mapping[Any, Any]:
     if not isinstance(values, Mapping | None):
         raise typer.BadParameter(f"{path}: keys and values expected, got {type(values).__name__}")
     return values or {}
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(help="YAML file: flag names and values", envvar="KEYSIFT_CONFIG", is_eager=True, callback=read_config),
+]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]

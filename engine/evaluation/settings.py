@@ -54,6 +54,11 @@ class Evaluation(Checked):
         Path("keysift-eval"), description="gets results.json and report.html; an unfinished run there goes on"
     )
     restart: bool = Field(False, description="begin anew where output_dir holds another run")
+    lm_eval: tuple[str, ...] = Field(
+        (),
+        description="tasks of lm-evaluation-harness to run instead, each at --lengths and for --samples; takes the extra "
+        "lm-eval",
+    )
     max_loss: float | None = Field(
         None, ge=0, le=1, description="exit with 1 if a strategy scores lower than dense by more than this"
     )
@@ -64,4 +69,4 @@ class Evaluation(Checked):
 
     def identity(self) -> dict[str, Any]:
         """What two runs must share to be parts of one."""
-        return self.model_dump(mode="json", exclude={"output_dir", "restart", "max_loss", "samples"})
+        return self.model_dump(mode="json", exclude={"output_dir", "restart", "max_loss", "samples", "lm_eval"})

@@ -1,0 +1,47 @@
+"""Telling when pages are brought where an op can read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+from torch import Tensor
+
+from keysift.attention import Spans
+from keysift.kvcache import Frames, Selection, Step, Tier
+
+
+def watched_tier(tier: Tier, spans: Spans) -> Tier:
+    """The same tier; `spans` hears of every transfer."""
+    return cast(Tier, _WatchedTier(tier, spans))
+
+
+class _WatchedTier:
+    def __init__(self, tier: Tier, spans: Spans) -> None:
+        self._tier, self._spans = tier, spans
+
+    def __getattr__(self, name: str) -> Any:
+        """All that brings nothing is the tier's own."""
+        return getattr(self._tier, name)
+
+    def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
+        with self._spans("transfer", layer):
+            return self._tier.resident(layer, selection, step)
+
+    def own(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
+        with self._spans("transfer", layer):
+            return self._tier.own(layer, step)
+
+    def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
+        """Each part's own bringing: what is done with a part in between is no transfer."""
+        parts = iter(self._tier.parts(layer, selection, step))
+        while True:
+            with self._spans("transfer", layer):
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
+
+    def foresee(self, layer: int, pages: Tensor, step: Step) -> None:
+        with self._spans("transfer", layer):
+            self._tier.foresee(layer, pages, step)

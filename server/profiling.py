@@ -1,0 +1,153 @@
+"""What `keysift profile` does: measures, keeps what it finds, and shows it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column, Table
+
+from keysift.attention import PARTS
+from keysift.engine.config import EngineConfig
+from keysift.engine.errors import InvalidRequest
+from keysift.engine.profiling.profiler import Profiler, Results, make_engine
+from keysift.engine.profiling.settings import Profile
+
+from .generate import report
+
+INTERRUPTED = 130
+PAGE, COMPARISON = "report.html", "comparison.html"
+
+
+def profile(settings: Profile, config: EngineConfig, *, compare: Path | None, as_json: bool) -> int:
+    """The exit status. Progress on standard error, results on standard output, everything in the output folder."""
+    before = None if compare is None else _read(compare)  # a wrong file should not wait for the measuring
+    profiler = Profiler(settings, make_engine(settings, config, report))
+    interrupted = _go(profiler)
+    found = profiler.results
+    pages = _write_pages(found, before, settings.output_dir)
+    print(json.dumps(found)) if as_json else show(found)
+    for file in (profiler.results_file, profiler.trace_file, *pages):
+        if file.exists():
+            report(f"{'interrupted' if interrupted else 'written'}: {file}")
+    return INTERRUPTED if interrupted else int(all("error" in cell for cell in found["cells"]))
+
+
+def _go(profiler: Profiler) -> bool:
+    """Whether it was interrupted; what was found until then is kept."""
+    with _progress() as bar:
+        task = bar.add_task("profiling", total=None)
+
+        def tell(done: int, total: int, title: str) -> None:
+            bar.update(task, completed=done, total=total, description=title)
+
+        try:
+            profiler.go(tell)
+        except KeyboardInterrupt:
+            return True
+    return False
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+    remaining = (TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, *remaining, console=Console(stderr=True))
+
+
+def _read(file: Path) -> Results:
+    """Raises `InvalidRequest` where it is no result of this command."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InvalidRequest("compare", f"a profile.json, got {str(file)!r} ({error})") from None
+    if not isinstance(found, dict) or not str(found.get("schema", "")).startswith("keysift.profile/"):
+        raise InvalidRequest("compare", f"a profile.json, got {str(file)!r}, which is something else")
+    return found
+
+
+def _write_pages(found: Results, before: Results | None, folder: Path) -> list[Path]:
+    """The report, and the comparison if there is something to compare with."""
+    if not found["cells"]:
+        return []
+    page = importlib.import_module("keysift.engine.profiling.report")
+    pages = [folder / PAGE]
+    page.write_report(found, pages[0])
+    if before is not None:
+        pages.append(folder / COMPARISON)
+        page.write_comparison(before, found, pages[1])
+    return pages
+
+
+def show(found: Results) -> None:
+    """The machine, the cells, and where their time went."""
+    about, model, console = found["environment"], found["model"], Console()
+    console.print(
+        f"{model['name']} in {model['dtype']}; {about['processor']}, {about['threads']} threads, {about['device']}; "
+        f"keysift {about['keysift']}, torch {about['torch']}",
+        highlight=False,
+    )
+    done = [cell for cell in found["cells"] if "error" not in cell]
+    if done:
+        console.print(_latencies(done))
+        console.print("\nshare of the time in percent, prompt/token")
+        console.print(_shares(done))
+    for cell in found["cells"]:
+        if "error" in cell:
+            print(f"{_title(cell)}: {cell['error']}")
+    for cell in done:
+        if cell["disturbed"]:
+            print(
+                f"{_title(cell)}: disturbed; it had {cell['cpu_share']:.0%} of its threads' time, others "
+                f"{cell['others_share']:.0%} of the cores"
+            )
+
+
+def _title(cell: dict[str, Any]) -> str:
+    return f"{cell['strategy']}, {_prompts(cell)} tokens"
+
+
+def _prompts(cell: dict[str, Any]) -> str:
+    """Tokens of a prompt, and how many prompts there were at once."""
+    count = cell["batch_size"]
+    return f"{cell['input_len']:,}" + (f" x {count}" if count > 1 else "")
+
+
+def _table(*columns: str) -> Table:
+    """The strategy's column gives way where a terminal is narrow."""
+    numbers = (Column(name, justify="right", no_wrap=True) for name in columns)
+    return Table(Column("strategy", overflow="fold"), *numbers, box=None, pad_edge=False)
+
+
+def _latencies(cells: list[dict[str, Any]]) -> Table:
+    table = _table("prompt", "TTFT s", "TPOT ms", "tokens/s", "density", "at tokens", "peak MiB")
+    for cell in cells:
+        table.add_row(
+            cell["strategy"],
+            _prompts(cell),
+            f"{'* ' if cell['disturbed'] else ''}{cell['ttft_ms']['median'] / 1e3:.2f}{_around(cell, 'ttft_ms')}",
+            f"{cell['tpot_ms']['median']:.1f}{_around(cell, 'tpot_ms')}",
+            f"{cell['output_throughput']:.1f}",
+            f"{cell['prefill_density']:.3f}",
+            f"{cell['decode_density']:.3f}",
+            f"{cell['peak_memory_bytes'] / 2**20:,.0f}",
+        )
+    return table
+
+
+def _around(cell: dict[str, Any], field: str) -> str:
+    """Half of what lies between the fastest and the slowest run, in percent of the median."""
+    spread = cell[field]
+    return f" ±{50 * (spread['max'] - spread['min']) / spread['median']:.0f}%" if cell["runs"] > 1 else ""
+
+
+def _shares(cells: list[dict[str, Any]]) -> Table:
+    table = _table("prompt", *PARTS)
+    for cell in cells:
+        each = [cell["shares"][phase] for phase in ("prefill", "decode")]
+        percent = [[f"{100 * spent[part] / sum(spent.values()):.0f}" for spent in each] for part in PARTS]
+        table.add_row(cell["strategy"], _prompts(cell), *map("/".join, percent))
+    return table
