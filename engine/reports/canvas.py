@@ -86,6 +86,8 @@ def bare(element: ElementTree.Element) -> None:
     for name, value in element.attrib.items():
         if name == "style":
             element.attrib[name] = coloured(value)
+        elif name == "href":
+            element.attrib[name] = "".join(value.split())
         elif name in ("d", "x", "y", "transform", "width", "height", "points"):
             element.attrib[name] = NUMBER.sub(rounded, " ".join(value.split()))
     if element.tag == "text" and "rotate(-0 " in element.get("transform", ""):

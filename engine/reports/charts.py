@@ -67,6 +67,7 @@ class Stack:
 
 
 Spread = Literal["band", "bars", "none"]
+Mark = tuple[Style, float]
 
 
 def lines(
@@ -126,6 +127,20 @@ def spans(rows: Sequence[Span], x: Axis, label: str) -> str:
         _names(axes, [row.name for row in rows])
 
     return draw(paint, label, _tall([row.name for row in rows]))
+
+
+def marks(rows: Sequence[tuple[str, Sequence[Mark]]], x: Axis, label: str) -> str:
+    """Several marks in each named row, the first row on top, one a little under the other so that all are seen."""
+
+    def paint(axes: Axes) -> None:
+        for place, (_, found) in enumerate(rows):
+            for turn, (style, value) in enumerate(found):
+                height = place + 0.22 * (turn - (len(found) - 1) / 2)
+                axes.plot([value], [height], color=style.colour, marker=style.marker, linestyle="none")
+        _side(axes, axes.xaxis, x, [value for _, found in rows for _, value in found] + [x.rule or 1.0])
+        _names(axes, [name for name, _ in rows])
+
+    return draw(paint, label, _tall([name for name, _ in rows]))
 
 
 def stacks(bars: Sequence[Stack], x: Axis, label: str) -> str:
