@@ -13,6 +13,7 @@ from .series import Style, Styles
 from .units import known
 
 PHASES = ("prefill", "decode")
+KLS = ("kl_mean", "kl_median", "kl_p99")
 SOURCES = {"text": "real text", "tasks": "the tasks"}
 LEAST_KL = 1e-7
 """A logarithmic axis has no zero: nearer ones are drawn here."""
@@ -52,12 +53,15 @@ def _whole(rows: Sequence[Json]) -> list[Json]:
 def _ranges(rows: Sequence[Json], styles: Styles) -> list[Chart]:
     """For each source and phase: the mean KL of each strategy, from its median to its 99th percentile."""
     charts = []
+    ends = [_drawn(value) for row in _whole(rows) for key in KLS if (value := known(row.get(key))) is not None]
+    x = Axis(
+        "KL divergence from dense (nats), log scale", "log", low=min(ends, default=None), high=max(ends, default=None)
+    )
     for source, phase in product(SOURCES, PHASES):
         found = _whole([row for row in rows if (row.get("source"), row["phase"]) == (source, phase)])
         length = max((row["length"] for row in found), default=0)
         bars = [_span(row, styles) for row in found if row["length"] == length and row["strategy"] in styles]
         if bars:
-            x = Axis("KL divergence from dense (nats), log scale", "log")
             words = f"{phase.capitalize()} on {SOURCES[source]}, {units.tokens(length)} tokens"
             svg = spans(bars, x, f"KL divergence, {words}")
             charts.append(Chart(svg, f"{words}: the mean, and a bar from the median to the 99th percentile."))
@@ -126,9 +130,9 @@ def _row(row: Json, styles: Styles) -> list[Cell]:
         number(row["length"], units.tokens),
         text(row["phase"]),
         number(row.get("positions"), units.count),
-        *(number(row.get(key), units.significant) for key in ("kl_mean", "kl_median", "kl_p99")),
+        *(number(row.get(key), units.significant) for key in KLS),
         number(row.get("top1"), units.percent),
-        number(change, units.percent, below=below),
+        number(change, units.signed_percent, below=below),
         *(number(row.get(key), units.percent) for key in ("density", "coverage", "coverage_min")),
     ]
 

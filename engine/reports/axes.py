@@ -10,14 +10,22 @@ NAME_CHARS, NAME_LINES = 21, 3
 
 
 def marks_between(low: float, high: float) -> list[float]:
-    """Three to eight marks of a log axis from `low` to `high`: decades, then 1-3, 1-2-5 or all digits within them."""
+    """Two to eight marks of a log axis from `low` to `high`: decades, 1-3 or 1-2-5 in them, or even steps."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    for digits in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8)):
+    for digits in ((1,), (1, 3), (1, 2, 5)):
         marks = [digit * 10.0**power for power in range(first, last + 1) for digit in digits]
         inside = [mark for mark in marks if low <= mark <= high]
         if len(inside) >= 3:
             return inside[:: math.ceil(len(inside) / 8)]
-    return inside if len(inside) > 1 else [low, high]
+    return even_steps(low, high)
+
+
+def even_steps(low: float, high: float) -> list[float]:
+    """Multiples of 1, 2 or 5 in some decade, at most five of them."""
+    least = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= least)
+    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def apart(values: Sequence[float], most: float = 11.0) -> list[float]:

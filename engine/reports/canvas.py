@@ -15,9 +15,9 @@ from .series import GRID, GROUND, INK, MARKS, MUTED
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH = 420
+WIDTH = 380
 """Pixels that a chart is laid out for: near a phone's width, so that its text stays readable there."""
-HEIGHT = 280
+HEIGHT = 260
 STYLE: dict[str, object] = {
     "svg.fonttype": "none",
     "text.parse_math": False,

@@ -30,7 +30,7 @@ class Axis:
     write: units.Format = units.short
     low: Number = None
     high: Number = None
-    """Ends of a linear axis; the data's own where None."""
+    """Ends of a linear axis, the data's own where None; values that a log axis shows in any case."""
     rule: Number = None
     """A value with a line through the chart."""
 
@@ -235,8 +235,8 @@ def _log(side: Side, axis: Axis, values: Sequence[float]) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     _scale(side)("log", base=10)
-    low, high = min(values, default=1.0), max(values, default=1.0)
-    low, high = low / 1.15, high * 1.15
+    reach = [*values, *(end for end in (axis.low, axis.high) if end is not None)]
+    low, high = min(reach, default=1.0) / 1.15, max(reach, default=1.0) * 1.15
     marks = marks_between(low, high)
     side.set_major_locator(FixedLocator(marks))
     side.set_minor_locator(NullLocator())

@@ -102,10 +102,10 @@ def _gallery(pairs: dict[Key, Pair]) -> list[Block]:
         found = {key: pair for key, pair in pairs.items() if (key[1], key[3]) == (length, batch)}
         rows = [(key[0], _marks(pair, looks)) for key, pair in found.items()]
         what = f"{units.tokens(length)} tokens" + (f", {batch} prompts at once" if batch > 1 else "")
-        x = Axis("after / before, log scale", "log", units.times, rule=1.0)
+        x = Axis("after / before, log scale", "log", units.times_mark, rule=1.0)
         if any(row for _, row in rows):
             charts.append(Chart(marks(rows, x, f"Ratios at {what}"), f"{what}: left of the line is better."))
-    return [Gallery(charts, looks, swatch=True)] if charts else []
+    return [Gallery(charts, looks)] if charts else []
 
 
 def _marks(pair: Pair, looks: Styles) -> Sequence[Mark]:

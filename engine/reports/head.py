@@ -65,8 +65,11 @@ def fact(key: str, value: object) -> str:
 def subtitle(results: Json, strategies: list[str]) -> str:
     model = (results.get("model") or {}).get("name", "unknown model")
     on = (results.get("environment") or {}).get("processor")
+    settings = results.get("settings") or {}
+    counts = [f"{settings['samples']} samples each"] if settings.get("samples") else []
+    counts += [f"seed {settings['seed']}"] if settings.get("seed") is not None else []
     listed = ", ".join(strategies) if strategies else "no strategy"
-    return " · ".join(str(part) for part in (model, listed, on, (results.get("created") or "")[:10]) if part)
+    return " · ".join(str(part) for part in (model, listed, *counts, on, (results.get("created") or "")[:10]) if part)
 
 
 def unfinished(results: Json) -> list[Note]:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from . import units
-from .blocks import Block, Cell, Chart, Gallery, Note, Section, Table, named, number, text
+from .blocks import Block, Cell, Chart, Gallery, Note, Section, Table, number, text
 from .charts import Axis, Line, lines
 from .head import Json, rows_of
 from .series import Styles
@@ -80,9 +80,8 @@ def _row(cell: Json, dense: Json, styles: Styles) -> list[Cell]:
     low, high = known(spread.get("min")), known(spread.get("max"))
     reach = "" if low is None or high is None else f"{units.milliseconds(low)} to {units.milliseconds(high)}"
     itself = cell["strategy"] == "dense"
-    tone = "bad" if cell.get("disturbed") else ""
     return [
-        named(cell["strategy"], styles),
+        Cell(cell["strategy"], "disturbed" if cell.get("disturbed") else "", style=styles[cell["strategy"]]),
         number(cell["input_len"], units.tokens),
         number(cell.get("batch_size") or 1, units.count),
         number(ttft(cell), units.milliseconds, below=reach),
@@ -94,7 +93,7 @@ def _row(cell: Json, dense: Json, styles: Styles) -> list[Cell]:
         *(number(cell.get(key), units.size) for key in ("peak_memory_bytes", "kv_bytes")),
         *(number(cell.get(key), units.percent) for key in ("prefill_density", "decode_density", "coverage")),
         *(number(cell.get(key), units.size) for key in ("kv_bytes_read", "kv_bytes_moved")),
-        number(cell.get("cpu_share"), units.percent, below="disturbed" if cell.get("disturbed") else "", tone=tone),
+        number(cell.get("cpu_share"), units.percent),
         number(cell.get("runs"), units.count),
     ]
 
@@ -117,7 +116,7 @@ def _pair(cells: Sequence[Json], batch: int, styles: Styles) -> list[Chart]:
     first, later = _series(cells, styles, _first), _series(cells, styles, _later)
     charts = []
     if first:
-        y = Axis("TTFT, log scale", "log", units.seconds)
+        y = Axis("TTFT, log scale", "log", units.time_mark)
         svg = lines(first, LENGTH, y, f"Time to the first token against length{many}", spread="bars")
         charts.append(
             Chart(svg, f"Time to the first token{many}: the median, from the fastest to the slowest run.{hollow}")

@@ -74,7 +74,7 @@ def _chart(
     series = [(styles[strategy_of(run)], waits) for run in runs if (waits := read(run))]
     if not series:
         return []
-    svg = steps(series, Axis(f"{name}, log scale", "log", units.seconds), f"Distribution of {name}")
+    svg = steps(series, Axis(f"{name}, log scale", "log", units.time_mark), f"Distribution of {name}")
     return [Chart(svg, f"The share of waits for {what} that were no longer than this; dotted: the half, and 99 %.")]
 
 

@@ -16,6 +16,7 @@ from .blocks import Note, Section
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -48,7 +49,7 @@ def environment() -> Environment:
     """jinja2 with everything escaped but what `safe` names: the style, the script and the charts made here."""
     import jinja2
 
-    return jinja2.Environment(
+    made = jinja2.Environment(
         loader=jinja2.FunctionLoader(part),
         autoescape=True,
         trim_blocks=True,
@@ -56,6 +57,15 @@ def environment() -> Environment:
         undefined=jinja2.StrictUndefined,
         finalize=visible,
     )
+    made.filters["breakable"] = breakable
+    return made
+
+
+def breakable(name: str) -> Markup:
+    """A name that may go on in the next line after a sign, not within a word."""
+    from markupsafe import Markup, escape
+
+    return Markup(re.sub(r"([+,(/_])", r"\1<wbr>", str(escape(visible(name)))))
 
 
 def visible(value: object) -> object:

@@ -17,7 +17,6 @@ WEAK = 0.5
 FULL_HEAT = 0.5
 """A loss of so much is coloured fully."""
 DENSITY = Axis("prefill density (%), log scale", "log", units.percent)
-SCORE = Axis("score (%)", write=units.percent, low=0.0, high=1.0)
 
 Key = tuple[str, int, str]
 """Task, length, strategy."""
@@ -162,19 +161,27 @@ def _by_length(at: dict[int, dict[str, Json]], strategies: Sequence[str], styles
     if len(at) > 1 and found:
         series = [_line(name, rows, "length", styles) for name, rows in found.items()]
         x = Axis("prompt length (tokens)", "lengths", units.tokens)
-        return Chart(lines(series, x, SCORE, "Score against length", spread="band"), caption)
+        return Chart(lines(series, x, _score_axis(series), "Score against length", spread="band"), caption)
     bars = [
         Span(name, styles[name], row["score"], known(row.get("low")), known(row.get("high")))
         for name, (row, *_) in found.items()
     ]
     length = units.tokens(next(iter(at), 0))
+    x = Axis("score (%)", write=units.percent, low=0.0, high=1.0)
     caption = f"Score over all tasks at {length} tokens; the bars are confidence intervals."
-    return Chart(spans(bars, SCORE, "Score of each strategy"), caption) if bars else None
+    return Chart(spans(bars, x, "Score of each strategy"), caption) if bars else None
 
 
 def _line(name: str, rows: Sequence[Json], x: str, styles: Styles) -> Line:
     lows, highs = ([known(row.get(end)) for row in rows] for end in ("low", "high"))
     return Line(styles[name], [row[x] for row in rows], [row["score"] for row in rows], lows, highs)
+
+
+def _score_axis(lines_: Sequence[Line]) -> Axis:
+    """Whole tens of percent around all scores and their bounds."""
+    known_ = [value for line in lines_ for value in (*line.ys, *line.lows, *line.highs) if value is not None]
+    low, high = math.floor(10 * min(known_) - 0.2) / 10, math.ceil(10 * max(known_) + 0.2) / 10
+    return Axis("score (%)", write=units.percent, low=max(low, 0.0), high=min(high, 1.0))
 
 
 def _has(row: Json | None, *keys: str) -> bool:
@@ -190,7 +197,7 @@ def _by_density(at: dict[int, dict[str, Json]], strategies: Sequence[str], style
     caption = (
         "Score against the share of the attention that the prompt needed; a point for each length, joined in order."
     )
-    return Chart(lines(series, DENSITY, SCORE, "Score against density"), caption) if series else None
+    return Chart(lines(series, DENSITY, _score_axis(series), "Score against density"), caption) if series else None
 
 
 def _positive(row: Json) -> bool:

@@ -61,5 +61,7 @@ def style_of(strategies: Iterable[str]) -> Styles:
 
 
 def parts_of(names: Iterable[str]) -> Styles:
-    """The same for the parts of a stacked bar."""
-    return {name: Style(f"s{number % COLOURS + 1}", "s") for number, name in enumerate(dict.fromkeys(names))}
+    """The same for parts of a whole, or for several measures of one thing."""
+    marks = list(MARKERS)
+    unique = enumerate(dict.fromkeys(names))
+    return {name: Style(f"s{number % COLOURS + 1}", marks[number % len(marks)]) for number, name in unique}

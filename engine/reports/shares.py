@@ -50,7 +50,7 @@ def _chart(cells: Sequence[Json], phase: str, length: int, styles: Styles, parts
     if not bars:
         return []
     what = f"{phase.capitalize()}, {units.tokens(length)} tokens"
-    svg = stacks(bars, Axis(f"time of {phase}", low=0.0, write=units.seconds), f"Parts of the time: {what}")
+    svg = stacks(bars, Axis(f"time of {phase}", low=0.0, write=units.time_mark), f"Parts of the time: {what}")
     return [Chart(svg, f"{what}: the share of each part that has the room is written in it.")]
 
 

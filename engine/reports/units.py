@@ -56,8 +56,11 @@ def signed(value: float, digits: int = 3) -> str:
 def percent(share: float) -> str:
     """A share of 1: `93.8 %`, with more digits where little is left of it."""
     hundred = share * 100
-    decimals = 1 if abs(hundred) >= 1 or hundred == 0 else 2
-    return minus(f"{short_zeros(f'{hundred:.{decimals}f}')} %")
+    return f"{minus(short_zeros(f'{hundred:.1f}')) if abs(hundred) >= 1 else short(float(f'{hundred:.2g}'))} %"
+
+
+def signed_percent(share: float) -> str:
+    return ("+" if share > 0 else "") + percent(share)
 
 
 def points(share: float) -> str:
@@ -95,6 +98,16 @@ def seconds(value: float) -> str:
         return f"{significant(value)} s"
     minutes, rest = divmod(round(value), 60)
     return f"{minutes} min {rest} s" if minutes < 120 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
+def time_mark(value: float) -> str:
+    """As `seconds`, without the zeros at its end."""
+    number, _, unit = seconds(value).partition(" ")
+    return f"{short_zeros(number)} {unit}"
+
+
+def times_mark(ratio: float) -> str:
+    return f"{short(ratio)}×"
 
 
 def size(value: float) -> str:
