@@ -10,7 +10,7 @@ NAME_CHARS, NAME_LINES = 21, 3
 
 
 def marks_between(low: float, high: float) -> list[float]:
-    """Two to eight marks of a log axis from `low` to `high`: decades, 1-3 or 1-2-5 in them, or even steps."""
+    """Three to eight marks of a log axis from `low` to `high`: decades, 1-3 or 1-2-5 in them, or even steps."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     for digits in ((1,), (1, 3), (1, 2, 5)):
         marks = [digit * 10.0**power for power in range(first, last + 1) for digit in digits]
@@ -21,11 +21,13 @@ def marks_between(low: float, high: float) -> list[float]:
 
 
 def even_steps(low: float, high: float) -> list[float]:
-    """Multiples of 1, 2 or 5 in some decade, at most five of them."""
-    least = (high - low) / 4
-    power = 10.0 ** math.floor(math.log10(least))
-    step = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= least)
-    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    """Multiples of 1, 2 or 5 in some decade: the fewest that are at least three."""
+    decade = 10.0 ** math.ceil(math.log10(high - low))
+    for step in (decade * factor for factor in (1, 0.5, 0.2, 0.1, 0.05)):
+        marks = [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        if len(marks) >= 3:
+            break
+    return marks
 
 
 def apart(values: Sequence[float], most: float = 11.0) -> list[float]:

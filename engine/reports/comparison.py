@@ -70,7 +70,7 @@ def _left_out(before: Json, after: Json, pairs: dict[Key, Pair]) -> list[Block]:
     disturbed = sum(any(cell.get("disturbed") for cell in pair) for pair in pairs.values())
     notes: list[Block] = []
     if any(counts):
-        notes.append(Note(f"Left out: {counts[0]} cells that only the first and {counts[1]} that only the second has."))
+        notes.append(Note(f"Left out are cells that only one profile has: before {counts[0]}, after {counts[1]}."))
     if disturbed:
         text = f"{disturbed} of {len(pairs)} cells were disturbed in one of the runs; they are marked in the table."
         notes.append(Note(text, warning=True))
@@ -98,11 +98,14 @@ def _gallery(pairs: dict[Key, Pair]) -> list[Block]:
     """A chart of all ratios for each prompt length, a row for each strategy."""
     looks = parts_of(name for name, _, _ in MEASURES)
     charts = []
+    ends = [value for pair in pairs.values() for _, value in _marks(pair, looks)]
+    x = Axis(
+        "after / before, log scale", "log", units.times_mark, min(ends, default=None), max(ends, default=None), 1.0
+    )
     for length, batch in sorted({(key[1], key[3]) for key in pairs}):
         found = {key: pair for key, pair in pairs.items() if (key[1], key[3]) == (length, batch)}
         rows = [(key[0], _marks(pair, looks)) for key, pair in found.items()]
         what = f"{units.tokens(length)} tokens" + (f", {batch} prompts at once" if batch > 1 else "")
-        x = Axis("after / before, log scale", "log", units.times_mark, rule=1.0)
         if any(row for _, row in rows):
             charts.append(Chart(marks(rows, x, f"Ratios at {what}"), f"{what}: left of the line is better."))
     return [Gallery(charts, looks)] if charts else []

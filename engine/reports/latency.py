@@ -69,10 +69,15 @@ def cells_table(results: Json, styles: Styles) -> Section:
 def _disturbed(cells: Sequence[Json], of: int) -> list[Block]:
     if not cells:
         return []
-    names = "; ".join(f"{cell['strategy']} at {units.tokens(cell['input_len'])}" for cell in cells[:6])
+    names = "; ".join(_called(cell) for cell in cells[:6])
     rest = f" and {len(cells) - 6} more" if len(cells) > 6 else ""
     note = f"Something else was running during {len(cells)} of {of} cells ({names}{rest}): read their times with care."
     return [Note(note, warning=True)]
+
+
+def _called(cell: Json) -> str:
+    length, batch = place(cell)
+    return f"{cell['strategy']} at {units.tokens(length)}" + (f", batch {batch}" if batch > 1 else "")
 
 
 def _row(cell: Json, dense: Json, styles: Styles) -> list[Cell]:
@@ -169,7 +174,7 @@ def _densities(cells: Sequence[Json], styles: Styles) -> list[Chart]:
     for phase in PHASES:
         series = _series(least_batch(cells), styles, _only(f"{phase}_density"))
         if series:
-            y = Axis(f"{phase} density (%), log scale", "log", units.percent)
+            y = Axis(f"{phase} density (%), log scale", "log", units.percent, low=0.1)
             svg = lines(series, LENGTH, y, f"{phase.capitalize()} density against length")
             charts.append(Chart(svg, f"The share of the attention that was computed, {phase}."))
     return charts

@@ -65,7 +65,7 @@ def breakable(name: str) -> Markup:
     """A name that may go on in the next line after a sign, not within a word."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"([+,(/_])", r"\1<wbr>", str(escape(visible(name)))))
+    return Markup(re.sub(r"([+,(])", r"\1<wbr>", str(escape(visible(name)))))
 
 
 def visible(value: object) -> object:

@@ -16,7 +16,7 @@ WEAK = 0.5
 """Under this score of dense attention, a task says more about the model than about a strategy."""
 FULL_HEAT = 0.5
 """A loss of so much is coloured fully."""
-DENSITY = Axis("prefill density (%), log scale", "log", units.percent)
+DENSITY = Axis("prefill density (%), log scale", "log", units.percent, low=0.1)
 
 Key = tuple[str, int, str]
 """Task, length, strategy."""
