@@ -53,7 +53,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="undisturbed runs to take the median of")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument(
-        "--sides", nargs="+", default=list(SIDES), help="'transformers DTYPE', or 'keysift STRATEGY' in bfloat16"
+        "--sides",
+        nargs="+",
+        default=list(SIDES),
+        help="'transformers DTYPE', or 'keysift STRATEGY' in bfloat16, with ' int8' behind it for weights in 8 bits",
     )
     parser.add_argument("--side", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -163,7 +166,9 @@ class Clock(BaseStreamer):
 
 
 def keysift(path: Path, strategy: str, length: int, new: int) -> Callable[[], Run]:
-    engine = Engine(EngineConfig(model=str(path), strategy=strategy, dtype="bfloat16"))
+    name, _, quantization = strategy.partition(" ")
+    config = {"model": str(path), "strategy": name, "quantization": quantization or "none"}
+    engine = Engine(EngineConfig(dtype="bfloat16", **config))
     prompt = tuple(tokens(engine.tokenizer, length))
     params = SamplingParams(max_new_tokens=new, ignore_eos=True)
 

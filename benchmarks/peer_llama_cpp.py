@@ -1,14 +1,14 @@
 """llama.cpp's side of `peers.py`, run by the Python of a virtual environment of its own.
 
-    python peer_llama_cpp.py '{"model": GGUF, "prompt": [ids], "new": 24, "runs": 3, "threads": 2, "batch": 512, ...}'
-
-Prints one JSON object a run: seconds from the start to each token, and the tokens. `quantize` in the object instead makes
-a GGUF of another type from the model: of the same weights, as `allow_requantize` widens them first.
+Reads one JSON object: model (a GGUF), prompt (token ids), new, runs, threads, batch, flash. Prints one JSON object a run:
+seconds from the start to each token, and the tokens. With `quantize` in it, it makes a GGUF of another type from the model
+instead: of the same weights, which are widened first.
 """
 
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from typing import Any
@@ -47,7 +47,11 @@ def run(model: Any, prompt: list[int], new: int) -> dict[str, Any]:
         tokens.append(token)
         if len(tokens) < new:
             model.eval([token])
-    return {"times": times, "tokens": tokens, "cpu": time.process_time() - cpu}
+    return {"times": times, "tokens": tokens, "cpu": time.process_time() - cpu, "peak_kb": peak()}
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def quantize(source: str, target: str, kind: str) -> None:

@@ -6,6 +6,7 @@ Reads one JSON object, as `peer_llama_cpp.py` does, and prints one for every run
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from typing import Any
@@ -44,7 +45,9 @@ def run(pipeline: genai.LLMPipeline, prompt: list[int], new: int) -> dict[str, A
     cpu = time.process_time()
     clock.start = time.perf_counter()
     result = pipeline.generate(inputs, config, clock)
-    return {"times": clock.times, "tokens": list(result.tokens[0]), "cpu": time.process_time() - cpu}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tokens = [int(token) for token in result.tokens[0]]
+    return {"times": clock.times, "tokens": tokens, "cpu": time.process_time() - cpu, "peak_kb": peak}
 
 
 class Clock(genai.StreamerBase):  # type: ignore[misc]

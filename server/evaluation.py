@@ -34,6 +34,35 @@ def print_tasks(*, as_json: bool) -> None:
     Console().print(table)
 
 
+def harness(settings: Evaluation, config: EngineConfig, *, as_json: bool) -> None:
+    """Tasks of lm-evaluation-harness under every strategy, at every length that its tasks can be made for."""
+    from keysift.engine.lm_eval_model import evaluate
+
+    rows = []
+    for variant in settings.variants:
+        one = config.model_copy(update={"strategy": variant.name, "strategy_args": variant.args})
+        for length in settings.lengths:
+            report(f"lm-evaluation-harness: {variant.label}, {length:,} tokens")
+            found = evaluate(one, settings.lm_eval, limit=settings.samples, metadata={"max_seq_lengths": [length]})
+            key = {"strategy": variant.label, "length": length}
+            rows += [{**key, "task": task, **values} for task, values in found["results"].items()]
+    path = settings.output_dir / "lm_eval.json"
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1, default=str), encoding="utf-8")
+    print(json.dumps(rows, default=str)) if as_json else _show_harness(rows)
+    report(f"done: {path}")
+
+
+def _show_harness(rows: list[dict[str, Any]]) -> None:
+    table = Table("task", "tokens", "strategy", "what", Column("value", justify="right"))
+    for row in rows:
+        key = row["task"], f"{row['length']:,}", row["strategy"]
+        for name, value in row.items():
+            if "," in name and "stderr" not in name and isinstance(value, float) and value >= 0:
+                table.add_row(*key, name.partition(",")[0], f"{value:.4f}")
+    Console().print(table)
+
+
 def evaluate(settings: Evaluation, config: EngineConfig, *, as_json: bool) -> int:
     """Runs what is missing in the output folder; the exit status. Progress on standard error, results on output."""
     run = Run.open(settings, Engine(config, report))

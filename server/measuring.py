@@ -97,7 +97,9 @@ def profile(
     if load.address is not None:
         from .profiling import put_under_load
 
-        _refuse(context, (*NOT_OF_A_LOAD, *EngineConfig.model_fields), "is for an engine of this process, not for --address")
+        _refuse(
+            context, (*NOT_OF_A_LOAD, *EngineConfig.model_fields), "is for an engine of this process, not for --address"
+        )
         put_under_load(_asked(context, load, profiling, engine), profiling.output_dir, as_json=json)
         return
     _refuse(context, set(Load.model_fields) - {*PROFILES, "address"}, "is for a server at --address")
@@ -114,9 +116,7 @@ def _asked(context: typer.Context, load: Load, profiling: Profile, engine: Engin
         raise InvalidRequest("strategies", f"one at a time for a server at --address, got {', '.join(asked)}")
     name, *options = (part.strip() for part in asked[0].split(","))
     sizes = {"input_lens": profiling.input_lens, "output_len": profiling.output_len, "seed": engine.seed}
-    return load.model_copy(
-        update={**sizes, "strategy": name, "strategy_args": (*profiling.strategy_args, *options)}
-    )
+    return load.model_copy(update={**sizes, "strategy": name, "strategy_args": (*profiling.strategy_args, *options)})
 
 
 def _refuse(context: typer.Context, names: object, why: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ from rich.table import Column, Table
 from keysift.attention import PARTS
 from keysift.engine.config import EngineConfig
 from keysift.engine.errors import InvalidRequest
-from keysift.engine.profiling.profiler import Profiler, Results, make_engine
+from keysift.engine.profiling.profiler import SCHEMA, Profiler, Results, make_engine
+from keysift.engine.profiling.report import write_comparison, write_report
 from keysift.engine.profiling.settings import Profile
 
 from .generate import report
+from .load import Load, load
 
 INTERRUPTED = 130
 PAGE, COMPARISON = "report.html", "comparison.html"
@@ -35,6 +37,34 @@ def profile(settings: Profile, config: EngineConfig, *, compare: Path | None, as
         if file.exists():
             report(f"{'interrupted' if interrupted else 'written'}: {file}")
     return INTERRUPTED if interrupted else int(all("error" in cell for cell in found["cells"]))
+
+
+def put_under_load(config: Load, folder: Path, *, as_json: bool) -> None:
+    """The load profile of a running server: the same files, with `load` instead of cells."""
+    found = load(config)
+    made = datetime.now(UTC).isoformat(timespec="seconds")
+    results = {"schema": SCHEMA, "created": made, "finished": not found["interrupted"], "load": found}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "profile.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_report(results, folder / PAGE)
+    print(json.dumps(results)) if as_json else _show_load(found)
+    for name in ("profile.json", PAGE):
+        report(f"written: {folder / name}")
+
+
+def _show_load(found: dict[str, Any]) -> None:
+    table = Table("", *(Column(name, justify="right") for name in ("mean", "median", "p99")), title="milliseconds")
+    for what in ("ttft", "tpot", "itl", "e2el"):
+        cells = (found[f"{kind}_{what}_ms"] for kind in ("mean", "median", "p99"))
+        table.add_row(what.upper(), *("-" if cell is None else f"{cell:,.1f}" for cell in cells))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{found['completed']} completed, {found['failed']} failed in {found['duration']:.1f} s; "
+        f"{found['request_throughput']:.3f} requests/s, {found['output_throughput']:.1f} tokens/s out"
+    )
+    for error in dict.fromkeys(each for each in found["errors"] if each):
+        print(error)
 
 
 def _go(profiler: Profiler) -> bool:
@@ -73,12 +103,11 @@ def _write_pages(found: Results, before: Results | None, folder: Path) -> list[P
     """The report, and the comparison if there is something to compare with."""
     if not found["cells"]:
         return []
-    page = importlib.import_module("keysift.engine.profiling.report")
     pages = [folder / PAGE]
-    page.write_report(found, pages[0])
+    write_report(found, pages[0])
     if before is not None:
         pages.append(folder / COMPARISON)
-        page.write_comparison(before, found, pages[1])
+        write_comparison(before, found, pages[1])
     return pages
 
 

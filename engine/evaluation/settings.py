@@ -56,8 +56,7 @@ class Evaluation(Checked):
     restart: bool = Field(False, description="begin anew where output_dir holds another run")
     lm_eval: tuple[str, ...] = Field(
         (),
-        description="tasks of lm-evaluation-harness to run instead, each at --lengths and for --samples; takes the extra "
-        "lm-eval",
+        description="tasks of lm-evaluation-harness to run instead, at each of --lengths; takes the extra lm-eval",
     )
     max_loss: float | None = Field(
         None, ge=0, le=1, description="exit with 1 if a strategy scores lower than dense by more than this"

@@ -3,30 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-import pytest
-
-from .conftest import Run
+from .conftest import Run, Running
 
 SMALL = ("--output-len", "4", "--runs", "1", "--attempts", "1", "--warmup", "0", "--prefill-chunk", "64")
-REPORT = "keysift.engine.profiling.report"
-
-
-@pytest.fixture(autouse=True)
-def _pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pages have tests of their own; here they are lists of the cells that they would show."""
-
-    def show(*arguments: Any) -> None:
-        *tables, path = arguments
-        path.write_text(json.dumps([len(table["cells"]) for table in tables]))
-
-    module = ModuleType(REPORT)
-    module.__dict__.update(write_report=show, write_comparison=show)
-    monkeypatch.setitem(sys.modules, REPORT, module)
 
 
 def test_a_profile_is_printed_kept_and_compared(run: Run, model_folder: Path, tmp_path: Path) -> None:
@@ -37,14 +18,14 @@ def test_a_profile_is_printed_kept_and_compared(run: Run, model_folder: Path, tm
     found = json.loads(out)
     assert [cell["input_len"] for cell in found["cells"]] == [40, 50, 60]
     assert json.loads((first / "profile.json").read_text()) == found
-    assert (first / "report.html").read_text() == "[3]"
+    assert "<svg" in (first / "report.html").read_text(encoding="utf-8")
     assert {file.name for file in first.iterdir()} == {"profile.json", "trace.json.gz", "report.html"}
     assert str(first / "trace.json.gz") in err
 
     old = ("--compare", first / "profile.json")
     status, out, err = run("profile", model_folder, *SMALL, "--input-len", "40", "--output-dir", second, *old)
     assert status == 0, err
-    assert (second / "comparison.html").read_text() == "[3, 2]"
+    assert "<svg" in (second / "comparison.html").read_text(encoding="utf-8")
     assert "TTFT s" in out
     assert "selection" in out
 
@@ -58,6 +39,36 @@ def test_what_cannot_be_measured_or_compared_is_one_line(run: Run, model_folder:
         (("--compare", tmp_path / "none.json"), "keysift: compare: a profile.json, got"),
     ):
         status, _, err = run("profile", model_folder, *SMALL, "--output-dir", tmp_path / "out", *arguments)
+        assert status == 2
+        assert words in err.splitlines()[-1]
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_running_server_is_put_under_load(run: Run, running: Running, tmp_path: Path) -> None:
+    server = ("--address", running.address, "--num-prompts", "3", "--input-len", "40", "--output-len", "4")
+    status, out, err = run("profile", *server, "--strategy", "dense", "--output-dir", tmp_path, "--json")
+    assert status == 0, err
+    found = json.loads(out)["load"]
+    assert found["completed"] == 3
+    assert found["input_lens"] == [40] * 3
+    assert found["output_lens"] == [4] * 3
+    assert found["strategy"] == "dense"
+    assert found["mean_ttft_ms"] > 0
+    assert json.loads((tmp_path / "profile.json").read_text())["load"] == found
+    assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_flags_of_the_other_kind_of_profile_are_refused(run: Run, model_folder: Path, tmp_path: Path) -> None:
+    for arguments, words in (
+        (("--address", "127.0.0.1:1", "--runs", "2"), "keysift: runs: --runs is for an engine of this process"),
+        (("--address", "127.0.0.1:1", "--dtype", "float32"), "keysift: dtype: --dtype is for an engine"),
+        ((model_folder, "--num-prompts", "2"), "keysift: num_prompts: --num-prompts is for a server at --address"),
+        (
+            ("--address", "127.0.0.1:1", "--strategy", "dense", "--strategy", "sift"),
+            "keysift: strategies: one at a time",
+        ),
+    ):
+        status, _, err = run("profile", *arguments, "--output-dir", tmp_path / "out")
         assert status == 2
         assert words in err.splitlines()[-1]
         assert not (tmp_path / "out").exists()

@@ -1,0 +1,65 @@
+"""What was found survives a kill, and never mixes with another run's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from keysift.engine import InvalidRequest
+from keysift.engine.evaluation.journal import NAME, Journal
+from keysift.engine.variants import Variant, variants
+
+RUN = {"seed": 0, "model": "abc"}
+
+
+def test_goes_on_where_it_was(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "folder"
+    Journal.open(folder, RUN, restart=False).add(("samples", 64, "dense"), [{"score": 0.5}])
+    again = Journal.open(folder, RUN, restart=False)
+    assert again.found == {("samples", 64, "dense"): [{"score": 0.5}]}
+    again.add(("text", 1), {"kl": [0.25]})
+    assert len(Journal.open(folder, RUN, restart=False).found) == 2
+
+
+def test_a_line_that_a_kill_cut_is_dropped(tmp_path: Path) -> None:
+    journal = Journal.open(tmp_path, RUN, restart=False)
+    journal.add(("a",), 1)
+    journal.add(("b",), 2)
+    whole = (tmp_path / NAME).read_bytes()
+    for cut in range(len(whole) - 5, len(whole) - 1):
+        (tmp_path / NAME).write_bytes(whole[:cut])
+        again = Journal.open(tmp_path, RUN, restart=False)
+        assert again.found == {("a",): 1}
+        again.add(("b",), 2)
+        assert (tmp_path / NAME).read_bytes() == whole
+
+
+def test_another_run_is_refused_and_may_be_thrown_away(tmp_path: Path) -> None:
+    Journal.open(tmp_path, RUN, restart=False).add(("a",), 1)
+    with pytest.raises(InvalidRequest, match=r"output_dir: .* holds another run \(seed: 0 there, 1 now\)"):
+        Journal.open(tmp_path, RUN | {"seed": 1}, restart=False)
+    assert Journal.open(tmp_path, RUN | {"seed": 1}, restart=True).found == {}
+    with pytest.raises(InvalidRequest, match="seed: 1 there, 0 now"):
+        Journal.open(tmp_path, RUN, restart=False)
+
+
+def test_a_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidRequest, match="output_dir: a folder that can be written to"):
+        Journal.open(tmp_path / "file", RUN, restart=False)
+
+
+def test_variants_are_dense_and_each_asked_for_once() -> None:
+    found = variants(["sift+retrieval,sift.threshold=0.01", "dense", "quest", "quest"], ["quest.budget=64"])
+    assert found == (
+        Variant("dense", "dense", ()),
+        Variant("sift+retrieval,sift.threshold=0.01", "sift+retrieval", ("sift.threshold=0.01",)),
+        Variant("quest", "quest", ("quest.budget=64",)),
+    )
+
+
+def test_variants_choose_at_every_length_unless_they_say_otherwise() -> None:
+    _, one, two = variants(["nosa", "sift,dense_below=7"], always_sparse=True)
+    assert one.args == ("dense_below=0",)
+    assert two.args == ("dense_below=7",)
