@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from itertools import combinations
 
@@ -86,9 +87,13 @@ def palette(dark: bool) -> dict[str, str]:
     return dict(re.findall(r"--(\w+): (#[0-9a-f]{6})", blocks[dark]))
 
 
-def luminance(colour: str) -> float:
+def linear(colour: str) -> list[float]:
     parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
-    red, green, blue = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
+    return [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+
+
+def luminance(colour: str) -> float:
+    red, green, blue = linear(colour)
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
@@ -104,9 +109,33 @@ def test_colours_stand_out_from_the_ground(dark: bool) -> None:
     assert set(ROLES) <= set(colours)
     for number in range(1, COLOURS + 1):
         assert contrast(colours[f"s{number}"], colours["ground"]) >= 3
-    for role in ("ink", "muted", "link", "bad-text".replace("-", "")):
-        if role in colours:
-            assert min(contrast(colours[role], colours[ground]) for ground in ("ground", "panel")) >= 4.5
+    for role in ("ink", "muted", "link", "lost", "gain"):
+        assert min(contrast(colours[role], colours[ground]) for ground in ("ground", "panel")) >= 4.5
+
+
+SIGHTS = {
+    "all cones": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "no red cones": ((0.152, 1.053, -0.205), (0.115, 0.786, 0.099), (-0.004, -0.048, 1.052)),
+    "no green cones": ((0.367, 0.861, -0.228), (0.280, 0.673, 0.047), (-0.012, 0.043, 0.969)),
+    "no blue cones": ((1.256, -0.077, -0.179), (-0.078, 0.931, 0.148), (0.005, 0.691, 0.304)),
+}
+"""Linear RGB as each eye sees it (Machado, Oliveira and Fernandes, 2009)."""
+
+
+def lab(colour: str, sight: tuple[tuple[float, ...], ...]) -> tuple[float, float, float]:
+    """A colour in CIELAB, where distances are differences that are seen."""
+    seen = [sum(map(float.__mul__, map(float, row), linear(colour))) for row in sight]
+    rows = ((0.4339, 0.3762, 0.1899), (0.2126, 0.7152, 0.0722), (0.0177, 0.1095, 0.8728))  # XYZ, white at 1
+    x, y, z = (max(sum(map(float.__mul__, row, seen)), 0.0) ** (1 / 3) for row in rows)
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("sight", SIGHTS)
+def test_colours_are_told_apart_by_every_eye(sight: str, dark: bool) -> None:
+    colours = palette(dark)
+    seen = [lab(colours[role], SIGHTS[sight]) for role in ("ink", *(f"s{number + 1}" for number in range(COLOURS)))]
+    assert min(math.dist(one, other) for one, other in combinations(seen, 2)) > 18
 
 
 def test_no_two_strategies_look_alike() -> None:
