@@ -23,7 +23,7 @@ def marks_between(low: float, high: float) -> list[float]:
 def even_steps(low: float, high: float) -> list[float]:
     """Multiples of 1, 2 or 5 in some decade: the fewest that are at least three."""
     decade = 10.0 ** math.ceil(math.log10(high - low))
-    for step in (decade * factor for factor in (1, 0.5, 0.2, 0.1, 0.05)):
+    for step in (decade * factor for factor in (1, 0.5, 0.2, 0.1, 0.05, 0.02)):
         marks = [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
         if len(marks) >= 3:
             break

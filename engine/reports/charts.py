@@ -111,7 +111,7 @@ def _spread(axes: Axes, line: Line, spread: Spread) -> None:
     else:
         below = [max(y - low, 0.0) for y, low in zip(ys, lows, strict=True)]
         above = [max(high - y, 0.0) for y, high in zip(ys, highs, strict=True)]
-        axes.errorbar(xs, ys, [below, above], fmt="none", ecolor=line.style.colour, elinewidth=1, capsize=3)
+        axes.errorbar(xs, ys, [below, above], fmt="none", color=line.style.colour, elinewidth=1, capsize=3)
 
 
 def spans(rows: Sequence[Span], x: Axis, label: str) -> str:

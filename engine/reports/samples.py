@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from . import units
-from .blocks import Answer, Answers, Block, Cell, Note, Section, named, number, text
+from .blocks import Answer, Answers, Block, Cell, Note, Section, named, number
 from .head import Json, rows_of
 from .series import Styles
 from .units import known
 
 MOST = 400
 """Rows on a page: more of them make it slow, and they are in the results' file."""
-COLUMNS = (
-    "task",
-    "length",
-    "sample",
-    "strategy",
-    "score",
-    "dense score",
-    "loss of NLL (nats)",
-    "answer rank",
-    "density",
-)
+COLUMNS = ("task", "strategy", "score", "loss of NLL (nats)", "density")
 Sample = tuple[str, int, int]
 """Task, length, index."""
 
@@ -64,15 +54,19 @@ def _answer(row: Json, dense: dict[Sample, Json], styles: Styles) -> Answer:
     lost = row["strategy"] != "dense" and (known(other) or 0.0) > (known(row.get("score")) or 0.0)
     of_dense = row["strategy"] == "dense"
     decode = known(row.get("decode_density"))
+    rank = units.shown(row.get("answer_rank"), units.short)
     cells = [
-        text(row["task"]),
-        number(row["length"], units.tokens),
-        number(row["index"], units.count),
+        Cell(row["task"], f"{units.tokens(row['length'])}, sample {row['index']}"),
         named(row["strategy"], styles),
-        number(row.get("score"), units.percent, tone="bad" if lost else ""),
-        Cell(units.NOTHING) if of_dense else number(other, units.percent),
-        Cell(units.NOTHING) if of_dense else number(_loss(row, dense), units.signed),
-        number(row.get("answer_rank"), units.significant),
+        number(
+            row.get("score"),
+            units.percent,
+            below="" if of_dense else f"dense {units.shown(other, units.percent)}",
+            tone="bad" if lost else "",
+        ),
+        Cell(units.NOTHING, f"rank {rank}")
+        if of_dense
+        else number(_loss(row, dense), units.signed, below=f"rank {rank}"),
         number(
             row.get("prefill_density"),
             units.percent,

@@ -50,8 +50,10 @@ def _chart(cells: Sequence[Json], phase: str, length: int, styles: Styles, parts
     if not bars:
         return []
     what = f"{phase.capitalize()}, {units.tokens(length)} tokens"
-    svg = stacks(bars, Axis(f"time of {phase}", low=0.0, write=units.time_mark), f"Parts of the time: {what}")
-    return [Chart(svg, f"{what}: the share of each part that has the room is written in it.")]
+    longest = max(sum(seconds for _, seconds in bar.parts) for bar in bars)
+    unit, write = ("s", units.short) if longest >= 1 else ("ms", lambda seconds: units.short(seconds * 1000))
+    svg = stacks(bars, Axis(f"time of {phase} ({unit})", low=0.0, write=write), f"Parts of the time: {what}")
+    return [Chart(svg, f"{what}; a part's share is written in it where there is room.")]
 
 
 def _rows(cells: Sequence[Json], styles: Styles, parts: Styles) -> list[list[Cell]]:

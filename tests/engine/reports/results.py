@@ -245,8 +245,8 @@ def _cell(dice: random.Random, strategy: str, length: int, batch: int) -> Json:
         "kv_bytes_read": int(23040 * length * share * 32),
         "kv_bytes_moved": 0,
         "shares": {
-            "prefill": {part: ttft * weight for part, weight in zip(parts, (45, 9, 30, 6, 1, 1, 8), strict=True)},
-            "decode": {part: 31 * tpot * weight for part, weight in zip(parts, (70, 5, 12, 3, 0, 4, 6), strict=True)},
+            "prefill": {part: ttft * weight / 100 for part, weight in zip(parts, (45, 9, 30, 6, 1, 1, 8), strict=True)},
+            "decode": {part: 0.31 * tpot * weight for part, weight in zip(parts, (70, 5, 12, 3, 0, 4, 6), strict=True)},
         },
     }
 
