@@ -110,6 +110,19 @@ def test_a_folded_sample_unfolds(tab: Browser, folder: Path) -> None:
     assert tab.ask(WIDER) <= 0
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_fits_on_paper(tab: Browser, folder: Path, name: str) -> None:
+    """A4, landscape, its margins taken off; black on white whatever the screen prefers."""
+    tab.open(folder / f"{name}.html", width=1030, dark=True)
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    tab.call("Emulation.setEmulatedMedia", media="print", features=dark)
+    try:
+        assert tab.ask(WIDER) <= 0
+        assert tab.ask(GROUND) == "rgb(255, 255, 255)"
+    finally:
+        tab.call("Emulation.setEmulatedMedia", media="")
+
+
 def test_without_a_script_the_page_is_complete(tab: Browser, folder: Path) -> None:
     tab.call("Emulation.setScriptExecutionDisabled", value=True)
     try:
