@@ -20,7 +20,7 @@ from keysift.engine.evaluation.settings import Evaluation
 from keysift.engine.evaluation.tasks import make as make_sample
 from tests.engine.driver import Make
 
-TASKS = ("copy", "niah_eight", "passkey")
+TASKS = ("niah_eight", "passkey")
 LENGTH = 640
 WRONG = "wrong"
 Evaluate = Callable[..., Run]
