@@ -49,6 +49,8 @@ bench: install
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/quantization.py
 	$(BIN)/python benchmarks/prefill.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/index.py --plot benchmarks/index.svg

@@ -40,7 +40,7 @@ def bind(
         with spans("selection", layer):
             selection = context.zones(sink=0, window=window) if window else choose(q, context)
         with spans("attention", layer):
-            out, lse = _read(q, context, selection, window)
+            out, lse = read(q, context, selection, window)
             if selection.ahead is not None:
                 cache.tier.foresee(layer, selection.ahead, step)
             exact = lse
@@ -54,10 +54,10 @@ def bind(
     return attend
 
 
-def _read(q: Tensor, context: Context, selection: Selection, window: int) -> tuple[Tensor, Tensor]:
-    """Attention over the chosen pages, in as many parts as the tier brings them in: out and lse."""
+def read(q: Tensor, context: Context, selection: Selection, window: int = 0) -> tuple[Tensor, Tensor]:
+    """Attention of q [T, Hq, D] over the chosen pages, in as many parts as the tier brings them in: out and lse."""
     step = context.step
-    read = (
+    parts = (
         paged_attention(
             q,
             frames.k,
@@ -71,4 +71,4 @@ def _read(q: Tensor, context: Context, selection: Selection, window: int) -> tup
         )
         for part, frames in context.parts(selection)
     )
-    return functools.reduce(lambda one, other: merge(*one, *other), read)
+    return functools.reduce(lambda one, other: merge(*one, *other), parts)

@@ -1,7 +1,8 @@
 """The main job, end to end: a long document goes to a server over gRPC, the answer streams back.
 
 Starts `keysift serve` on a free loopback port, asks the same question under each strategy, prints a table and stops the
-server. Exit status 0 only when every answer came over the wire.
+server; then profiles the same strategies on short prompts and says where its report is. Exit status 0 only when every
+answer came over the wire and the report was written.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ LEAST_TOKENS = 6000
 START_SECONDS = 300
 KEPT = ("KEYSIFT_CACHE",)
 """Of the user's settings, which the demo's own server hears."""
+REPORT = Path("keysift-demo")
+PROFILE = ("--input-lens", "1000,3000", "--output-len", "12", "--runs", "1", "--warmup", "0", "--attempts", "1")
+"""Half a minute: one run of each length, and of each a second one that tells where the time goes."""
 console = Console()
 
 
@@ -47,15 +51,26 @@ def main() -> int:
         console.print(f"Serving {client.info().model} on {address}")
         finishes = [ask(client, strategy, document) for strategy in STRATEGIES]
     console.print(table(finishes))
-    return 0 if all(complete(finish) for finish in finishes) else 1
+    return 0 if all(complete(finish) for finish in finishes) and profile() else 1
+
+
+def profile() -> bool:
+    """A small `keysift profile` of the same strategies; whether it wrote its report."""
+    console.rule("keysift profile: where the time goes")
+    strategies = [part for name in STRATEGIES for part in ("--strategy", name)]
+    command = [str(keysift()), "profile", *strategies, *PROFILE, "--output-dir", str(REPORT)]
+    done = subprocess.run(command, env=own_environment(), check=False)
+    page = REPORT / "report.html"
+    if done.returncode == 0 and page.exists():
+        console.print(f"Open {page} in a browser: latency, where the time goes, density, memory.", highlight=False)
+    return done.returncode == 0 and page.exists()
 
 
 @contextmanager
 def serve() -> Iterator[str]:
     """`keysift serve` on a free port, its log shown; yields its address once the model is loaded."""
-    keysift = Path(sysconfig.get_path("scripts")) / "keysift"
-    own = {name: value for name, value in os.environ.items() if not name.startswith("KEYSIFT_") or name in KEPT}
-    server = subprocess.Popen([keysift, "serve", "--port", "0"], stderr=subprocess.PIPE, text=True, env=own)
+    command = [str(keysift()), "serve", "--port", "0"]
+    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=own_environment())
     log: Queue[str] = Queue()
     Thread(target=_follow, args=(server, log), daemon=True).start()
     try:
@@ -70,6 +85,15 @@ def serve() -> Iterator[str]:
     console.print(f"Server stopped with status {server.returncode}")
     if server.returncode:
         raise SystemExit(1)
+
+
+def keysift() -> Path:
+    return Path(sysconfig.get_path("scripts")) / "keysift"
+
+
+def own_environment() -> dict[str, str]:
+    """Without the user's settings, but for those that are about the machine."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("KEYSIFT_") or name in KEPT}
 
 
 def _follow(server: subprocess.Popen[str], log: Queue[str]) -> None:

@@ -12,8 +12,8 @@ import time
 from typing import Any
 
 import numpy as np
-import openvino as ov
-import openvino_genai as genai
+import openvino as ov  # type: ignore[import-not-found]
+import openvino_genai as genai  # type: ignore[import-not-found]
 
 
 def main() -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from keysift.attention import Strategy, Telemetry
-from keysift.attention.ops.merge import merge
-from keysift.attention.ops.paged_attention import paged_attention
+from keysift.attention.attend import read
 from keysift.kvcache import Context, Phase, Selection
+from keysift.kvcache.index import IndexSpec
 
 from ..scheduler import Batch
 
@@ -90,7 +89,7 @@ class Watched(Strategy):
         self.ledger.note(context.layer, shares)
         return selection
 
-    def make_index(self):  # type: ignore[no-untyped-def]
+    def make_index(self) -> IndexSpec | None:
         return self.inner.make_index()
 
     def part(self, phase: Phase) -> Strategy:
@@ -99,23 +98,5 @@ class Watched(Strategy):
 
 def kept(q: Tensor, context: Context, selection: Selection) -> Tensor:
     """[T, Hq] fp32, the share of each query's attention that lies in the selected pages, by exact attention."""
-    chosen, everything = (_log_mass(q, context, each) for each in (selection, context.all()))
+    (_, chosen), (_, everything) = (read(q, context, each) for each in (selection, context.all()))
     return torch.exp(chosen - everything).clamp(max=1.0)
-
-
-def _log_mass(q: Tensor, context: Context, selection: Selection) -> Tensor:
-    step = context.step
-    parts = (
-        paged_attention(
-            q,
-            frames.k,
-            frames.v,
-            frames.table,
-            part.pages,
-            step.starts,
-            queries_per_row=step.queries_per_row,
-            scale=context.spec.softmax_scale,
-        )
-        for part, frames in context.parts(selection)
-    )
-    return functools.reduce(lambda one, other: merge(*one, *other), parts)[1]
