@@ -1,8 +1,8 @@
 """llama.cpp's side of `peers.py`, run by the Python of a virtual environment of its own.
 
-Reads one JSON object: model (a GGUF), prompt (token ids), new, runs, threads, batch, flash. Prints one JSON object a run:
-seconds from the start to each token, and the tokens. With `quantize` in it, it makes a GGUF of another type from the model
-instead: of the same weights, which are widened first.
+Reads one JSON object: model (a GGUF), prompt (token ids), new, runs, threads, batch, flash. Prints one JSON object for
+each run: seconds from the start to each token, and the tokens. With `quantize` in it, it makes a GGUF of another type
+from the model instead: of the same weights, which are widened first.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Keysift beside its peers on a CPU: transformers, llama.cpp and OpenVINO GenAI, in one run.
 
-The same model (the embedded one), the same real prompt as token ids, the same cores, greedy, a fixed number of tokens: TTFT,
-TPOT (median over tokens and runs) and peak memory, each side in a process of its own, one after the other. llama.cpp and
-OpenVINO GenAI live in virtual environments that the first run makes in the user's cache folder (llama.cpp is compiled, which
-takes a while); one that cannot be made is named, and the others still run. llama.cpp reads the package's own GGUF, whose
-weights are all sides' weights, and types made from it; OpenVINO GenAI reads that GGUF too.
+The same model (the embedded one), the same real prompt as token ids, the same cores, greedy, a fixed number of tokens:
+TTFT, TPOT (median over tokens and runs) and peak memory, each side in a process of its own, one after the other.
+llama.cpp and OpenVINO GenAI live in virtual environments that the first run makes in the user's cache folder (llama.cpp
+is compiled, which takes a while); one that cannot be made is named, and the others still run. Both read the package's
+own GGUF, whose weights all sides have; llama.cpp may also read types that are made from it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import engine
 from document import tokens
 from rich.console import Console
 from rich.table import Table
 from timing import QUIET, machine
 
+import engine
 from keysift.attention.native.cores import num_threads
 from keysift.engine.config import EngineConfig
 from keysift.engine.embedded import cache_folder, package_file

@@ -1,4 +1,4 @@
-"""What weights in 8 bits lose: next-token distributions of the embedded model along real texts, against its own weights.
+"""What weights in 8 bits lose: next-token distributions along real texts, against the embedded model's own weights.
 
 Dense attention, a text as a prompt and its last tokens decoded, in float32; and bfloat16 beside it, for scale.
 """

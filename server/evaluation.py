@@ -20,6 +20,8 @@ from keysift.engine.evaluation.tasks import TASKS
 from .generate import report
 
 INTERRUPTED = 130
+WIDTH = 140
+"""Columns of a table that nobody's terminal bounds."""
 
 
 def print_tasks(*, as_json: bool) -> None:
@@ -110,11 +112,13 @@ def _verdict(found: dict[str, Any], max_loss: float | None) -> int:
 
 
 def _show(found: dict[str, Any]) -> None:
-    console = Console()
+    """Of the agreement, what the longest contexts say; the rest is in the files."""
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
     if rows := [row for row in found["summary"] if row["length"] is None]:
         console.print(_scores(rows))
-    if found["agreement"]:
-        console.print(_agreement(found["agreement"]))
+    longest = max((row["length"] for row in found["agreement"]), default=0)
+    if rows := [row for row in found["agreement"] if row["length"] == longest and row["strategy"] != "dense"]:
+        console.print(_agreement(rows))
 
 
 def _scores(rows: list[dict[str, Any]]) -> Table:
@@ -129,7 +133,7 @@ def _scores(rows: list[dict[str, Any]]) -> Table:
             f"{row['answer_nll_loss']:+.3f}{_error(row['answer_nll_loss_se'], '.3f')}",
             f"{row['prefill_density']:.3f}",
             f"{row['decode_density']:.3f}",
-            f"{row['worst_task']} ({row['worst_loss']:+.2f})",
+            f"{row['worst_task']} ({row['worst_loss']:+.2f})" if row["worst_loss"] > 0 else "-",
         )
     return table
 
@@ -139,18 +143,17 @@ def _agreement(rows: list[dict[str, Any]]) -> Table:
     table = Table("what", "tokens", "phase", "strategy", *(Column(name, justify="right") for name in columns))
     table.title = "agreement with dense"
     for row in rows:
-        if row["strategy"] != "dense":
-            table.add_row(
-                f"{row['source']} {row['name']}",
-                f"{row['length']:,}",
-                row["phase"],
-                row["strategy"],
-                *(f"{row[name]:.4f}" for name in ("kl_mean", "kl_median", "kl_p99")),
-                f"{row['top1']:.1%}",
-                f"{row['perplexity_change']:+.1%}{_error(row['perplexity_change_se'], '.1%')}",
-                f"{row['density']:.3f}",
-                "-" if row["coverage"] is None else f"{row['coverage']:.3f}",
-            )
+        table.add_row(
+            row["name"] if row["source"] == "text" else "tasks",
+            f"{row['length']:,}",
+            row["phase"],
+            row["strategy"],
+            *(f"{row[name]:.4f}" for name in ("kl_mean", "kl_median", "kl_p99")),
+            f"{row['top1']:.1%}",
+            f"{row['perplexity_change']:+.1%}{_error(row['perplexity_change_se'], '.1%')}",
+            f"{row['density']:.3f}",
+            "-" if row["coverage"] is None else f"{row['coverage']:.3f}",
+        )
     return table
 
 
