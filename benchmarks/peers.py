@@ -96,9 +96,13 @@ def prompt(length: int) -> list[int]:
 
 
 def llama_cpp(kind: str) -> Row:
-    """The package's GGUF, or one of another type that is made from it once."""
+    """The package's GGUF, or one of another type that is made from it once; ``Q4_1 flash``: with flash attention.
+
+    On a CPU that was the slower one, so it is not the default.
+    """
+    kind, _, flash = kind.partition(" ")
     source = package_file()
-    common = {"threads": num_threads(), "batch": BATCH, "flash": True}
+    common = {"threads": num_threads(), "batch": BATCH, "flash": flash == "flash"}
     if kind == "Q4_1":
         return {"model": str(source), **common}
     made = cache_folder() / "peers" / f"{source.stem}-{kind}.gguf"
