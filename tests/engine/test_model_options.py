@@ -34,7 +34,7 @@ def folder(write_model: Write) -> Path:
 
 def test_the_configuration_fills_what_nobody_states(make: Make, folder: Path) -> None:
     engine = make(model=str(folder), strategy="infllmv2")
-    assert engine._default == strategy("infllmv2", **MINICPM)
+    assert engine.default == strategy("infllmv2", **MINICPM)
 
 
 @pytest.mark.parametrize("argument", ["topk=7", "infllmv2.topk=7", " infllmv2.topk = 7"])
@@ -42,7 +42,7 @@ def test_the_configuration_fills_what_nobody_states(make: Make, folder: Path) ->
 def test_arguments_win(make: Make, folder: Path, argument: str, name: str) -> None:
     engine = make(model=str(folder), strategy=name, strategy_args=(argument,))
     wanted = {f"infllmv2.{key}": value for key, value in (MINICPM | {"topk": 7}).items()}
-    assert engine._default == strategy(name, **wanted)
+    assert engine.default == strategy(name, **wanted)
 
 
 def test_a_request_has_them_too(make: Make, folder: Path) -> None:
@@ -68,7 +68,7 @@ def test_other_strategies_and_other_models_have_none(make: Make, folder: Path, t
 
 def test_nothing_stated_is_nothing(make: Make, write_model: Write) -> None:
     engine = make(model=str(write_model(llama(sparse_config=None))), strategy="infllmv2")
-    assert engine._default == strategy("infllmv2")
+    assert engine.default == strategy("infllmv2")
 
 
 def refused(make: Make, write_model: Write, **changes: Any) -> Engine:
