@@ -62,8 +62,8 @@ def test_a_request_has_them_too(make: Make, folder: Path) -> None:
 
 
 def test_other_strategies_and_other_models_have_none(make: Make, folder: Path, tiny_llama: Path) -> None:
-    assert make(model=str(folder), strategy="streaming")._default == strategy("streaming")
-    assert make(model=str(tiny_llama), strategy="infllmv2")._default == strategy("infllmv2")
+    assert make(model=str(folder), strategy="streaming").default == strategy("streaming")
+    assert make(model=str(tiny_llama), strategy="infllmv2").default == strategy("infllmv2")
 
 
 def test_nothing_stated_is_nothing(make: Make, write_model: Write) -> None:
