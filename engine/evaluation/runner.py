@@ -50,6 +50,7 @@ class Run:
         Raises `InvalidRequest`, `ResourceExhausted` or `Unsupported` naming the field, before anything takes time.
         """
         strategies = {each.label: engine.strategy(each.name, each.args) for each in settings.variants}
+        _tasks(settings)
         _check_lengths(settings, engine)
         units = list(_plan(settings, engine))
         journal = Journal.open(settings.output_dir, _identity(settings, engine, strategies), restart=settings.restart)
