@@ -8,7 +8,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,14 @@ def measure(running: Running) -> Measure:
         return load(Load(**small | fields), quiet)
 
     return call
+
+
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """A process that was started in the background of a shell ignores what a terminal would send."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def press_ctrl_c() -> None:
@@ -285,6 +293,7 @@ def test_prompts_repeat_for_a_seed(measure: Measure) -> None:
     assert one == same != other
 
 
+@pytest.mark.usefixtures("terminal")
 def test_ctrl_c_gives_back_what_is_there(slow: Running) -> None:
     def interrupt(done: int, failed: int) -> None:
         if done == 2:
@@ -300,6 +309,7 @@ def test_ctrl_c_gives_back_what_is_there(slow: Running) -> None:
     assert slow.free_pages() == slow.engine.status.pages_total
 
 
+@pytest.mark.usefixtures("terminal")
 def test_ctrl_c_during_the_warm_up_measures_nothing(slow: Running, tmp_path: Path) -> None:
     def interrupt() -> None:
         while not slow.engine.status.running:
