@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any, NamedTuple
 import psutil
 import torch
 from document import tokens
+from peer_side import peak_kb
 from rich.console import Console
 from rich.table import Table
 from timing import QUIET, machine
@@ -40,10 +40,11 @@ ATTEMPTS = 6
 
 
 class Run(NamedTuple):
-    """Seconds from the start of a request to each of its tokens, and the density of its prompt."""
+    """Seconds from the start of a request to each of its tokens, the density of its prompt, and the tokens."""
 
     times: list[float]
     density: float
+    tokens: list[int]
 
 
 def main() -> None:
@@ -77,7 +78,7 @@ def run_apart(side: str, length: int, options: argparse.Namespace) -> dict[str, 
     return {"side": side, "prompt_tokens": length, **json.loads(lines[-1])}
 
 
-def run_side(side: str, length: int, new: int, runs: int) -> dict[str, float]:
+def run_side(side: str, length: int, new: int, runs: int) -> dict[str, object]:
     name, _, kind = side.partition(" ")
     with folder(length + new) as model:
         once = SIDE[name](model, kind, length, new)
@@ -85,21 +86,33 @@ def run_side(side: str, length: int, new: int, runs: int) -> dict[str, float]:
             once()  # whatever is slow only once
         attempts = [undisturbed(once) for _ in range(runs)]
     return {
-        "ttft_s": statistics.median(run.times[0] for run, _ in attempts),
-        "tpot_ms": 1e3 * statistics.median(gap for run, _ in attempts for gap in gaps(run.times)),
+        **summed(attempts),
         "density": attempts[0][0].density,
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        "others_share": max(share for _, share in attempts),
+        "peak_memory_mb": peak_kb() / 1024,
     }
 
 
-def undisturbed(once: Callable[[], Run]) -> tuple[Run, float]:
-    """One run during which the rest of the machine was quiet, and the share of the cores that the rest had."""
+def summed(attempts: list[tuple[Run, float]]) -> dict[str, object]:
+    """Medians of runs, and what the least quiet of them left to others."""
+    return {
+        "ttft_s": statistics.median(run.times[0] for run, _ in attempts),
+        "tpot_ms": 1e3 * statistics.median(gap for run, _ in attempts for gap in gaps(run.times)),
+        "others_share": max(share for _, share in attempts),
+        "first_tokens": attempts[0][0].tokens[:8],
+    }
+
+
+def undisturbed(once: Callable[[], Run], cpu_seconds: Callable[[], float] = time.process_time) -> tuple[Run, float]:
+    """One run during which the rest of the machine was quiet, and the share of the cores that the rest had.
+
+    Args:
+        cpu_seconds: CPU seconds that the run's own processes have used so far.
+    """
     for _ in range(ATTEMPTS):
-        busy, own, wall = busy_seconds(), time.process_time(), time.perf_counter()
+        busy, own, wall = busy_seconds(), cpu_seconds(), time.perf_counter()
         run = once()
         cores = (time.perf_counter() - wall) * (psutil.cpu_count() or 1)
-        others = (busy_seconds() - busy - (time.process_time() - own)) / cores
+        others = (busy_seconds() - busy - (cpu_seconds() - own)) / cores
         if others <= 1 - QUIET:
             break
     return run, others
@@ -143,7 +156,7 @@ def transformers(path: Path, dtype: str, length: int, new: int) -> Callable[[], 
         clock = Clock()
         with torch.inference_mode():
             model.generate(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=clock)
-        return Run(clock.times, 1.0)
+        return Run(clock.times, 1.0, clock.tokens)
 
     return once
 
@@ -154,11 +167,13 @@ class Clock(BaseStreamer):
     def __init__(self) -> None:
         self.start = time.perf_counter()
         self.times: list[float] = []
+        self.tokens: list[int] = []
         self._prompt_seen = False
 
     def put(self, value: torch.Tensor) -> None:
         if self._prompt_seen:
             self.times.append(time.perf_counter() - self.start)
+            self.tokens += value.tolist()
         self._prompt_seen = True
 
     def end(self) -> None:
@@ -181,7 +196,8 @@ def keysift(path: Path, strategy: str, length: int, new: int) -> Callable[[], Ru
             times += [time.perf_counter() - start] * (sum(isinstance(o, TokenOutput) for o in outputs) - len(times))
         finish = outputs[-1]
         assert isinstance(finish, Finish)
-        return Run(times, finish.sparsity.prefill_density)
+        said = [token for output in outputs if isinstance(output, TokenOutput) for token in output.token_ids]
+        return Run(times, finish.sparsity.prefill_density, said)
 
     return once
 

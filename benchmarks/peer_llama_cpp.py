@@ -1,59 +1,54 @@
 """llama.cpp's side of `peers.py`, run by the Python of a virtual environment of its own.
 
-Reads one JSON object: model (a GGUF), prompt (token ids), new, runs, threads, batch, flash. Prints one JSON object for
-each run: seconds from the start to each token, and the tokens. With `quantize` in it, it makes a GGUF of another type
-from the model instead: of the same weights, which are widened first.
+Settings: batch (prompt tokens at once), flash (its flash attention). With `quantize` and `type` instead it writes a
+GGUF of that type, made from the model, whose weights are widened first: the weights stay those of the model.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import llama_cpp  # type: ignore[import-not-found]
+from peer_side import Answer, answer, options, serve
 
 
 def main() -> None:
-    options: dict[str, Any] = json.loads(sys.stdin.read())
-    if "quantize" in options:
-        quantize(options["model"], options["quantize"], options["type"])
+    asked = options()
+    if "quantize" in asked:
+        quantize(asked["model"], asked["quantize"], asked["type"])
         return
-    model = llama_cpp.Llama(
-        model_path=options["model"],
-        n_ctx=len(options["prompt"]) + options["new"] + 8,
-        n_batch=options["batch"],
-        n_ubatch=options["batch"],
-        n_threads=options["threads"],
-        n_threads_batch=options["threads"],
-        flash_attn=options["flash"],
+    model = load(asked)
+    system = llama_cpp.llama_print_system_info().decode().strip()
+    serve(lambda: run(model, asked["prompt"], asked["new"]), system)
+
+
+def load(asked: dict[str, Any]) -> Any:
+    return llama_cpp.Llama(
+        model_path=asked["model"],
+        n_ctx=len(asked["prompt"]) + asked["new"],
+        n_batch=asked["batch"],
+        n_ubatch=asked["batch"],
+        n_threads=asked["threads"],
+        n_threads_batch=asked["threads"],
+        flash_attn=asked["flash"],
         verbose=False,
     )
-    for _ in range(options["runs"]):
-        print(json.dumps(run(model, options["prompt"], options["new"])), flush=True)
 
 
-def run(model: Any, prompt: list[int], new: int) -> dict[str, Any]:
-    """One greedy request: the prompt, then token by token, the model's own end among them."""
+def run(model: Any, prompt: list[int], new: int) -> Answer:
+    """One greedy request: the prompt, then token by token, past the model's own end."""
+    times: list[float] = []
+    tokens: list[int] = []
+    start = time.perf_counter()
     model.reset()
-    times, tokens = [], []
-    cpu, start = time.process_time(), time.perf_counter()
     model.eval(prompt)
-    for _ in range(new):
-        token = int(model.sample(temp=0.0))
+    while True:
+        tokens.append(int(model.sample(temp=0.0)))
         times.append(time.perf_counter() - start)
-        tokens.append(token)
-        if len(tokens) < new:
-            model.eval([token])
-    return {"times": times, "tokens": tokens, "cpu": time.process_time() - cpu, "peak_kb": peak()}
-
-
-def peak() -> int:
-    """This program's own, as Linux counts it from its start: that of `resource` includes its parent's."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+        if len(tokens) == new:
+            return times, tokens
+        model.eval(tokens[-1:])
 
 
 def quantize(source: str, target: str, kind: str) -> None:
@@ -62,6 +57,7 @@ def quantize(source: str, target: str, kind: str) -> None:
     params.allow_requantize = True
     if llama_cpp.llama_model_quantize(source.encode(), target.encode(), params):
         raise SystemExit(f"llama.cpp could not make {target}")
+    answer(made=target)
 
 
 if __name__ == "__main__":

@@ -1,54 +1,50 @@
 """OpenVINO GenAI's side of `peers.py`, run by the Python of a virtual environment of its own.
 
-Reads one JSON object, as `peer_llama_cpp.py` does, and prints one for every run.
+Settings: paged (its paged attention, or else the plain pipeline), batch (prompt tokens at once of the former), sparse
+(its XAttention for the prompt), and whatever is written in capitals, which goes to OpenVINO as it is.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov  # type: ignore[import-not-found]
 import openvino_genai as genai  # type: ignore[import-not-found]
+from peer_side import Answer, options, serve
 
 
 def main() -> None:
-    options: dict[str, Any] = json.loads(sys.stdin.read())
-    settings = {"INFERENCE_NUM_THREADS": options["threads"], **options.get("settings", {})}
-    if options["paged"]:
-        settings["scheduler_config"] = scheduler(options)
-    pipeline = genai.LLMPipeline(options["model"], "CPU", **settings)
-    for _ in range(options["runs"]):
-        run(pipeline, options["prompt"][-1:], 1)  # what it kept of the prompt before goes
-        print(json.dumps(run(pipeline, options["prompt"], options["new"])), flush=True)
+    asked = options()
+    properties = {name: value for name, value in asked.items() if name.isupper()}
+    properties |= {"INFERENCE_NUM_THREADS": asked["threads"]}
+    if asked["paged"]:
+        properties["scheduler_config"] = scheduler(asked)
+    else:
+        properties["ATTENTION_BACKEND"] = "SDPA"  # or else the pipeline chooses for itself
+    pipeline = genai.LLMPipeline(asked["model"], "CPU", **properties)
+    serve(lambda: run(pipeline, asked["prompt"], asked["new"]), genai.get_version())
 
 
-def scheduler(options: dict[str, Any]) -> genai.SchedulerConfig:
+def scheduler(asked: dict[str, Any]) -> Any:
     config = genai.SchedulerConfig()
-    config.cache_size = 2
+    config.cache_size = 1  # GB, taken as it is needed
     config.enable_prefix_caching = False
-    config.max_num_batched_tokens = options["batch"]
-    config.use_sparse_attention = bool(options.get("sparse"))
+    config.max_num_batched_tokens = asked["batch"]
+    config.use_sparse_attention = asked["sparse"]
+    if asked["sparse"]:
+        config.sparse_attention_config = genai.SparseAttentionConfig(mode=genai.SparseAttentionMode.XATTENTION)
     return config
 
 
-def run(pipeline: genai.LLMPipeline, prompt: list[int], new: int) -> dict[str, Any]:
+def run(pipeline: Any, prompt: list[int], new: int) -> Answer:
     ids = np.array([prompt], dtype=np.int64)
     inputs = genai.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids)))
-    config = genai.GenerationConfig()
-    config.max_new_tokens, config.ignore_eos, config.do_sample = new, True, False
+    config = genai.GenerationConfig(max_new_tokens=new, ignore_eos=True, do_sample=False)
     clock = Clock()
-    cpu = time.process_time()
-    clock.start = time.perf_counter()
     result = pipeline.generate(inputs, config, clock)
-    lines = Path("/proc/self/status").read_text().splitlines()  # `resource` includes what the parent had
-    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
-    tokens = [int(token) for token in result.tokens[0]]
-    return {"times": clock.times, "tokens": tokens, "cpu": time.process_time() - cpu, "peak_kb": peak}
+    return clock.times, [int(token) for token in result.tokens[0]]
 
 
 class Clock(genai.StreamerBase):  # type: ignore[misc]
@@ -56,10 +52,10 @@ class Clock(genai.StreamerBase):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self.start = 0.0
         self.times: list[float] = []
+        self.start = time.perf_counter()
 
-    def write(self, token: int | list[int]) -> genai.StreamingStatus:
+    def write(self, token: int | list[int]) -> Any:
         count = len(token) if isinstance(token, list) else 1
         self.times += [time.perf_counter() - self.start] * count
         return genai.StreamingStatus.RUNNING
