@@ -122,7 +122,7 @@ def show(found: Results) -> None:
     done = [cell for cell in found["cells"] if "error" not in cell]
     if done:
         console.print(_latencies(done))
-        console.print("\nshare of the time in percent, prompt/token")
+        console.print("\nshare of the time in percent, prompt/token (as the density above)")
         console.print(_shares(done))
     for cell in found["cells"]:
         if "error" in cell:
@@ -152,7 +152,7 @@ def _table(*columns: str) -> Table:
 
 
 def _latencies(cells: list[dict[str, Any]]) -> Table:
-    table = _table("prompt", "TTFT s", "TPOT ms", "tokens/s", "density", "at tokens", "peak MiB")
+    table = _table("prompt", "TTFT s", "TPOT ms", "tokens/s", "density", "peak MiB")
     for cell in cells:
         table.add_row(
             cell["strategy"],
@@ -160,8 +160,7 @@ def _latencies(cells: list[dict[str, Any]]) -> Table:
             f"{'* ' if cell['disturbed'] else ''}{cell['ttft_ms']['median'] / 1e3:.2f}{_around(cell, 'ttft_ms')}",
             f"{cell['tpot_ms']['median']:.1f}{_around(cell, 'tpot_ms')}",
             f"{cell['output_throughput']:.1f}",
-            f"{cell['prefill_density']:.3f}",
-            f"{cell['decode_density']:.3f}",
+            f"{cell['prefill_density']:.2f}/{cell['decode_density']:.2f}",
             f"{cell['peak_memory_bytes'] / 2**20:,.0f}",
         )
     return table
