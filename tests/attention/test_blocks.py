@@ -125,10 +125,15 @@ STRATEGIES: list[tuple[str, Oracle, dict[str, object]]] = [
 TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="for Triton's interpreter"
 )
-EACH = pytest.mark.parametrize(("name", "oracle", "options"), STRATEGIES, ids=[f"{n} {o}" for n, _, o in STRATEGIES])
-EACH_SMALL = pytest.mark.parametrize(
-    ("name", "oracle", "options"), [each for each in STRATEGIES if "topk" in each[2]], ids=lambda x: str(x)
-)
+
+
+def each(strategies: list[tuple[str, Oracle, dict[str, object]]]) -> pytest.MarkDecorator:
+    names = [f"{name} {options}" for name, _, options in strategies]
+    return pytest.mark.parametrize(("name", "oracle", "options"), strategies, ids=names)
+
+
+EACH = each(STRATEGIES)
+EACH_SMALL = each([strategy for strategy in STRATEGIES if "topk" in strategy[2]])
 BORDERS = [
     1,
     2,

@@ -32,7 +32,7 @@ def strategies() -> Iterator[Strategy]:
     yield make("streaming", sink=16, window=24)
     for name, kind in known().items():
         if issubclass(kind, TokenStrategy | BlockStrategy) or "decode" in vars(kind):
-            hints, named = get_type_hints(kind), {field.name for field in fields(kind)}
+            hints, named = get_type_hints(kind), [field.name for field in fields(kind)]
             words = {field: get_args(hints[field]) for field in named if get_origin(hints[field]) is Literal}
             for choice in product(*words.values()):
                 small = {field: value for field, value in SMALL.items() if field in named}
