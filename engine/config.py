@@ -67,6 +67,13 @@ class EngineConfig(Checked):
         "come faster, as they wait for the weights; answers differ a little",
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    tensor_parallel_size: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="processes that share the model's heads, each with a GPU of its own or some of the CPU's cores; "
+        "kv_memory is that of each",
+    )
     backend: Backend = Field(
         "auto",
         description="twin of the ops; auto: triton on CUDA, native on CPU where it was built, else the torch reference",

@@ -16,8 +16,9 @@ from .job import Job
 from .memory import make_cache
 from .model import load
 from .model_options import with_model_options
+from .parallel.team import assemble
 from .request import EngineStatus, Finish, FinishReason, Output, Request
-from .runner import Runner, StepResult
+from .runner import StepResult
 from .sampler import SamplerState, check, derive_seed
 from .scheduler import Batch, Scheduler
 from .sequence import Sequence
@@ -40,10 +41,12 @@ class Engine:
         """
         self.config = config
         _strategy(config.strategy, config.strategy_args)  # a wrong name should not have to wait for a model
-        self.model = load(config, report)
+        self.team = assemble(config, report)
+        with self.team.together():
+            self.model = load(config, report)
+            self.cache = make_cache(config, self.model, report, self.team.cache_type)
         self._crossovers = calibration.crossovers(config, self.model)
         self.tokenizer = self.model.tokenizer
-        self.cache = make_cache(config, self.model, report)
         self.default = self.strategy(config.strategy, config.strategy_args)
         calibration.tell(config, self._crossovers, report)
         self.scheduler = Scheduler(
@@ -52,7 +55,7 @@ class Engine:
             chunk=config.prefill_chunk,
             queries_per_row=config.queries_per_row,
         )
-        self.runner = Runner(self.model, self.cache, backend=config.backend, queries_per_row=config.queries_per_row)
+        self.runner = self.team.runner(config, self.model, self.cache)
         self.runner.rehearse()
         self._jobs: dict[str, Job] = {}
         self._outbox: list[Output] = []
@@ -128,6 +131,10 @@ class Engine:
             outputs.append(self._finish(self._job_of(sequence), FinishReason.ERROR, failure))
         metrics.observe_status(self.status)
         return outputs
+
+    def close(self) -> None:
+        """End the other processes of a team; without one there is nothing to do. The engine cannot run any more."""
+        self.team.close()
 
     @contextmanager
     def watched(self, spans: Spans) -> Iterator[None]:

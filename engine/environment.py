@@ -41,8 +41,8 @@ def about(model: LoadedModel) -> dict[str, Any]:
         "fingerprint": model.fingerprint,
         "max_model_len": model.max_model_len,
         "layers": model.num_layers,
-        "query_heads": model.num_query_heads,
-        "kv_heads": model.num_kv_heads,
+        "query_heads": model.num_query_heads * model.ranks,
+        "kv_heads": model.num_kv_heads * model.ranks,
     }
 
 

@@ -14,6 +14,7 @@ from .config import EngineConfig
 from .errors import InvalidRequest
 from .model import LoadedModel
 from .offload import lay_out, make_tier
+from .parallel import group
 
 CGROUP = Path("/sys/fs/cgroup")
 SHARE = 0.4
@@ -34,32 +35,44 @@ def cache_spec(config: EngineConfig, model: LoadedModel) -> CacheSpec:
     )
 
 
-def make_cache(config: EngineConfig, model: LoadedModel, report: Callable[[str], None]) -> PagedCache:
+def make_cache(
+    config: EngineConfig,
+    model: LoadedModel,
+    report: Callable[[str], None],
+    cache_type: type[PagedCache] = PagedCache,
+) -> PagedCache:
     """A cache of at most ``kv_memory`` bytes, and no larger than all running requests could fill.
 
-    With ``kv_home`` these are the bytes of what is at hand, and `report` hears how they are spent.
+    The ranks of a team all have as many pages as the one that has the least room. With ``kv_home`` these are the bytes
+    of what is at hand, and `report` hears how they are spent.
 
     Raises:
         InvalidRequest: the bytes do not hold one page, or the home has no room.
     """
-    spec, free = cache_spec(config, model), free_memory(model.device)
+    spec = cache_spec(config, model)
+    frames, tier = _room(config, model, spec, report)
+    sizes = {"max_sequences": config.max_num_seqs, "max_len": model.max_model_len}
+    return cache_type(spec, frames, **sizes, device=model.device, tier=tier)
+
+
+def _room(
+    config: EngineConfig, model: LoadedModel, spec: CacheSpec, report: Callable[[str], None]
+) -> tuple[int, Tier | None]:
+    """How many pages there are, and where they live; None: on the device."""
+    free = free_memory(model.device)
     if config.kv_home is not None:
         beside = free_memory(torch.device("cpu")) if model.device.type == "cuda" else None
         layout = lay_out(config, spec, model.max_model_len, free, SHARE, beside)
         report(str(layout))
-        tier = make_tier(config, spec, layout, model.device)
-        return _cache(config, model, spec, layout.frames, tier)
+        return layout.frames, make_tier(config, spec, layout, model.device)
     wanted = spec.pages_for(model.max_model_len) * config.max_num_seqs
-    budget = int(SHARE * free) if config.kv_memory is None else int(config.kv_memory)
-    frames = min(budget // spec.page_bytes, wanted)
+    size = config.tensor_parallel_size
+    sharing = size if model.device.type == "cpu" else 1
+    budget = int(SHARE * free / sharing) if config.kv_memory is None else int(config.kv_memory)
+    frames = group.least(min(budget // spec.page_bytes, wanted), size)
     if frames < 1:
         raise InvalidRequest("kv_memory", f"at least one page = {spec.page_bytes} bytes, got {budget}")
-    return _cache(config, model, spec, frames, None)
-
-
-def _cache(config: EngineConfig, model: LoadedModel, spec: CacheSpec, frames: int, tier: Tier | None) -> PagedCache:
-    sizes = {"max_sequences": config.max_num_seqs, "max_len": model.max_model_len}
-    return PagedCache(spec, frames, **sizes, device=model.device, tier=tier)
+    return frames, None
 
 
 def free_memory(device: torch.device) -> float:

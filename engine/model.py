@@ -19,6 +19,8 @@ from . import key_bias, quantized, seam
 from .config import EngineConfig
 from .errors import InvalidRequest, ModelNotFound, Unsupported
 from .linear import native_kernel, swap_linears
+from .parallel import group
+from .parallel.shards import check_split, own, placed
 from .rope import stretch
 from .seam import AttentionCall
 from .source import Source, locate
@@ -52,6 +54,8 @@ class LoadedModel:
     """Equal for equal weights in the same precision; part of every prefix-cache key."""
     bias_channels: int = 0
     """Channels that the cache keeps for each head besides `head_dim`: a learned bias of the keys; see `key_bias`."""
+    ranks: int = 1
+    """Processes that share the model. Each has `num_query_heads` and `num_kv_heads`, and these facts are its own."""
 
     def forward(self, input_ids: Tensor, positions: Tensor, last: Tensor, attend: Attend) -> Tensor:
         """One step: input_ids [T] at positions [T], next-token logits [B, V] fp32 after the tokens at indices last [B].
@@ -75,7 +79,8 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
 
     Raises `ModelNotFound`, `Unsupported` naming what cannot be honoured, or `InvalidRequest` naming the field.
     """
-    device = choose_device(config.device)
+    ranks = config.tensor_parallel_size
+    device = group.local_device(choose_device(config.device), ranks)
     if config.quantization != "none" and device.type != "cpu":
         raise InvalidRequest("quantization", f"none on {device.type}, where no kernel reads {config.quantization} yet")
     source = locate(config.model, report)
@@ -86,8 +91,10 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
     max_model_len = _max_model_len(config.max_model_len, text)
     _check_rotary(module, max_model_len)
     bias_channels = _attach_bias(module, source, unexpected, calls)
+    check_split(calls[0], text, ranks, biased=bias_channels > 0)
     fingerprint = f"{_fingerprint(module)}-{config.quantization}".removesuffix("-none")
-    _swap(module, device, config.quantization, layers=not bias_channels)
+    if ranks == 1:  # layers that several processes share stay transformers' own
+        _swap(module, device, config.quantization, layers=not bias_channels)
     if bias_channels and max_model_len > key_bias.TRAINED_LEN:
         report(f"{source.name} was trained on {key_bias.TRAINED_LEN} tokens, max_model_len is {max_model_len}")
     return LoadedModel(
@@ -107,6 +114,7 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
         windows=tuple(call.window for call in calls),
         fingerprint=fingerprint,
         bias_channels=bias_channels,
+        ranks=ranks,
     )
 
 
@@ -146,7 +154,7 @@ def _load_module(source: Source, config: EngineConfig, device: torch.device) -> 
                 config=_stretched(source, config),
                 gguf_file=source.gguf_file,
                 dtype=choose_dtype(config.dtype, device),
-                device_map=None if device.type == "cpu" else {"": device},
+                **placed(config.tensor_parallel_size, device),
                 attn_implementation=seam.NAME,
                 use_safetensors=None if source.gguf_file else True,
                 trust_remote_code=config.trust_remote_code,
@@ -274,10 +282,14 @@ def _eos_token_ids(module: Any) -> frozenset[int]:
 
 
 def _fingerprint(module: Any) -> str:
-    """A digest of the configuration and of up to 64 numbers spread over every parameter; big files stay unread."""
+    """A digest of the configuration and of up to 64 numbers of every parameter; big files stay unread.
+
+    With several ranks it is of this rank's parts, whose shapes make it another one than that of the whole model.
+    """
     digest = hashlib.sha256(module.config.to_json_string().encode())
     for name, parameter in module.named_parameters():
-        flat = parameter.detach().flatten()
+        part = own(parameter).detach()
+        flat = part.flatten()
         spread = flat[:: max(1, flat.numel() // 64)][:64].float().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}{parameter.dtype}{spread.tolist()}".encode())
+        digest.update(f"{name}{tuple(part.shape)}{part.dtype}{spread.tolist()}".encode())
     return digest.hexdigest()[:16]

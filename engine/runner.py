@@ -8,7 +8,7 @@ from itertools import accumulate
 
 import torch
 
-from keysift.attention import Coverage, Dense, Locality, Reads, Spans, Telemetry, bind, unwatched
+from keysift.attention import Coverage, Dense, Locality, Reads, Spans, Strategy, Telemetry, bind, unwatched
 from keysift.kvcache import PagedCache, Phase, Span, Step, Traffic
 from keysift.kvcache.ops import BackendUnavailable, use_backend
 
@@ -28,6 +28,26 @@ class StepResult:
     coverage: list[Coverage]
     traffic: Traffic
     locality: list[Locality]
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """The work of one forward pass, as plain data."""
+
+    phase: Phase
+    strategy: Strategy
+    spans: tuple[Span, ...]
+    tokens: list[int]
+    """Of all spans, packed."""
+    behind: int
+    """Tokens of the prompt that come later."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> Pass:
+        pairs = zip(batch.sequences, batch.spans, strict=True)
+        tokens = [token for sequence, span in pairs for token in sequence.tokens[span.start : span.stop]]
+        behind = batch.sequences[0].prompt_len - batch.spans[0].stop
+        return cls(batch.phase, batch.strategy, batch.spans, tokens, max(behind, 0))
 
 
 class Runner:
@@ -63,29 +83,31 @@ class Runner:
         logits, telemetry = self.forward(batch, self._last(batch))
         with self.spans("sampling"), torch.inference_mode():
             sampled = sample(logits, states)
+        return self.result(sampled, telemetry, before)
+
+    def result(self, sampled: list[Sampled], telemetry: Telemetry, before: Traffic) -> StepResult:
+        """All that a step brought, given the tier's traffic before it."""
         reads = telemetry.reads()
         moved = self._cache.tier.traffic - before
         return StepResult(sampled, reads, telemetry.covered(reads), moved, telemetry.locality())
 
     def forward(self, batch: Batch, last: torch.Tensor) -> tuple[torch.Tensor, Telemetry]:
         """Next-token logits [B, V] fp32 after the tokens at indices last [B] of the packed ones, and what was read."""
-        step = self._step(batch)
+        return self.compute(Pass.of(batch), last)
+
+    def compute(self, work: Pass, last: torch.Tensor) -> tuple[torch.Tensor, Telemetry]:
+        """As `forward`."""
+        step = self._step(work)
         telemetry = Telemetry(self._cache.spec, step)
-        attend = bind(batch.strategy, self._cache, step, telemetry, self.spans)
+        attend = bind(work.strategy, self._cache, step, telemetry, self.spans)
+        tokens = torch.tensor(work.tokens, device=self._cache.device)
         with self.spans("linear"), torch.inference_mode(), use_backend(self._backend):
-            return self._model.forward(self._input_ids(batch), step.positions, last, attend), telemetry
+            return self._model.forward(tokens, step.positions, last, attend), telemetry
 
-    def _step(self, batch: Batch) -> Step:
-        if batch.phase is Phase.PREFILL:
-            behind = batch.sequences[0].prompt_len - batch.spans[0].stop
-            return self._cache.prefill(batch.spans[0], self._queries_per_row, max(behind, 0))
-        return self._cache.decode(batch.spans)
-
-    def _input_ids(self, batch: Batch) -> torch.Tensor:
-        """[T] int64"""
-        pairs = zip(batch.sequences, batch.spans, strict=True)
-        tokens = [token for sequence, span in pairs for token in sequence.tokens[span.start : span.stop]]
-        return torch.tensor(tokens, device=self._cache.device)
+    def _step(self, work: Pass) -> Step:
+        if work.phase is Phase.PREFILL:
+            return self._cache.prefill(work.spans[0], self._queries_per_row, work.behind)
+        return self._cache.decode(work.spans)
 
     def _last(self, batch: Batch) -> torch.Tensor:
         """[B'] int64, index of each sampled sequence's last token among the packed ones."""

@@ -145,6 +145,8 @@ class Worker:
         except BaseException as error:
             logger.exception("the engine has failed")
             self._post(self._on_failed, error)
+        finally:
+            engine.close()
 
     def _obey(self, engine: Engine) -> bool:
         """Runs the commands that wait, sleeping for one while there is nothing else to do; False: the thread ends."""
@@ -181,6 +183,7 @@ class Worker:
         if self.state is State.LOADING:
             self.state = State.READY
         self.loaded.set_result(engine)
+        engine.team.watch(lambda error: self._post(self._on_failed, error))
 
     def _on_failed(self, error: BaseException) -> None:
         """From here on nothing is put into the queue, so whatever waits there can be answered now."""

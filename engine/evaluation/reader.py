@@ -15,7 +15,7 @@ from keysift.attention import Coverage, Reads, Strategy
 from keysift.kvcache import DeviceTier, Phase, Span
 
 from ..engine import Engine
-from ..errors import ResourceExhausted
+from ..errors import InvalidRequest, ResourceExhausted
 from ..request import Request, Sparsity
 from ..scheduler import Batch
 from ..sequence import Sequence
@@ -62,6 +62,8 @@ class Reader:
     """
 
     def __init__(self, engine: Engine) -> None:
+        if (ranks := engine.config.tensor_parallel_size) > 1:
+            raise InvalidRequest("tensor_parallel_size", f"1 where all heads are looked at by one process, got {ranks}")
         self.engine = engine
         self._cache = engine.cache
         self._ledger: Ledger | None = None

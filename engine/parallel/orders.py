@@ -1,0 +1,94 @@
+"""What the leader tells its followers: changes of the page tables, and forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from keysift.kvcache import PagedCache
+from keysift.kvcache.index import IndexSpec
+from keysift.kvcache.index.protocol import PageIndex
+
+from ..runner import Pass
+
+Change = tuple[str, tuple[Any, ...]]
+"""A method of `PagedCache`, and what it was called with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One forward pass, and what happened to the page tables since the one before."""
+
+    changes: list[Change]
+    free_pages: int
+    """After the changes; a follower that counts otherwise has gone astray."""
+    work: Pass
+    last: list[int]
+    """Indices of the tokens whose successors are asked for."""
+
+
+class RecordedCache(PagedCache):
+    """Keeps a record of all that changes its page tables, so that others can do the same."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._changes: list[Change] = []
+
+    def take_changes(self) -> list[Change]:
+        """Those since the last call, in order."""
+        changes, self._changes = self._changes, []
+        return changes
+
+    def _note(self, name: str, *arguments: Any) -> None:
+        self._changes.append((name, arguments))
+
+    def open(self) -> int:
+        sequence = super().open()
+        self._note("open")
+        return sequence
+
+    def share(self, sequence: int, frames: Sequence[int]) -> None:
+        super().share(sequence, frames)
+        self._note("share", sequence, list(frames))
+
+    def reserve(self, sequence: int, tokens: int) -> None:
+        before = self.free_pages
+        super().reserve(sequence, tokens)
+        if self.free_pages != before:
+            self._note("reserve", sequence, tokens)
+
+    def release(self, sequence: int) -> None:
+        super().release(sequence)
+        self._note("release", sequence)
+
+    def rollback(self, sequence: int, tokens: int) -> None:
+        super().rollback(sequence, tokens)
+        self._note("rollback", sequence, tokens)
+
+    def keep(self, sequence: int, keys: Sequence[bytes], first_page: int = 0) -> None:
+        super().keep(sequence, keys, first_page)
+        self._note("keep", sequence, list(keys), first_page)
+
+    def withdraw(self, sequence: int) -> None:
+        super().withdraw(sequence)
+        self._note("withdraw", sequence)
+
+    def index(self, which: IndexSpec) -> PageIndex:
+        known = which in self._indexes
+        index = super().index(which)
+        if not known:
+            self._note("index", which)
+        return index
+
+    def retire(self, which: IndexSpec) -> None:
+        super().retire(which)
+        self._note("retire", which)
+
+
+def replay(cache: PagedCache, order: Order) -> None:
+    """Change the page tables as the leader did. Raises `RuntimeError` where they come out otherwise."""
+    for name, arguments in order.changes:
+        getattr(cache, name)(*arguments)
+    if cache.free_pages != order.free_pages:
+        raise RuntimeError(f"{cache.free_pages} pages are free here, {order.free_pages} at the leader")

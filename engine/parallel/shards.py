@@ -1,0 +1,37 @@
+"""A rank's part of a model: transformers splits the weights by the plan that comes with the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
+
+from ..errors import Unsupported
+from ..seam import AttentionCall
+
+
+def placed(ranks: int, device: torch.device) -> dict[str, Any]:
+    """What tells transformers where the weights go: all of them to the device, or this rank's part to its own."""
+    if ranks > 1:
+        return {"distributed_config": DistributedConfig(tp_size=ranks)}
+    return {"device_map": None if device.type == "cpu" else {"": device}}
+
+
+def check_split(call: AttentionCall, text: Any, ranks: int, *, biased: bool) -> None:
+    """Raises `Unsupported` where a rank has other heads than its even share, or would need those of others."""
+    if ranks == 1:
+        return
+    queries = text.num_attention_heads
+    kept = getattr(text, "num_key_value_heads", None) or queries
+    if (call.num_query_heads * ranks, call.num_kv_heads * ranks) != (queries, kept):
+        raise Unsupported(f"{text.model_type}: its tensor parallel plan does not split attention by heads")
+    if biased:
+        raise Unsupported("a checkpoint with a bias of its keys, which mixes all KV heads: takes one process")
+
+
+def own(parameter: Tensor) -> Tensor:
+    """This rank's part of it."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter

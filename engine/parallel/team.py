@@ -1,0 +1,137 @@
+"""Who runs the model: this process alone, or several with this one as their leader."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from keysift.kvcache import PagedCache
+
+from ..config import EngineConfig
+from ..errors import KeysiftError
+from ..model import LoadedModel
+from ..runner import Runner, StepResult
+from ..source import locate
+from . import group
+from .checks import check
+from .leading import LeadingRunner
+from .orders import Order, RecordedCache
+from .peers import GRACE_S, Peer, RankFailed
+
+Report = Callable[[str], None]
+
+
+class Team:
+    """This process alone."""
+
+    cache_type: type[PagedCache] = PagedCache
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what all ranks do together: what goes wrong inside ends them all, and is told as `RankFailed`."""
+        yield
+
+    def runner(self, config: EngineConfig, model: LoadedModel, cache: PagedCache) -> Runner:
+        return Runner(model, cache, backend=config.backend, queries_per_row=config.queries_per_row)
+
+    def watch(self, hear: Callable[[KeysiftError], None]) -> None:
+        """Has `hear` called, on some other thread, should a rank end while nobody asks it for anything."""
+
+    def close(self) -> None:
+        """End the other ranks."""
+
+
+class Leader(Team):
+    """This process as rank 0, and the others, which it has started."""
+
+    cache_type = RecordedCache
+
+    def __init__(self, config: EngineConfig, device: str) -> None:
+        """Starts the others, which begin to load the model, and meets them."""
+        size, folder = config.tensor_parallel_size, Path(tempfile.mkdtemp(prefix="keysift-"))
+        self._failure: KeysiftError | None = None
+        self._owed = False
+        self._peers: list[Peer] = []
+        self._end = weakref.finalize(self, _end, self._peers, folder)
+        with self.together():
+            self._peers += [Peer(rank, size, folder / "meeting") for rank in range(1, size)]
+            self._send((config, device))
+            for peer in self._peers:
+                peer.receive()  # it is there: whoever waits for it from here on will not wait in vain
+            group.join(0, size, folder / "meeting", device)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except KeysiftError as error:
+            self._fail(error)
+            raise
+        except Exception as error:
+            failure = self._trouble() or RankFailed(f"rank 0 has failed: {type(error).__name__}: {error}")
+            self._fail(failure)
+            raise failure from error
+
+    def _fail(self, failure: KeysiftError) -> None:
+        """Nothing can go on, and whoever waits in the middle of something would wait for ever."""
+        self._failure = failure
+        for peer in self._peers:
+            peer.kill()
+        self.close()
+
+    def _trouble(self) -> RankFailed | None:
+        """The first failure that a follower tells about, or shows by its end; a moment may pass until it does."""
+        waits = (0.0, GRACE_S / len(self._peers)) if self._peers else ()
+        found = (peer.trouble(wait_s) for wait_s in waits for peer in self._peers)
+        return next((failure for failure in found if failure is not None), None)
+
+    def runner(self, config: EngineConfig, model: LoadedModel, cache: PagedCache) -> Runner:
+        assert isinstance(cache, RecordedCache)
+        return LeadingRunner(self, model, cache, config)
+
+    def watch(self, hear: Callable[[KeysiftError], None]) -> None:
+        for peer in self._peers:
+            peer.watch(hear)
+
+    def order(self, order: Order) -> None:
+        """Have the others run a forward pass; this process must run it too."""
+        self.results()
+        self._send(order)
+        self._owed = True
+
+    def results(self) -> list[StepResult]:
+        """What the others found in the last forward pass, if nobody has asked for that yet."""
+        owed, self._owed = self._owed, False
+        return [peer.receive() for peer in self._peers] if owed else []
+
+    def _send(self, message: Any) -> None:
+        for peer in self._peers:
+            peer.send(message)
+
+    def close(self) -> None:
+        self._end()
+
+
+def _end(peers: list[Peer], folder: Path) -> None:
+    for peer in peers:
+        peer.say_goodbye()
+    for peer in peers:
+        peer.end()
+    group.leave()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def assemble(config: EngineConfig, report: Report) -> Team:
+    """The team that `config` asks for. Raises `InvalidRequest` naming what several processes cannot have or do."""
+    if config.tensor_parallel_size == 1:
+        return Team()
+    device = check(config, locate(config.model, report))
+    report(f"starting {config.tensor_parallel_size - 1} more processes, as tensor_parallel_size asks")
+    return Leader(config, device.type)

@@ -1,0 +1,64 @@
+"""When one of the processes that share a model cannot go on, people hear why, and soon."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+import torch.distributed as dist
+from torch import Tensor
+
+from keysift.attention import Telemetry
+from keysift.engine import Engine, EngineConfig, KeysiftError, Request
+from keysift.engine.parallel.orders import Order
+from keysift.engine.parallel.peers import RankFailed
+from keysift.engine.parallel.team import Leader
+from keysift.engine.runner import Pass
+from tests.engine.driver import drain, greedy, tokens
+
+SOON_S = 10.0
+
+
+def build(folder: Path) -> tuple[Engine, Leader]:
+    config = {"strategy": "dense", "dtype": "float32", "prefill_chunk": 64, "kv_memory": 2**20}
+    engine = Engine(EngineConfig(model=str(folder), tensor_parallel_size=2, **config))
+    assert isinstance(engine.team, Leader)
+    return engine, engine.team
+
+
+def test_a_process_that_is_killed_ends_the_engine(tiny_llama: Path) -> None:
+    engine, team = build(tiny_llama)
+    heard: SimpleQueue[KeysiftError] = SimpleQueue()
+    team.watch(heard.put)
+    engine.add(Request("a", tokens(200), greedy(20)))
+    engine.step()
+    begun = time.monotonic()
+    team._peers[0]._process.kill()
+    with pytest.raises(RankFailed, match=r"rank 1 of 2 has ended .*exit status -9"):
+        drain(engine)
+    assert "rank 1 of 2 has ended (exit status -9)" in str(heard.get(timeout=SOON_S))
+    with pytest.raises(RankFailed, match=r"rank 1 of 2"):
+        engine.step()
+    assert time.monotonic() - begun < SOON_S
+    assert not dist.is_initialized()
+
+
+def test_a_process_that_fails_tells_why(
+    tiny_llama: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, team = build(tiny_llama)
+    compute = engine.runner.compute
+
+    def stray(work: Pass, last: Tensor) -> tuple[Tensor, Telemetry]:
+        team._send(Order([("open", ())], 0, work, []))
+        return compute(work, last)
+
+    monkeypatch.setattr(engine.runner, "compute", stray)
+    engine.add(Request("a", tokens(200), greedy(20)))
+    begun = time.monotonic()
+    with pytest.raises(RankFailed, match=r"rank 1 of 2 has failed: RuntimeError: \d+ pages are free here, 0 at"):
+        engine.step()
+    assert time.monotonic() - begun < SOON_S
+    assert "Traceback" in capfd.readouterr().err
