@@ -176,6 +176,13 @@ class Worker:
         except RuntimeError:
             logger.debug("the event loop is closed: nobody is left to hear of %s", callback.__name__)
 
+    # On some thread of the engine's team.
+
+    def _hear_of_death(self, error: BaseException) -> None:
+        """A process that the engine needs has ended: nobody has to ask for something first to find that out."""
+        logger.error("%s", error)
+        self._post(self._on_failed, error)
+
     # On the event loop's thread again.
 
     def _on_loaded(self, engine: Engine) -> None:
@@ -183,7 +190,7 @@ class Worker:
         if self.state is State.LOADING:
             self.state = State.READY
         self.loaded.set_result(engine)
-        engine.team.watch(lambda error: self._post(self._on_failed, error))
+        engine.team.watch(self._hear_of_death)
 
     def _on_failed(self, error: BaseException) -> None:
         """From here on nothing is put into the queue, so whatever waits there can be answered now."""

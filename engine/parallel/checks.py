@@ -21,8 +21,8 @@ def check(config: EngineConfig, source: Source) -> torch.device:
     """The kind of device that the ranks run on; raises `InvalidRequest` naming what cannot be had by several."""
     _check_options(config)
     device = _check_device(config)
-    _check_process()
     _check_heads(config.tensor_parallel_size, _text_config(config, source))
+    _check_process()
     return device
 
 

@@ -32,7 +32,7 @@ def main(descriptor: int, rank: int, size: int, rendezvous: Path) -> int:
     """Follow until the leader ends; the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the leader, which may have requests to finish
-    Thread(target=_end_with, args=(leader := os.getppid(),), daemon=True).start()
+    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     pipe = Connection(descriptor)
     try:
         config, device = pipe.recv()
@@ -43,11 +43,9 @@ def main(descriptor: int, rank: int, size: int, rendezvous: Path) -> int:
     except EOFError:
         return 0
     except BaseException as error:
-        if os.getppid() != leader:  # nobody is left to hear of it
-            return 1
-        traceback.print_exc()
-        with suppress(OSError):
+        with suppress(OSError):  # where the leader is there no more, nobody needs to hear of it
             pipe.send(Broken(f"{type(error).__name__}: {error}"))
+            traceback.print_exc()
         return 1
     return 0
 
@@ -79,4 +77,5 @@ def _quiet(message: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:4]), Path(sys.argv[4])))
+    descriptor, rank, size = map(int, sys.argv[1:4])
+    sys.exit(main(descriptor, rank, size, Path(sys.argv[4])))

@@ -28,8 +28,7 @@ def join(rank: int, size: int, rendezvous: Path, device: str) -> None:
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     if device == "cpu":
         share_cores(size)
-    store = dist.FileStore(str(rendezvous), size)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    dist.init_process_group(backend, rendezvous.as_uri(), TIMEOUT, world_size=size, rank=rank)
 
 
 def leave() -> None:

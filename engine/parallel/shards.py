@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers.distributed import DistributedConfig
+from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]
 
 from ..errors import Unsupported
 from ..seam import AttentionCall

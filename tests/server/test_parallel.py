@@ -1,0 +1,46 @@
+"""`keysift serve` with a model that two processes share: it starts the second one, and neither outlives the other."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import psutil
+
+from keysift.engine import Finish
+from keysift.server.client import Client
+
+from .test_serve import PLAIN, rest, serving
+
+PAIR = {"KEYSIFT_TENSOR_PARALLEL_SIZE": "2", "KEYSIFT_DTYPE": "float32"}
+
+
+def test_it_answers_and_ends_with_the_process_that_it_started(model_folder: Path) -> None:
+    with serving(PLAIN, model_folder, **PAIR) as (process, address):
+        with Client(address) as client:
+            assert isinstance(list(client.generate("hello"))[-1], Finish)
+            assert (client.info().num_query_heads, client.info().num_kv_heads) == (4, 2)
+        (follower,) = psutil.Process(process.pid).children()
+        follower.kill()
+        log = rest(process).splitlines()
+        assert any("rank 1 of 2 has ended (exit status -9)" in line for line in log)
+        assert log[-1].startswith("keysift: the engine has failed")
+        assert process.wait(20) == 1
+
+
+def test_a_signal_ends_both(model_folder: Path) -> None:
+    with serving(PLAIN, model_folder, **PAIR) as (process, _):
+        (follower,) = psutil.Process(process.pid).children()
+        follower.send_signal(signal.SIGTERM)  # is the leader's business
+        process.send_signal(signal.SIGTERM)
+        assert "Traceback" not in rest(process)
+        assert process.wait(20) == 0
+        assert not follower.is_running()
+
+
+def test_a_leader_that_is_killed_leaves_nobody_behind(model_folder: Path) -> None:
+    with serving(PLAIN, model_folder, **PAIR) as (process, _):
+        (follower,) = psutil.Process(process.pid).children()
+        process.kill()
+        assert "Traceback" not in rest(process)
+        follower.wait(10)
