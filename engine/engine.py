@@ -43,10 +43,16 @@ class Engine:
         _strategy(config.strategy, config.strategy_args)  # a wrong name should not have to wait for a model
         self.team = assemble(config, report)
         with self.team.together():
-            self.model = load(config, report)
-            self.cache = make_cache(config, self.model, report, self.team.cache_type)
+            self._load(report)
+        self._jobs: dict[str, Job] = {}
+        self._outbox: list[Output] = []
+
+    def _load(self, report: Callable[[str], None]) -> None:
+        config = self.config
+        self.model = load(config, report)
         self._crossovers = calibration.crossovers(config, self.model)
         self.tokenizer = self.model.tokenizer
+        self.cache = make_cache(config, self.model, report, self.team.cache_type)
         self.default = self.strategy(config.strategy, config.strategy_args)
         calibration.tell(config, self._crossovers, report)
         self.scheduler = Scheduler(
@@ -57,8 +63,6 @@ class Engine:
         )
         self.runner = self.team.runner(config, self.model, self.cache)
         self.runner.rehearse()
-        self._jobs: dict[str, Job] = {}
-        self._outbox: list[Output] = []
 
     @property
     def has_work(self) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Thread
 
 import torch
+from transformers.utils import logging
 
 from keysift.kvcache import PagedCache
 
@@ -33,6 +34,8 @@ def main(descriptor: int, rank: int, size: int, rendezvous: Path) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the leader, which may have requests to finish
     Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the leader says it
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     pipe = Connection(descriptor)
     try:
         config, device = pipe.recv()

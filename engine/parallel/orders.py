@@ -49,14 +49,16 @@ class RecordedCache(PagedCache):
         return sequence
 
     def share(self, sequence: int, frames: Sequence[int]) -> None:
-        super().share(sequence, frames)
         self._note("share", sequence, list(frames))
+        super().share(sequence, frames)
 
     def reserve(self, sequence: int, tokens: int) -> None:
         before = self.free_pages
-        super().reserve(sequence, tokens)
-        if self.free_pages != before:
-            self._note("reserve", sequence, tokens)
+        try:
+            super().reserve(sequence, tokens)
+        finally:  # where there was no memory for the table, the pages are the sequence's until it is released
+            if self.free_pages != before:
+                self._note("reserve", sequence, tokens)
 
     def release(self, sequence: int) -> None:
         super().release(sequence)

@@ -78,6 +78,9 @@ class Leader(Team):
             failure = self._trouble() or RankFailed(f"rank 0 has failed: {type(error).__name__}: {error}")
             self._fail(failure)
             raise failure from error
+        except BaseException:  # interrupted, maybe in the middle of an exchange with the others
+            self._fail(RankFailed("rank 0 was interrupted"))
+            raise
 
     def _fail(self, failure: KeysiftError) -> None:
         """Nothing can go on, and whoever waits in the middle of something would wait for ever."""

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from keysift.engine import Engine, EngineConfig, Finish, InvalidRequest, Output, Request, SamplingParams, TokenOutput
+from keysift.engine import (
+    Engine,
+    EngineConfig,
+    Finish,
+    InvalidRequest,
+    Output,
+    Request,
+    SamplingParams,
+    TokenOutput,
+)
 from keysift.engine.evaluation.reader import Reader
 from keysift.kvcache import CacheSpec
 from tests.engine.driver import drain, finish_of, greedy, said, tokens

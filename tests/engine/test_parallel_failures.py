@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from keysift.attention import Telemetry
-from keysift.engine import Engine, EngineConfig, KeysiftError, Request
+from keysift.engine import Engine, EngineConfig, InvalidRequest, KeysiftError, Request
 from keysift.engine.parallel.orders import Order
 from keysift.engine.parallel.peers import RankFailed
 from keysift.engine.parallel.team import Leader
@@ -21,8 +21,8 @@ from tests.engine.driver import drain, greedy, tokens
 SOON_S = 10.0
 
 
-def build(folder: Path) -> tuple[Engine, Leader]:
-    config = {"strategy": "dense", "dtype": "float32", "prefill_chunk": 64, "kv_memory": 2**20}
+def build(folder: Path, kv_memory: int = 2**20) -> tuple[Engine, Leader]:
+    config = {"strategy": "dense", "dtype": "float32", "prefill_chunk": 64, "kv_memory": kv_memory}
     engine = Engine(EngineConfig(model=str(folder), tensor_parallel_size=2, **config))
     assert isinstance(engine.team, Leader)
     return engine, engine.team
@@ -42,6 +42,12 @@ def test_a_process_that_is_killed_ends_the_engine(tiny_llama: Path) -> None:
     with pytest.raises(RankFailed, match=r"rank 1 of 2"):
         engine.step()
     assert time.monotonic() - begun < SOON_S
+    assert not dist.is_initialized()
+
+
+def test_what_is_wrong_while_loading_is_told_by_the_leader(tiny_llama: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"kv_memory: at least one page = 2480 bytes, got 1000"):
+        build(tiny_llama, kv_memory=1000)
     assert not dist.is_initialized()
 
 
