@@ -21,6 +21,7 @@ from keysift.engine import (
     TokenOutput,
 )
 from keysift.engine.evaluation.reader import Reader
+from keysift.engine.parallel import group
 from keysift.kvcache import CacheSpec
 from tests.engine.driver import drain, finish_of, greedy, said, tokens
 
@@ -167,3 +168,15 @@ def test_torchrun_is_not_what_starts_it(tiny_llama: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InvalidRequest, match=r"tensor_parallel_size: 1 under torchrun"):
         build(tiny_llama, 2)
+
+
+def test_processes_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(group, "num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    group.share_cores(3)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    group.share_cores(3)
+    group.share_cores(16)
+    assert chosen == [2, 1]
