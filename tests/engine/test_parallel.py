@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from keysift.attention import Coverage, Locality, Reads
 from keysift.engine import (
     Engine,
     EngineConfig,
@@ -22,12 +24,14 @@ from keysift.engine import (
 )
 from keysift.engine.evaluation.reader import Reader
 from keysift.engine.parallel import group
-from keysift.kvcache import CacheSpec
+from keysift.engine.parallel.whole import whole
+from keysift.engine.runner import StepResult
+from keysift.kvcache import CacheSpec, Traffic
 from tests.engine.driver import drain, finish_of, greedy, said, tokens
 
 PAGES = 34
 PAGE_BYTES = CacheSpec(num_layers=2, num_kv_heads=2, head_dim=8, dtype=torch.float32, code_bits=2).page_bytes
-SPARSE = {
+SPARSE: dict[str, Any] = {
     "strategy": "sift+retrieval",
     "strategy_args": (
         "dense_below=0",
@@ -41,6 +45,8 @@ SPARSE = {
         "retrieval.epsilon=0",
     ),
 }
+INDEXED = SPARSE | {"strategy_args": (*SPARSE["strategy_args"], "retrieval.index=ivf")}
+"""Searched by lists that only those have who saw the prompt."""
 PROMPTS = [tokens(150 + 20 * i, i) for i in range(3)]
 
 
@@ -76,9 +82,10 @@ def test_each_has_its_own_heads_and_all_have_the_same_pages(alone: Engine, pair:
     assert pair.status.page_bytes == alone.status.page_bytes // 2
 
 
-@pytest.mark.parametrize("how", [{}, SPARSE], ids=["dense", "sparse"])
+@pytest.mark.parametrize("how", [{}, SPARSE, INDEXED], ids=["dense", "sparse", "indexed"])
 def test_several_requests_say_what_they_say_with_one_process(alone: Engine, pair: Engine, how: dict[str, Any]) -> None:
-    requests = [Request(f"{len(how)}{i}", prompt, greedy(24), **how) for i, prompt in enumerate(PROMPTS)]
+    salt = str(how)  # none finds pages of another test, which would keep it from seeing prompts
+    requests = [Request(str(i), prompt, greedy(24), cache_salt=salt, **how) for i, prompt in enumerate(PROMPTS)]
     before = pair.scheduler.preemptions
     expected, outputs = run(alone, *requests), run(pair, *requests)
     for request in requests:
@@ -168,6 +175,19 @@ def test_torchrun_is_not_what_starts_it(tiny_llama: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InvalidRequest, match=r"tensor_parallel_size: 1 under torchrun"):
         build(tiny_llama, 2)
+
+
+def test_the_least_and_the_mean_of_all_ranks_count() -> None:
+    parts = [Coverage(10, 9.0, 0.7, 0.0, 0.0, 0.5), Coverage(10, 7.0, 0.1, 1.0, 2.0, math.nan, chose=True)]
+    reads = [Reads(4.0, 8.0, 100), Reads(8.0, 8.0, 200)]
+    both = zip(reads, parts, strict=True)
+    ranks = [StepResult([], [read], [part], Traffic(1), [Locality(1, 0.5)]) for read, part in both]
+    found = whole(ranks)
+    assert (found.reads, found.traffic, found.locality) == ([Reads(6.0, 8.0, 300)], Traffic(2), [Locality(2, 1.0)])
+    (kept,) = found.coverage
+    assert (kept.tokens, kept.mean, kept.least, kept.widened_share, kept.estimated_share) == (10, 0.8, 0.1, 0.05, 0.1)
+    assert kept.chose
+    assert kept.dropped_bound is None, "one of them does not know"
 
 
 def test_processes_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
