@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from keysift.attention import Coverage, Locality, Reads
+from keysift.attention import Coverage, Dense, Locality, Reads
 from keysift.engine import (
     Engine,
     EngineConfig,
@@ -24,9 +25,11 @@ from keysift.engine import (
 )
 from keysift.engine.evaluation.reader import Reader
 from keysift.engine.parallel import group
+from keysift.engine.parallel.orders import Order, RecordedCache, replay
 from keysift.engine.parallel.whole import whole
-from keysift.engine.runner import StepResult
-from keysift.kvcache import CacheSpec, Traffic
+from keysift.engine.runner import Pass, StepResult
+from keysift.kvcache import CacheSpec, OutOfFrames, PagedCache, Phase, Traffic
+from keysift.kvcache.index import FlatIndex, Ivf
 from tests.engine.driver import drain, finish_of, greedy, said, tokens
 
 PAGES = 34
@@ -46,7 +49,7 @@ SPARSE: dict[str, Any] = {
     ),
 }
 INDEXED = SPARSE | {"strategy_args": (*SPARSE["strategy_args"], "retrieval.index=ivf")}
-"""Searched by lists that only those have who saw the prompt."""
+"""Searched by lists that each builds for its own heads."""
 PROMPTS = [tokens(150 + 20 * i, i) for i in range(3)]
 
 
@@ -84,7 +87,7 @@ def test_each_has_its_own_heads_and_all_have_the_same_pages(alone: Engine, pair:
 
 @pytest.mark.parametrize("how", [{}, SPARSE, INDEXED], ids=["dense", "sparse", "indexed"])
 def test_several_requests_say_what_they_say_with_one_process(alone: Engine, pair: Engine, how: dict[str, Any]) -> None:
-    salt = str(how)  # none finds pages of another test, which would keep it from seeing prompts
+    salt = str(how)  # none finds pages of another test
     requests = [Request(str(i), prompt, greedy(24), cache_salt=salt, **how) for i, prompt in enumerate(PROMPTS)]
     before = pair.scheduler.preemptions
     expected, outputs = run(alone, *requests), run(pair, *requests)
@@ -175,6 +178,33 @@ def test_torchrun_is_not_what_starts_it(tiny_llama: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InvalidRequest, match=r"tensor_parallel_size: 1 under torchrun"):
         build(tiny_llama, 2)
+
+
+def test_pages_and_indexes_of_a_replica_change_alike() -> None:
+    spec = CacheSpec(num_layers=1, num_kv_heads=1, head_dim=8, dtype=torch.float32, code_bits=2)
+    sizes = {"max_sequences": 4, "max_len": 128}
+    cache, replica = RecordedCache(spec, 8, **sizes), PagedCache(spec, 8, **sizes)
+    first, second = cache.open(), cache.open()
+    cache.reserve(first, 64)
+    cache.keep(first, [b"a", b"b"])
+    cache.share(second, cache.prefix.match([b"a", b"b"]))
+    with pytest.raises(OutOfFrames):
+        cache.reserve(second, 128)
+    cache.reserve(second, 96)
+    cache.rollback(second, 64)
+    cache.index(Ivf())
+    cache.index(FlatIndex())
+    cache.retire(FlatIndex())
+    cache.withdraw(first)
+    cache.release(first)
+    order = Order(cache.take_changes(), cache.free_pages, Pass(Phase.DECODE, Dense(), (), [], 0), [])
+    replay(replica, pickle.loads(pickle.dumps(order)))
+    assert replica._frames == cache._frames
+    assert replica.allocator._free == cache.allocator._free
+    assert replica._indexes.keys() == cache._indexes.keys() == {Ivf()}
+    assert len(replica.prefix) == len(cache.prefix) == 0
+    with pytest.raises(RuntimeError, match=r"4 pages are free here, 7 at the leader"):
+        replay(replica, Order([], 7, order.work, []))
 
 
 def test_the_least_and_the_mean_of_all_ranks_count() -> None:
