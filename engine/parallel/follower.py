@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
 import traceback
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
@@ -44,13 +44,21 @@ def main(descriptor: int, rank: int, size: int, rendezvous: Path) -> int:
         _follow(pipe, config)
         group.leave()
     except EOFError:
+        _tidy_up(rendezvous)
         return 0
     except BaseException as error:
-        with suppress(OSError):  # where the leader is there no more, nobody needs to hear of it
+        try:
             pipe.send(Broken(f"{type(error).__name__}: {error}"))
             traceback.print_exc()
+        except OSError:
+            _tidy_up(rendezvous)
         return 1
     return 0
+
+
+def _tidy_up(rendezvous: Path) -> None:
+    """What the leader would have done, had it not ended without a word."""
+    shutil.rmtree(rendezvous.parent, ignore_errors=True)
 
 
 def _end_with(leader: int) -> None:

@@ -38,9 +38,11 @@ def test_a_signal_ends_both(model_folder: Path) -> None:
         assert not follower.is_running()
 
 
-def test_a_leader_that_is_killed_leaves_nobody_behind(model_folder: Path) -> None:
-    with serving(PLAIN, model_folder, **PAIR) as (process, _):
+def test_a_leader_that_is_killed_leaves_nothing_behind(model_folder: Path, tmp_path: Path) -> None:
+    with serving(PLAIN, model_folder, TMPDIR=str(tmp_path), **PAIR) as (process, _):
+        assert list(tmp_path.glob("keysift-*/meeting"))
         (follower,) = psutil.Process(process.pid).children()
         process.kill()
         assert "Traceback" not in rest(process)
         follower.wait(10)
+    assert not list(tmp_path.glob("keysift-*"))
