@@ -10,6 +10,9 @@ TYPES := .types/keysift
 # As `keysift` itself does (server/cli.py tells the measurement): it bounds how long busy neighbours can stall a barrier.
 export GOMP_SPINCOUNT ?= 20000
 
+# Processes that share the tests: most of them keep one core busy.
+TESTERS ?= 2
+
 .PHONY: install demo test check bench proto format clean
 
 install: $(VENV)/installed $(TYPES)
@@ -36,7 +39,7 @@ demo: install
 	$(BIN)/python benchmarks/demo.py
 
 test: install
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(TESTERS) --dist loadfile
 
 check: install
 	$(BIN)/ruff check .

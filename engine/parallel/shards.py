@@ -6,18 +6,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]
 
-from ..errors import Unsupported
+from ..errors import InvalidRequest, Unsupported
 from ..seam import AttentionCall
 
 
 def placed(ranks: int, device: torch.device) -> dict[str, Any]:
     """What tells transformers where the weights go: all of them to the device, or this rank's part to its own."""
-    if ranks > 1:
-        return {"distributed_config": DistributedConfig(tp_size=ranks)}
-    return {"device_map": None if device.type == "cpu" else {"": device}}
+    if ranks == 1:
+        return {"device_map": None if device.type == "cpu" else {"": device}}
+    try:
+        from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]
+    except ImportError:
+        raise InvalidRequest("tensor_parallel_size", f"1 with this transformers, got {ranks}; 5.23 can do it") from None
+    return {"distributed_config": DistributedConfig(tp_size=ranks)}
 
 
 def check_split(call: AttentionCall, text: Any, ranks: int, *, biased: bool) -> None:
@@ -34,4 +36,5 @@ def check_split(call: AttentionCall, text: Any, ranks: int, *, biased: bool) -> 
 
 def own(parameter: Tensor) -> Tensor:
     """This rank's part of it."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    to_local = getattr(parameter, "to_local", None)  # a DTensor, which one process does not even import
+    return parameter if to_local is None else to_local()
