@@ -20,12 +20,15 @@ def config(shared_memory: int, head_dim: int, dtype: torch.dtype, queries: int) 
     """The tile for `queries` packed queries a row on a device that grants a block `shared_memory` bytes.
 
     A table and not a search at run time: the same call takes the same path on every machine of a kind. The tiers are
-    Hopper, Ampere with Ada, and the 64 KiB of AMD; `tests/compile_kernels.py` holds each entry to its registers.
+    Hopper and Blackwell, Ampere and Ada, and the 64 KiB of AMD; `tests/compile_kernels.py` holds each entry to its
+    registers.
     """
     wide = head_dim > 128
     stages = 3 if shared_memory > 200_000 else 2 if shared_memory > 65_536 else 1
     if dtype == torch.float32:  # exact products miss NVIDIA's tensor cores and live in registers
-        return Tile(16, 16, 4, 1) if wide else Tile(16 if queries <= 16 else 32, 32, 4, min(stages, 2))
+        if head_dim > 64:
+            return Tile(16, 16, 4, 1)
+        return Tile(16, 32, 4, 1) if queries <= 16 else Tile(32, 32, 4, min(stages, 2))
     if queries <= 16:
         return Tile(16, 32 if wide else 64, 4, min(stages + 1, 3))
     return Tile(64, 32, 8, stages) if wide else Tile(128, 64, 8, stages)
