@@ -79,6 +79,11 @@ def parse(name: str, arguments: Iterable[str] = ()) -> Strategy:
     return make(name, **fields)
 
 
+def has_option(name: str, field: str) -> bool:
+    """Whether a strategy, or a part of a pair, has this option. Raises `StrategyError` for an unknown name."""
+    return any(field in _fields(find(part)) for part in name.split("+"))
+
+
 def _check_prefixes(name: str, fields: dict[str, object]) -> None:
     parts = name.split("+")
     for key in fields:

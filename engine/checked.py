@@ -9,6 +9,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from .errors import InvalidRequest
 
 
+def split(values: Any) -> Any:
+    """``("a,b", "c", "a")`` is ``("a", "b", "c")``: a list as a command line spells it, in which each counts once."""
+    if isinstance(values, str | int):
+        values = (values,)
+    words = (part.strip() for value in values for part in str(value).split(",") if part.strip())
+    return tuple(dict.fromkeys(words))
+
+
 class Checked(BaseModel):
     """Settings that are validated once. Raises `InvalidRequest` naming the field, the limit and the value."""
 

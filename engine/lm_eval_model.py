@@ -24,6 +24,7 @@ from .version import keysift_version
 try:
     from lm_eval import simple_evaluate
     from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows
     from tqdm import tqdm
 except ImportError as error:
@@ -224,6 +225,13 @@ def _bar_over(requests: Sequence[Any], what: str, disable: bool) -> Iterable[Any
     return tqdm(requests, desc=what, disable=disable)  # type: ignore[no-any-return]
 
 
+def check_tasks(names: Sequence[str]) -> None:
+    """Raises `InvalidRequest` for names that the harness has no task, group or tag for."""
+    manager = TaskManager()
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise InvalidRequest("lm_eval", f"tasks of lm-evaluation-harness, got {', '.join(unknown)}")
+
+
 def evaluate(
     model: EngineConfig | KeysiftLM,
     tasks: Sequence[str],
@@ -237,19 +245,16 @@ def evaluate(
 
     `limit` counts samples of a task: of one that is made at several lengths, those of the first length come first.
     `metadata` is what tasks are made from, such as ``{"max_seq_lengths": [4096]}`` for those of RULER, which also get
-    the model's own tokenizer.
+    the model's own tokenizer. Raises `KeysiftError` where a task's data cannot be had.
     """
     lm = KeysiftLM(LLM(**model.model_dump())) if isinstance(model, EngineConfig) else model
     with TemporaryDirectory(prefix="keysift-tokenizer-") as folder:
         lm.engine.tokenizer.save(Path(folder))
-        found: dict[str, Any] = simple_evaluate(
-            model=lm,
-            tasks=list(tasks),
-            limit=limit,
-            num_fewshot=num_fewshot,
-            metadata={"tokenizer": folder, **(metadata or {})},
-            **options,
-        )
+        asked = {"limit": limit, "num_fewshot": num_fewshot, "metadata": {"tokenizer": folder, **(metadata or {})}}
+        try:
+            found: dict[str, Any] = simple_evaluate(model=lm, tasks=list(tasks), **asked, **options)
+        except OSError as error:  # most of its tasks are downloaded
+            raise KeysiftError(f"lm-evaluation-harness: {error}") from error
     for stated in found.get("configs", {}).values():
         if (given := stated.get("metadata") or {}).get("tokenizer") == folder:
             given["tokenizer"] = lm.engine.model.name  # the folder is gone, and no two runs have the same

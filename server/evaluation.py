@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,8 @@ from rich.table import Column, Table
 
 from keysift.engine.config import EngineConfig
 from keysift.engine.engine import Engine
+from keysift.engine.errors import InvalidRequest
+from keysift.engine.evaluation.journal import writing
 from keysift.engine.evaluation.output import write_page, write_results
 from keysift.engine.evaluation.runner import Run
 from keysift.engine.evaluation.settings import Evaluation
@@ -37,22 +40,45 @@ def print_tasks(*, as_json: bool) -> None:
 
 
 def harness(settings: Evaluation, config: EngineConfig, *, as_json: bool) -> None:
-    """Tasks of lm-evaluation-harness under every strategy, at every length that its tasks can be made for."""
-    from keysift.engine.lm_eval_model import evaluate
+    """Tasks of lm-evaluation-harness under every strategy, at every length that its tasks can be made for.
 
-    rows = []
-    for variant in settings.variants:
-        one = config.model_copy(update={"strategy": variant.name, "strategy_args": variant.args})
-        for length in settings.lengths:
-            report(f"lm-evaluation-harness: {variant.label}, {length:,} tokens")
-            found = evaluate(one, settings.lm_eval, limit=settings.samples, metadata={"max_seq_lengths": [length]})
-            key = {"strategy": variant.label, "length": length}
-            rows += [{**key, "task": task, **values} for task, values in found["results"].items()]
+    What is known is written after every length. Raises `InvalidRequest` for tasks that the harness does not know, and
+    for lengths beyond the model's.
+    """
+    from keysift.engine.lm_eval_model import check_tasks
+
+    check_tasks(settings.lm_eval)
     path = settings.output_dir / "lm_eval.json"
-    settings.output_dir.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1, default=str), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidRequest(
+            "output_dir", f"a folder that can be written to, got {str(path.parent)!r} ({error})"
+        ) from None
+    rows: list[dict[str, Any]] = []
+    for part in _harness_rows(settings, config):
+        rows += part
+        with writing(path):
+            path.write_text(json.dumps(rows, indent=1, default=str), encoding="utf-8")
     print(json.dumps(rows, default=str)) if as_json else _show_harness(rows)
     report(f"done: {path}")
+
+
+def _harness_rows(settings: Evaluation, config: EngineConfig) -> Iterator[list[dict[str, Any]]]:
+    """Of each strategy and length; the model is loaded once for each strategy."""
+    from keysift.engine import LLM
+    from keysift.engine.lm_eval_model import KeysiftLM, evaluate
+
+    for variant in settings.variants:
+        one = config.model_copy(update={"strategy": variant.name, "strategy_args": variant.args})
+        lm = KeysiftLM(LLM(**one.model_dump()))
+        if (longest := max(settings.lengths)) > lm.max_length:
+            raise InvalidRequest("lengths", f"at most {lm.max_length} tokens (max_model_len), got {longest}")
+        for length in settings.lengths:
+            report(f"lm-evaluation-harness: {variant.label}, {length:,} tokens")
+            found = evaluate(lm, settings.lm_eval, limit=settings.samples, metadata={"max_seq_lengths": [length]})
+            key = {"strategy": variant.label, "length": length}
+            yield [{**key, "task": task, **values} for task, values in found["results"].items()]
 
 
 def _show_harness(rows: list[dict[str, Any]]) -> None:
@@ -97,7 +123,8 @@ def _go(run: Run) -> bool:
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     remaining = (TextColumn("left"), TimeRemainingColumn())
-    return Progress(*columns, *remaining, console=Console(stderr=True))
+    # A question takes long: without an hour's look back there would never be two moments to tell a pace from.
+    return Progress(*columns, *remaining, console=Console(stderr=True), speed_estimate_period=3600)
 
 
 def _verdict(found: dict[str, Any], max_loss: float | None) -> int:
@@ -131,8 +158,8 @@ def _scores(rows: list[dict[str, Any]]) -> Table:
             f"{row['low']:.2f} to {row['high']:.2f}",
             f"{row['loss']:+.3f}",
             f"{row['answer_nll_loss']:+.3f}{_error(row['answer_nll_loss_se'], '.3f')}",
-            f"{row['prefill_density']:.3f}",
-            f"{row['decode_density']:.3f}",
+            _share(row["prefill_density"]),
+            _share(row["decode_density"]),
             f"{row['worst_task']} ({row['worst_loss']:+.2f})" if row["worst_loss"] > 0 else "-",
         )
     return table
@@ -151,10 +178,14 @@ def _agreement(rows: list[dict[str, Any]]) -> Table:
             *(f"{row[name]:.4f}" for name in ("kl_mean", "kl_median", "kl_p99")),
             f"{row['top1']:.1%}",
             f"{row['perplexity_change']:+.1%}{_error(row['perplexity_change_se'], '.1%')}",
-            f"{row['density']:.3f}",
-            "-" if row["coverage"] is None else f"{row['coverage']:.3f}",
+            _share(row["density"]),
+            _share(row["coverage"]),
         )
     return table
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _error(error: float | None, digits: str) -> str:

@@ -18,6 +18,7 @@ from .load import Load
 
 PROFILES = ("input_lens", "output_len", "strategy", "strategy_args", "seed")
 """Fields of a load that flags of the profile stand for."""
+NOT_OF_THE_HARNESS = ("tasks", "texts", "agreement", "chat", "restart", "max_loss")
 NOT_OF_A_LOAD = ("batch_sizes", "runs", "warmup", "attempts", "text")
 
 measuring = typer.Typer()
@@ -28,6 +29,7 @@ measuring = typer.Typer()
     evaluation=Evaluation, engine=EngineConfig, skip=("engine.strategy", "engine.strategy_args", "engine.seed")
 )
 def evaluate(
+    context: typer.Context,
     evaluation: Evaluation,
     engine: EngineConfig,
     list_tasks: Annotated[bool, typer.Option("--list-tasks", help="name the built-in tasks, and do nothing")] = False,
@@ -55,6 +57,7 @@ def evaluate(
     if list_tasks:
         print_tasks(as_json=json)
     elif evaluation.lm_eval:
+        _refuse(context, NOT_OF_THE_HARNESS, "is for the built-in evaluation, not for --lm-eval")
         harness(evaluation, engine, as_json=json)
     elif status := evaluate(evaluation, engine, as_json=json):
         raise typer.Exit(status)

@@ -85,7 +85,8 @@ def _go(profiler: Profiler) -> bool:
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     remaining = (TextColumn("left"), TimeRemainingColumn())
-    return Progress(*columns, *remaining, console=Console(stderr=True))
+    # As in `evaluation`: the time left is known where a run takes longer than half a minute, too.
+    return Progress(*columns, *remaining, console=Console(stderr=True), speed_estimate_period=3600)
 
 
 def _read(file: Path) -> Results:

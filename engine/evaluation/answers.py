@@ -93,8 +93,9 @@ class Interview:
         self.reader.read(reading, range(max(last - ENDING + 1, 0), last), lambda position, row: heard.append(row))
         ahead = reading.ahead
         rows = logs(torch.cat([*(row[None] for row in heard), self.reader.follow(reading, sample.gold)]))
-        self.reader.forget(reading, ahead)
         facts = {**_told(sample), **_likelihood(rows[len(heard) :], torch.tensor(sample.gold))}
+        facts["answer_density"] = reading.decode_density
+        self.reader.forget(reading, ahead)
         return Answer(sample, {**facts, "seconds": time.perf_counter() - begun}, rows)
 
     def _ended(self, sample: Sample, reading: Reading) -> bool:
@@ -115,7 +116,7 @@ class Interview:
             "text": decode(reading.said),
             "prompt_tail": decode(sample.prompt)[-TAIL:],
             "prefill_density": sparsity.prefill_density,
-            "decode_density": sparsity.decode_density,
+            "decode_density": reading.decode_density,
             "coverage": sparsity.coverage,
             "coverage_min": sparsity.coverage_min,
         }

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, KeysiftError
 
 NAME = "journal.jsonl"
+FIELDS = {"key", "value", "seconds"}
 Key = tuple[str | int, ...]
 """What a line is about, such as ``("samples", 1024, 0, "dense")``."""
 
@@ -21,6 +23,8 @@ class Journal:
 
     path: Path
     found: dict[Key, Any] = field(default_factory=dict)
+    seconds: dict[Key, float] = field(default_factory=dict)
+    """What each of them took."""
 
     @classmethod
     def open(cls, folder: Path, identity: dict[str, Any], *, restart: bool) -> Journal:
@@ -34,7 +38,8 @@ class Journal:
             lines = [] if restart else list(journal._lines())
             if lines:
                 _compare(lines[0].get("run", {}), identity, folder)
-                journal.found = {tuple(line["key"]): line["value"] for line in lines[1:]}
+                for line in (line for line in lines[1:] if line.keys() == FIELDS):
+                    journal._take(tuple(line["key"]), line["value"], line["seconds"])
             journal._rewrite(identity)
         except OSError as error:
             raise InvalidRequest(
@@ -42,31 +47,45 @@ class Journal:
             ) from None
         return journal
 
-    def add(self, key: Key, value: Any) -> None:
-        self.found[key] = value
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(_line(key, value))
+    def add(self, key: Key, value: Any, seconds: float = 0.0) -> None:
+        """Raises `KeysiftError` where it cannot be written any more."""
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(_line(key, value, seconds))
+        self._take(key, value, seconds)
+
+    def _take(self, key: Key, value: Any, seconds: float) -> None:
+        self.found[key], self.seconds[key] = value, seconds
 
     def _lines(self) -> Iterator[dict[str, Any]]:
-        """All but what a kill has left half written."""
-        if not self.path.exists():
-            return
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        """Whatever is no object says nothing: the half line that a kill leaves, and a file that is not ours."""
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        for line in text.splitlines():
             try:
-                yield json.loads(line)
+                found = json.loads(line)
             except ValueError:
-                return
+                found = None
+            yield found if isinstance(found, dict) else {}
 
     def _rewrite(self, identity: dict[str, Any]) -> None:
         """Without the half line; through a second file, so that a kill here loses nothing either."""
-        lines = [json.dumps({"run": identity}) + "\n", *(_line(*item) for item in self.found.items())]
+        found = (_line(key, value, self.seconds[key]) for key, value in self.found.items())
+        lines = [json.dumps({"run": identity}) + "\n", *found]
         unfinished = self.path.with_suffix(".new")
         unfinished.write_text("".join(lines), encoding="utf-8")
         unfinished.replace(self.path)
 
 
-def _line(key: Key, value: Any) -> str:
-    return json.dumps({"key": key, "value": value}) + "\n"
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around writing a file of the output folder: a disk that is full is told as `KeysiftError`."""
+    try:
+        yield
+    except OSError as error:
+        raise KeysiftError(f"output_dir: cannot write {path}: {error}; the same command goes on") from None
+
+
+def _line(key: Key, value: Any, seconds: float) -> str:
+    return json.dumps({"key": key, "value": value, "seconds": seconds}) + "\n"
 
 
 def _compare(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import about, environment
+from .journal import writing
 from .results import tables
 from .runner import Run
 
@@ -24,7 +25,7 @@ def results(run: Run) -> dict[str, Any]:
         "model": about(run.engine.model),
         "settings": run.settings.model_dump(mode="json", exclude={"restart"}),
         "seconds": run.seconds,
-        **tables(run.journal.found, run.strategies),
+        **tables(run.found, run.strategies),
     }
 
 
@@ -33,8 +34,9 @@ def write_results(run: Run) -> dict[str, Any]:
     found = results(run)
     path = run.settings.output_dir / "results.json"
     unfinished = path.with_suffix(".new")
-    unfinished.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-    unfinished.replace(path)
+    with writing(path):
+        unfinished.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+        unfinished.replace(path)
     return found
 
 
@@ -42,5 +44,6 @@ def write_page(run: Run, found: dict[str, Any]) -> Path:
     from .report import write_report
 
     path = run.settings.output_dir / "report.html"
-    write_report(found, path)
+    with writing(path):
+        write_report(found, path)
     return path

@@ -53,6 +53,12 @@ class Reading:
     def sparsity(self) -> Sparsity:
         return self.sequence.sparsity()
 
+    @property
+    def decode_density(self) -> float | None:
+        """None where nothing was decoded: the first token behind a prompt comes from the prompt."""
+        reads = self.sequence.reads[Phase.DECODE]
+        return reads.density if reads.possible else None
+
 
 class Reader:
     """Drives an engine's model and cache step by step, where an `Engine` would serve: it hears every logit.
@@ -88,12 +94,13 @@ class Reader:
     def open(
         self, prompts: SequenceOf[SequenceOf[int]], strategy: Strategy, room: int, *, also: Iterable[Strategy] = ()
     ) -> Iterator[list[Reading]]:
-        """Unread prompts, with room for so many further tokens of each; their pages come back in any case.
+        """Unread prompts, with room for so many further tokens of each, as far as the model goes.
 
+        Their pages come back in any case.
         `also` are other strategies that will decode behind them: their indexes see the prompts too. Raises
         `ResourceExhausted` where they do not fit; see `fits`.
         """
-        sizes = [len(prompt) + room for prompt in prompts]
+        sizes = [min(len(prompt) + room, self.engine.model.max_model_len) for prompt in prompts]
         if not self.fits(sizes):
             raise ResourceExhausted(f"kv_memory: {sum(sizes)} tokens in {len(sizes)} sequences do not fit at once")
         indexes = {index for each in (strategy, *also) if (index := each.make_index()) is not None}
@@ -103,6 +110,7 @@ class Reader:
         try:
             for prompt, size in zip(prompts, sizes, strict=True):
                 readings.append(self._open(prompt, strategy, size))
+                self._cache.reserve(readings[-1].handle, size)
             yield readings
         finally:
             for reading in readings:
@@ -114,7 +122,6 @@ class Reader:
         request = Request(f"reading-{next(self._number)}", tuple(prompt), bypass_prefix_cache=True)
         sequence = Sequence(request, strategy, size - len(prompt))
         sequence.handle = self._cache.open()
-        self._cache.reserve(sequence.handle, size)
         return Reading(sequence)
 
     def read(

@@ -23,7 +23,8 @@ SAMPLE_FACTS = (
     "answer_rank",
     "answer_greedy",
 )
-SPARSITY = ("prefill_density", "decode_density", "coverage", "coverage_min")
+DENSITIES = ("prefill_density", "decode_density")
+SPARSITY = (*DENSITIES, "coverage", "coverage_min")
 
 
 def tables(found: Mapping[Key, Any], labels: Iterable[str]) -> dict[str, list[Row]]:
@@ -93,16 +94,14 @@ def _loss(group: list[Row], dense: dict[Key, Row]) -> float:
 
 def _scored(group: list[Row]) -> Row:
     low, high = interval([row["score"] for row in group])
-    facts = {name: _mean(row[name] for row in group) for name in SPARSITY if name != "coverage_min"}
-    least = [row["coverage_min"] for row in group if row["coverage_min"] is not None]
-    score = _mean(row["score"] for row in group)
     return {
         "samples": len(group),
-        "score": score,
+        "score": _mean(row["score"] for row in group),
         "low": low,
         "high": high,
-        **facts,
-        "coverage_min": min(least, default=None),
+        **{name: _mean(_measured(row[name] for row in group)) for name in DENSITIES},
+        "coverage": _mean(row["coverage"] for row in group),
+        "coverage_min": min(_measured(row["coverage_min"] for row in group), default=None),
     }
 
 
@@ -127,11 +126,11 @@ def agreement_along(along: list[Row]) -> list[Row]:
 
 
 def _kept(group: list[Row]) -> Row:
-    density = [value for row in group for layer in row["heads"]["density"] for value in layer]
+    density = (value for row in group for layer in row["heads"]["density"] for value in layer)
     return {
-        "density": _mean(density),
+        "density": _mean(_measured(density)),  # layers with a window have none
         "coverage": _mean(row["coverage"] for row in group),
-        "coverage_min": min(row["coverage_min"] for row in group),
+        "coverage_min": min(_measured(row["coverage_min"] for row in group), default=None),
     }
 
 
@@ -144,7 +143,8 @@ def agreement_of_tasks(answers: list[Row]) -> list[Row]:
     for (length, strategy), group in _groups(answers, "length", "strategy"):
         for phase in ("prefill", "decode"):
             parts = [Divergence(**row["divergence"][phase]) for row in group]
-            facts = {"density": _mean(row[f"{phase}_density"] for row in group), "coverage": None, "coverage_min": None}
+            read = "prefill_density" if phase == "prefill" else "answer_density"
+            facts = {"density": _mean(_measured(row[read] for row in group)), "coverage": None, "coverage_min": None}
             rows.append(_agreement(("tasks", "all", length, phase, strategy), parts, facts))
     return rows
 
@@ -209,6 +209,10 @@ def _groups(rows: list[Row], *names: str) -> list[tuple[tuple[Any, ...], list[Ro
 def _known(error: float) -> float | None:
     """A standard error, but for that of a single value: JSON has no infinity."""
     return error if math.isfinite(error) else None
+
+
+def _measured(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

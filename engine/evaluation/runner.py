@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -11,11 +13,13 @@ from typing import Any
 from keysift.attention import Strategy
 
 from ..engine import Engine
+from ..environment import commit
 from ..errors import InvalidRequest
 from ..request import Request, SamplingParams
 from ..variants import DENSE
+from ..version import keysift_version
 from .along import DECODED
-from .journal import Journal
+from .journal import Journal, Key
 from .reader import Reader
 from .sample import Sample
 from .settings import Evaluation
@@ -40,8 +44,6 @@ class Run:
     strategies: dict[str, Strategy]
     units: list[Unit]
     journal: Journal
-    seconds: float = 0.0
-    """Time that this process has spent on it."""
 
     @classmethod
     def open(cls, settings: Evaluation, engine: Engine) -> Run:
@@ -50,15 +52,31 @@ class Run:
         Raises `InvalidRequest`, `ResourceExhausted` or `Unsupported` naming the field, before anything takes time.
         """
         strategies = {each.label: engine.strategy(each.name, each.args) for each in settings.variants}
-        _tasks(settings)
-        _check_lengths(settings, engine)
+        names, _ = _tasks(settings)
+        if names or settings.agreement:
+            _check_longest(max(settings.lengths), settings, engine)
         units = list(_plan(settings, engine))
+        _check_units(units, settings, engine)
         journal = Journal.open(settings.output_dir, _identity(settings, engine, strategies), restart=settings.restart)
         return cls(settings, engine, strategies, units, journal)
 
     @property
     def finished(self) -> bool:
         return not any(self._missing(unit) for unit in self.units)
+
+    @property
+    def found(self) -> dict[Key, Any]:
+        """What is known of what was asked for: the folder may hold more, of a run with more samples."""
+        known = self.journal.found
+        return {key: known[key] for key in self._keys() if key in known}
+
+    @property
+    def seconds(self) -> float:
+        """What finding it has taken, in this process and before."""
+        return sum(self.journal.seconds.get(key, 0.0) for key in self._keys())
+
+    def _keys(self) -> Iterator[Key]:
+        return (unit.key(label) for unit in self.units for label in self.strategies)
 
     def go(self, progress: Progress, found: Callable[[], object]) -> None:
         """Do what is missing; `found` is called after every unit of work."""
@@ -77,9 +95,8 @@ class Run:
         begun = time.perf_counter()
         wanted = {label: self.strategies[label] for label in dict.fromkeys((DENSE, *missing))}
         for key, value in unit.run(reader, wanted):
-            self.seconds += time.perf_counter() - begun
             if key not in self.journal.found:
-                self.journal.add(key, value)
+                self.journal.add(key, value, time.perf_counter() - begun)
                 yield unit.cost
             begun = time.perf_counter()
 
@@ -88,9 +105,14 @@ class Run:
 
 
 def _identity(settings: Evaluation, engine: Engine, strategies: dict[str, Strategy]) -> dict[str, Any]:
-    """What makes two runs comparable, number by number."""
+    """What makes two runs comparable, number by number; prose comes from the Python that runs."""
+    files = [*_tasks(settings)[1], *settings.texts]
     return {
         **settings.identity(),
+        "files": [hashlib.sha256(path.read_bytes()).hexdigest()[:12] for path in files],
+        "keysift": keysift_version(),
+        "commit": commit(),
+        "python": platform.python_version(),
         **{name: getattr(engine.config, name) for name in NUMERICS},
         "model": engine.model.fingerprint,
         "dtype": str(engine.model.dtype).removeprefix("torch."),
@@ -98,14 +120,27 @@ def _identity(settings: Evaluation, engine: Engine, strategies: dict[str, Strate
     }
 
 
-def _check_lengths(settings: Evaluation, engine: Engine) -> None:
-    """Every strategy takes prompts of every length."""
-    longest, limit = max(settings.lengths), engine.model.max_model_len
-    if longest > limit:
+def _check_longest(longest: int, settings: Evaluation, engine: Engine) -> None:
+    """Every strategy takes so many tokens, answer included."""
+    if longest > (limit := engine.model.max_model_len):
         raise InvalidRequest("lengths", f"at most {limit} tokens (max_model_len), got {longest}")
     for each in settings.variants:
         tokens = SamplingParams(max_new_tokens=1)
         engine.check(Request("longest", (0,) * (longest - 1), tokens, strategy=each.name, strategy_args=each.args))
+
+
+def _check_units(units: list[Unit], settings: Evaluation, engine: Engine) -> None:
+    """There is something to do, every question of a file fits, and a gate has something to judge."""
+    asked = [unit for unit in units if isinstance(unit, Questions)]
+    if settings.max_loss is not None and not asked:
+        raise InvalidRequest("max_loss", "takes a task whose answers are scored, got none")
+    if settings.texts and settings.agreement and not any(isinstance(unit, Prompts) for unit in units):
+        raise InvalidRequest("lengths", f"one beyond {2 * DECODED} tokens, to follow texts, got {settings.lengths}")
+    if not units:
+        raise InvalidRequest("tasks", f"a task, or lengths beyond {2 * DECODED} tokens to follow texts, got neither")
+    rooms = (len(each.prompt) + max(each.max_new_tokens, len(each.gold)) for unit in asked for each in unit.samples)
+    if longest := max(rooms, default=0):
+        _check_longest(longest, settings, engine)
 
 
 def _plan(settings: Evaluation, engine: Engine) -> Iterator[Unit]:
@@ -122,8 +157,12 @@ def _plan(settings: Evaluation, engine: Engine) -> Iterator[Unit]:
 def _tasks(settings: Evaluation) -> tuple[list[str], list[Path]]:
     """Built-in tasks by name, and files. Raises `InvalidRequest` for a name that is neither."""
     files = [Path(name) for name in settings.tasks if name.endswith(".jsonl")]
-    names = [name for name in settings.tasks if not name.endswith(".jsonl") and name != "none"]
-    return [task.name for task in find(TASKS if "all" in names else names)], files
+    words = [name for name in settings.tasks if not name.endswith(".jsonl") and name != "none"]
+    names = [task.name for task in find(TASKS if "all" in words else words)]
+    called = [*names, *(file.stem for file in files)]
+    if double := next((name for name in called if called.count(name) > 1), None):
+        raise InvalidRequest("tasks", f"files and tasks of different names, got {double!r} twice")
+    return names, files
 
 
 def _questions(settings: Evaluation, engine: Engine, names: list[str], indices: range) -> Iterator[Unit]:

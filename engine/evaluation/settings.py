@@ -7,16 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from ..checked import Checked
+from ..checked import Checked, split
 from ..variants import Variant, variants
-
-
-def _split(values: Any) -> Any:
-    """``("a,b", "c")`` is ``("a", "b", "c")``."""
-    if isinstance(values, str):
-        values = (values,)
-    return tuple(part.strip() for value in values for part in str(value).split(",") if part.strip())
-
 
 Length = Annotated[int, Field(ge=64)]
 
@@ -30,31 +22,37 @@ class Evaluation(Checked):
         description="NAME or PROMPT+TOKEN to compare with dense, repeatable; options of its own behind commas: "
         "sift+retrieval,sift.threshold=0.002",
     )
-    strategy_args: tuple[str, ...] = Field((), description="NAME.FIELD=VALUE for every strategy with that part")
+    strategy_args: tuple[str, ...] = Field(
+        (), description="NAME.FIELD=VALUE for every strategy with that part, FIELD=VALUE for all that have it"
+    )
     always_sparse: bool = Field(
         False,
         description="have strategies choose at every length, also where they would read everything as it is faster",
     )
-    tasks: Annotated[tuple[str, ...], BeforeValidator(_split)] = Field(
+    tasks: Annotated[tuple[str, ...], BeforeValidator(split)] = Field(
         ("all",),
         min_length=1,
         description="built-in tasks (see `keysift eval --list-tasks`), all, none, or a .jsonl file of your own",
     )
-    lengths: Annotated[tuple[Length, ...], BeforeValidator(_split)] = Field(
+    lengths: Annotated[tuple[Length, ...], BeforeValidator(split)] = Field(
         (1024, 2048, 4096), min_length=1, description="tokens of a prompt and room for its answer"
     )
     samples: int = Field(2, ge=1, description="questions of each task and length")
     texts: tuple[Path, ...] = Field(
         (), description="text files to compare with dense along, beside CPython's documentation; repeatable"
     )
-    agreement: bool = Field(True, description="compare next-token distributions with dense, along texts too")
+    agreement: bool = Field(
+        True,
+        description="compare next-token distributions with dense along texts; along questions and answers they always "
+        "are",
+    )
     chat: bool = Field(True, description="ask in the model's chat template, if it has one")
     seed: int = Field(0, ge=0, description="of the questions; the same seed gives the same results")
     output_dir: Path = Field(
         Path("keysift-eval"), description="gets results.json and report.html; an unfinished run there goes on"
     )
     restart: bool = Field(False, description="begin anew where output_dir holds another run")
-    lm_eval: tuple[str, ...] = Field(
+    lm_eval: Annotated[tuple[str, ...], BeforeValidator(split)] = Field(
         (),
         description="tasks of lm-evaluation-harness to run instead, at each of --lengths; takes the extra lm-eval",
     )

@@ -27,18 +27,30 @@ def documentation() -> str:
 
 
 def texts(files: Sequence[Path], longest: int, tokenizer: Tokenizer) -> list[Text]:
-    """The first `longest` tokens of the documentation and of each file.
+    """The first `longest` tokens of the documentation, where it has as many or there are no files, and of each file.
 
-    Raises `InvalidRequest` for a file that cannot be read or is shorter.
+    Raises `InvalidRequest` for a file that cannot be read, is shorter, or is called as another one is.
     """
-    sources = {DOCUMENTATION: documentation(), **{path.name: _read(path) for path in files}}
-    return [_text(name, content, longest, tokenizer) for name, content in sources.items()]
+    names = [DOCUMENTATION, *(path.name for path in files)]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise InvalidRequest("texts", f"files of different names, none of them {DOCUMENTATION!r}, got {double!r} twice")
+    given = [_text(path.name, _read(path), longest, tokenizer) for path in files]
+    try:
+        return [_text(DOCUMENTATION, documentation(), longest, tokenizer), *given]
+    except InvalidRequest:
+        if given:
+            return given
+        raise
 
 
 def _text(name: str, content: str, longest: int, tokenizer: Tokenizer) -> Text:
     tokens = tokenizer.encode(content[: 16 * longest])[:longest]
     if len(tokens) < longest:
-        raise InvalidRequest("texts", f"{name} has {len(tokens)} tokens, the longest of the lengths is {longest}")
+        raise InvalidRequest(
+            "texts",
+            f"{name} has {len(tokens)} tokens, the longest of the lengths is {longest}; name a longer text, or do "
+            "without (--no-agreement)",
+        )
     return Text(name, tuple(tokens))
 
 

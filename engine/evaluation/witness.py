@@ -25,10 +25,10 @@ class Ledger:
     kept: dict[int, Tensor] = field(default_factory=dict)
     """Of each layer [Hq], sums over queries."""
     queries: dict[int, int] = field(default_factory=dict)
-    density: list[tuple[Tensor, int]] = field(default_factory=list)
-    """Of each step [L, H], and its tokens."""
-    least: float = 1.0
-    """The least that one query kept in one head."""
+    density: list[tuple[Tensor, float]] = field(default_factory=list)
+    """Of each step [L, H], and the (query, key) pairs that causality allowed it."""
+    least: float | None = None
+    """The least that one query kept in one head; None where nobody chose."""
 
     def witness(self, batch: Batch) -> Batch:
         """The same step under the same strategy, watched."""
@@ -36,36 +36,39 @@ class Ledger:
         return Batch(batch.phase, watched, batch.sequences, batch.spans)
 
     def hear(self, batch: Batch, telemetry: Telemetry) -> None:
-        tokens = sum(span.length for span in batch.spans)
-        self.density.append((telemetry.density(), tokens))
+        pairs = sum(span.length * span.start + span.length * (span.length + 1) / 2 for span in batch.spans)
+        self.density.append((telemetry.density(), pairs))
 
     def note(self, layer: int, shares: Tensor) -> None:
         """shares [T, Hq] of the attention that queries kept."""
         self.kept[layer] = self.kept.get(layer, 0) + shares.sum(0).cpu()
         self.queries[layer] = self.queries.get(layer, 0) + len(shares)
-        self.least = min(self.least, float(shares.min()))
+        least = float(shares.min())
+        self.least = least if self.least is None else min(self.least, least)
 
     def coverage(self) -> Heads:
         """None for layers that nobody was asked about: they have a window."""
-        width = max((len(kept) for kept in self.kept.values()), default=0)
-        layers = len(self.density[0][0]) if self.density else 0
-        empty: list[float | None] = [None] * width
-        return [
-            (self.kept[layer] / self.queries[layer]).tolist() if layer in self.kept else empty
-            for layer in range(layers)
-        ]
+        return self._known([(self.kept[layer] / self.queries[layer]).tolist() for layer in sorted(self.kept)])
 
     def densities(self) -> Heads:
-        """Means over tokens; heads that share a selection have the same."""
+        """Shares of the pairs; heads that share a selection have the same. None as in `coverage`."""
         width = max((step.shape[1] for step, _ in self.density), default=0)
-        tokens = sum(count for _, count in self.density)
-        total = sum(step.repeat_interleave(width // step.shape[1], 1) * count for step, count in self.density)
-        return (total / tokens).tolist() if isinstance(total, Tensor) else []
+        possible = sum(pairs for _, pairs in self.density)
+        chosen = sum(step.repeat_interleave(width // step.shape[1], 1) * pairs for step, pairs in self.density)
+        return self._known((chosen / possible)[sorted(self.kept)].tolist()) if isinstance(chosen, Tensor) else []
+
+    def _known(self, rows: list[list[float]]) -> Heads:
+        """The rows of the layers that chose, in order, among those of all layers."""
+        layers = len(self.density[0][0]) if self.density else 0
+        empty: list[float | None] = [None] * (len(rows[0]) if rows else 0)
+        each = iter(rows)
+        return [list(next(each)) if layer in self.kept else empty for layer in range(layers)]
 
     @property
-    def mean(self) -> float:
-        """Over layers, heads and queries."""
-        return float(torch.cat([kept / self.queries[layer] for layer, kept in self.kept.items()]).mean())
+    def mean(self) -> float | None:
+        """Over layers, heads and queries; None where every layer has a window."""
+        shares = [kept / self.queries[layer] for layer, kept in self.kept.items()]
+        return float(torch.cat(shares).mean()) if shares else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

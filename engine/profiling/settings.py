@@ -4,26 +4,17 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from pydantic import BeforeValidator, Field
 
 from keysift.attention import DEFAULT
 
-from ..checked import Checked
+from ..checked import Checked, split
 from ..variants import DENSE, Variant, variants
 
-
-def _split(values: Any) -> Any:
-    """``("1,2", "3")`` is ``("1", "2", "3")``; each counts once."""
-    if isinstance(values, str | int):
-        values = (values,)
-    words = (part.strip() for value in values for part in str(value).split(",") if part.strip())
-    return tuple(dict.fromkeys(words))
-
-
 Count = Annotated[int, Field(ge=1)]
-Counts = Annotated[tuple[Count, ...], BeforeValidator(_split)]
+Counts = Annotated[tuple[Count, ...], BeforeValidator(split)]
 
 
 class Cell(NamedTuple):
@@ -43,7 +34,9 @@ class Profile(Checked):
         description="NAME or PROMPT+TOKEN, repeatable; options of its own behind commas: "
         "sift+retrieval,sift.threshold=0.002",
     )
-    strategy_args: tuple[str, ...] = Field((), description="NAME.FIELD=VALUE for every strategy with that part")
+    strategy_args: tuple[str, ...] = Field(
+        (), description="NAME.FIELD=VALUE for every strategy with that part, FIELD=VALUE for all that have it"
+    )
     input_lens: Counts = Field((2000, 8000), min_length=1, description="tokens of each prompt, such as 2000,8000")
     output_len: int = Field(32, ge=2, description="tokens to generate after each prompt")
     batch_sizes: Counts = Field((1,), min_length=1, description="prompts that start at once, such as 1,4")

@@ -86,8 +86,9 @@ def _curves(rows: Sequence[Json], styles: Styles) -> list[Chart]:
     charts = []
     for phase in PHASES:
         found = [row for row in rows if row["phase"] == phase and row.get("source", "text") == "text"]
-        found = sorted((row for row in _whole(found) if row.get("name") == "all"), key=lambda row: int(row["length"]))
-        if len({row["length"] for row in found}) > 1:
+        found = sorted(_whole(found), key=lambda row: int(row["length"]))
+        alone = len({row.get("name") for row in found}) == 1
+        if alone and len({row["length"] for row in found}) > 1:
             series = [
                 _curve([row for row in found if row["strategy"] == name], style) for name, style in styles.items()
             ]

@@ -109,13 +109,13 @@ def _short(value: Any) -> str:
 def _sample(where: str, task: str, index: int, line: Line, tokenizer: Tokenizer, chat: bool, limit: int) -> Sample:
     prompt, gold = _tokens(where, line, tokenizer, chat)
     room = line.max_new_tokens or max(ROOM, len(gold))
-    length = len(prompt) + room
-    if length > limit:
+    needed = max(room, len(gold))
+    if len(prompt) + needed > limit:
         raise InvalidRequest(
             "tasks",
-            f"{where}: {len(prompt)} tokens of prompt and {room} for the answer are more than the model's {limit}",
+            f"{where}: {len(prompt)} tokens of prompt and {needed} for the answer are more than the model's {limit}",
         )
-    return Sample(task, length, index, tuple(prompt), tuple(line.answer), tuple(gold), room, line.match)
+    return Sample(task, len(prompt) + room, index, tuple(prompt), tuple(line.answer), tuple(gold), room, line.match)
 
 
 def _tokens(where: str, line: Line, tokenizer: Tokenizer, chat: bool) -> tuple[list[int], list[int]]:

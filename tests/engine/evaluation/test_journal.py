@@ -15,9 +15,10 @@ RUN = {"seed": 0, "model": "abc"}
 
 def test_goes_on_where_it_was(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
-    Journal.open(folder, RUN, restart=False).add(("samples", 64, "dense"), [{"score": 0.5}])
+    Journal.open(folder, RUN, restart=False).add(("samples", 64, "dense"), [{"score": 0.5}], 2.5)
     again = Journal.open(folder, RUN, restart=False)
     assert again.found == {("samples", 64, "dense"): [{"score": 0.5}]}
+    assert again.seconds == {("samples", 64, "dense"): 2.5}
     again.add(("text", 1), {"kl": [0.25]})
     assert len(Journal.open(folder, RUN, restart=False).found) == 2
 
@@ -44,6 +45,22 @@ def test_another_run_is_refused_and_may_be_thrown_away(tmp_path: Path) -> None:
         Journal.open(tmp_path, RUN, restart=False)
 
 
+@pytest.mark.parametrize("foreign", ["[1, 2]", "3", "a diary", '{"key": 1}'])
+def test_a_file_that_is_not_ours_stays_as_it_is(tmp_path: Path, foreign: str) -> None:
+    (tmp_path / NAME).write_text(foreign)
+    with pytest.raises(InvalidRequest, match=r"output_dir: .* holds another run"):
+        Journal.open(tmp_path, RUN, restart=False)
+    assert (tmp_path / NAME).read_text() == foreign
+
+
+@pytest.mark.parametrize("foreign", ["[1, 2]", '{"key": ["c"]}'])
+def test_a_line_of_another_shape_is_dropped(tmp_path: Path, foreign: str) -> None:
+    Journal.open(tmp_path, RUN, restart=False).add(("a",), 1)
+    with (tmp_path / NAME).open("a") as file:
+        file.write(f"{foreign}\n")
+    assert Journal.open(tmp_path, RUN, restart=False).found == {("a",): 1}
+
+
 def test_a_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidRequest, match="output_dir: a folder that can be written to"):
@@ -63,3 +80,19 @@ def test_variants_choose_at_every_length_unless_they_say_otherwise() -> None:
     _, one, two = variants(["nosa", "sift,dense_below=7"], always_sparse=True)
     assert one.args == ("dense_below=0",)
     assert two.args == ("dense_below=7",)
+
+
+def test_options_go_to_every_strategy_that_has_them() -> None:
+    found = variants(["streaming", "sift+quest", "quest"], ["window=512", "quest.budget=64", "looks=8"])
+    assert [each.args for each in found] == [
+        (),
+        ("window=512",),
+        ("window=512", "quest.budget=64", "looks=8"),
+        ("window=512", "quest.budget=64"),
+    ]
+
+
+@pytest.mark.parametrize("option", ["streming.window=512", "quest.window=512", "windw=512"])
+def test_options_that_belong_to_nobody_are_refused(option: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"strategy_args: an option of one of dense, streaming, got {option!r}"):
+        variants(["streaming"], [option])

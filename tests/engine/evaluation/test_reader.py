@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -88,11 +89,51 @@ def test_witnesses_what_is_really_kept(make: Make) -> None:
             reader.follow(reading, [1, 2, 3])
         kept[name] = ledger
     assert kept["dense"].mean == kept["dense"].least == 1.0
+    assert kept["streaming"].mean is not None
+    assert kept["streaming"].least is not None
     assert 0 < kept["streaming"].least < kept["streaming"].mean < 1.0
     coverage, density = kept["streaming"].coverage(), kept["streaming"].densities()
     assert [len(layer) for layer in coverage] == [4, 4]
     assert all(0 < share < 1 for layer in coverage for share in layer if share is not None)
     assert all(0 < share < 1 for layer in density for share in layer if share is not None)
+
+
+@pytest.mark.parametrize("name", ["streaming", "sift+retrieval"])
+def test_densities_of_heads_are_shares_of_the_pairs(make: Make, name: str) -> None:
+    """As the engine books them for the request: later chunks, whose queries see more, weigh more."""
+    engine = make()
+    few = ("sift.threshold=0.1", "sift.coverage=0", "sift.sink=16", "sift.local=32") if "sift" in name else ()
+    reader, strategy = Reader(engine), engine.strategy(name, (*SPARSE[name][-3:], *few, "dense_below=0"))
+    for phase in (Phase.PREFILL, Phase.DECODE):
+        with reader.open([tokens(448)], strategy, 40) as (reading,):
+            with reader.watching(ledger := Ledger()):
+                reader.read(reading)
+            if phase is Phase.DECODE:
+                with reader.watching(ledger := Ledger()):
+                    reader.follow(reading, list(tokens(40)))
+            booked = reading.sequence.reads[phase].density
+        shares = torch.tensor(
+            [[math.nan if share is None else share for share in layer] for layer in ledger.densities()]
+        )
+        assert booked < 0.9
+        assert float(shares.mean()) == pytest.approx(booked, abs=1e-5)
+
+
+def test_gives_pages_back_where_the_cache_cannot(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make()
+    reserve, calls = engine.cache.reserve, list[int]()
+
+    def fails_later(sequence: int, length: int) -> None:
+        calls.append(length)
+        if len(calls) == 2:
+            raise RuntimeError("on purpose")
+        reserve(sequence, length)
+
+    monkeypatch.setattr(engine.cache, "reserve", fails_later)
+    with pytest.raises(RuntimeError, match="on purpose"), Reader(engine).open(PROMPTS, engine.strategy("dense"), 1):
+        pass
+    assert engine.cache.free_pages == engine.cache.allocator.total
+    assert len({engine.cache.open() for _ in range(engine.config.max_num_seqs)}) == engine.config.max_num_seqs
 
 
 def test_refuses_what_does_not_fit_and_returns_what_it_took(make: Make) -> None:

@@ -213,6 +213,19 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert "did not come to its end" in Document(tmp_path / "report.html").source
 
 
+@pytest.mark.parametrize(("texts", "charts"), [(("all", "manual"), 2), (("manual",), 2), (("manual", "letters"), 0)])
+def test_kl_is_drawn_against_length_where_one_curve_tells_it(
+    texts: tuple[str, ...], charts: int, tmp_path: Path
+) -> None:
+    """One text alone, as by default, has no row of all texts."""
+    results = evaluation(FEW[:2], (1024, 4096), 1, layers=2)
+    rows = [row for row in results["agreement"] if row["source"] == "tasks" or row["name"] == "manual"]
+    along = [row for row in rows if row["source"] == "text"]
+    results["agreement"] = rows + [{**row, "name": name} for row in along for name in texts if name != "manual"]
+    evaluation_page(results, tmp_path / "report.html")
+    assert Document(tmp_path / "report.html").text("agreement").count("the mean KL as the context grows") == charts
+
+
 @pytest.mark.parametrize("missing", ["summary", "scores", "agreement", "heads", "samples", "settings", "environment"])
 def test_a_section_without_data_is_left_out(missing: str, tmp_path: Path) -> None:
     results = evaluation(FEW[:2], (1024, 2048), 1, layers=2)
