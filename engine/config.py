@@ -63,8 +63,9 @@ class EngineConfig(Checked):
     dtype: Dtype = Field("auto", description="of weights and pages; auto: bfloat16 where the hardware multiplies it")
     quantization: Literal["none", "int8"] = Field(
         "none",
-        description="int8: weights of the linear layers in 8 bits, one scale for 64 of them; on a CPU generated tokens "
-        "come faster, as they wait for the weights; answers differ a little",
+        description="int8: weights of the linear layers in 8 bits, one scale for 64 of them, on a CPU; generated "
+        "tokens come faster where they wait for weights, so behind short contexts; prompts take longer; answers differ "
+        "a little",
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
     tensor_parallel_size: int = Field(

@@ -10,6 +10,7 @@ from typing import Any
 
 from keysift.engine.errors import InvalidRequest
 from keysift.engine.request import Finish, FinishReason, Output, PromptInfo, TokenOutput
+from keysift.engine.spread import spread
 
 TARGETS = ("ttft", "tpot", "e2el")
 """What a service level may be stated for."""
@@ -141,23 +142,6 @@ def _statistics(done: Sequence[Record]) -> dict[str, float | None]:
         "e2el": [record.e2el for record in done],
     }
     return {name: value for metric, seconds in values.items() for name, value in spread(metric, seconds).items()}
-
-
-def spread(metric: str, seconds: Sequence[float]) -> dict[str, float | None]:
-    """Mean, median, standard deviation and 99th percentile in milliseconds; None of nothing."""
-    names = [f"{kind}_{metric}_ms" for kind in ("mean", "median", "std", "p99")]
-    if not seconds:
-        return dict.fromkeys(names)
-    ms = [1e3 * value for value in seconds]
-    return dict(zip(names, (statistics.fmean(ms), statistics.median(ms), statistics.pstdev(ms), p99(ms)), strict=True))
-
-
-def p99(values: Sequence[float]) -> float:
-    """The 99th percentile, linear between the two values that are next to it."""
-    ordered = sorted(values)
-    place = 0.99 * (len(ordered) - 1)
-    below, above = ordered[math.floor(place)], ordered[math.ceil(place)]
-    return below + (above - below) * (place - math.floor(place))
 
 
 def _sparsity(done: Sequence[Record]) -> dict[str, Any]:

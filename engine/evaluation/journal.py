@@ -81,7 +81,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise KeysiftError(f"output_dir: cannot write {path}: {error}; the same command goes on") from None
+        raise KeysiftError(f"output_dir: cannot write {path}: {error}") from None
 
 
 def _line(key: Key, value: Any, seconds: float) -> str:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..spread import p99
 from ..variants import DENSE
 from .divergence import Divergence
 from .journal import Key
@@ -162,7 +163,7 @@ def _agreement(key: tuple[Any, ...], parts: list[Divergence], facts: Row) -> Row
         "positions": len(kl),
         "kl_mean": _mean(kl),
         "kl_median": statistics.median(kl),
-        "kl_p99": statistics.quantiles(kl, n=100, method="inclusive")[98] if len(kl) > 1 else kl[0],
+        "kl_p99": p99(kl),
         "top1": _mean(float(value) for part in parts for value in part.agrees),
         "perplexity_change": change,
         "perplexity_change_se": _known(error),

@@ -56,7 +56,9 @@ class Run:
         if names or settings.agreement:
             _check_longest(max(settings.lengths), settings, engine)
         units = list(_plan(settings, engine))
-        _check_units(units, settings, engine)
+        _check_told(units, settings)
+        if longest := _longest(units):
+            _check_longest(longest, settings, engine)
         journal = Journal.open(settings.output_dir, _identity(settings, engine, strategies), restart=settings.restart)
         return cls(settings, engine, strategies, units, journal)
 
@@ -129,18 +131,21 @@ def _check_longest(longest: int, settings: Evaluation, engine: Engine) -> None:
         engine.check(Request("longest", (0,) * (longest - 1), tokens, strategy=each.name, strategy_args=each.args))
 
 
-def _check_units(units: list[Unit], settings: Evaluation, engine: Engine) -> None:
-    """There is something to do, every question of a file fits, and a gate has something to judge."""
-    asked = [unit for unit in units if isinstance(unit, Questions)]
+def _check_told(units: list[Unit], settings: Evaluation) -> None:
+    """The plan tells what it was asked for."""
+    asked = any(isinstance(unit, Questions) for unit in units)
     if settings.max_loss is not None and not asked:
         raise InvalidRequest("max_loss", "takes a task whose answers are scored, got none")
     if settings.texts and settings.agreement and not any(isinstance(unit, Prompts) for unit in units):
         raise InvalidRequest("lengths", f"one beyond {2 * DECODED} tokens, to follow texts, got {settings.lengths}")
     if not units:
         raise InvalidRequest("tasks", f"a task, or lengths beyond {2 * DECODED} tokens to follow texts, got neither")
-    rooms = (len(each.prompt) + max(each.max_new_tokens, len(each.gold)) for unit in asked for each in unit.samples)
-    if longest := max(rooms, default=0):
-        _check_longest(longest, settings, engine)
+
+
+def _longest(units: list[Unit]) -> int:
+    """Tokens of the longest question with its answer."""
+    samples = (sample for unit in units if isinstance(unit, Questions) for sample in unit.samples)
+    return max((len(each.prompt) + max(each.max_new_tokens, len(each.gold)) for each in samples), default=0)
 
 
 def _plan(settings: Evaluation, engine: Engine) -> Iterator[Unit]:

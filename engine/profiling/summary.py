@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..spread import spread
 from .drive import Run
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
@@ -23,7 +23,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         **{
             key: value
             for name in METRICS
-            for key, value in statistics_of(name, [x for run in runs for x in _values(run, name)]).items()
+            for key, value in spread(name, [x for run in runs for x in _values(run, name)]).items()
         },
         **_throughput(runs),
         "ttfts": [seconds for run in runs for seconds in run.ttfts],
@@ -36,25 +36,6 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         "kv_bytes_read": sum(sparsity.kv_bytes_read for sparsity in told) // len(runs),
         "kv_bytes_moved": sum(sparsity.kv_bytes_moved for sparsity in told) // len(runs),
     }
-
-
-def statistics_of(name: str, seconds: Sequence[float]) -> dict[str, float]:
-    """Mean, median, standard deviation and 99th percentile in milliseconds."""
-    values = [1e3 * value for value in seconds]
-    return {
-        f"mean_{name}_ms": statistics.fmean(values),
-        f"median_{name}_ms": statistics.median(values),
-        f"std_{name}_ms": statistics.pstdev(values),
-        f"p99_{name}_ms": percentile(values, 0.99),
-    }
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that this share of them does not exceed, between two of them in proportion."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = ordered[math.floor(place)]
-    return below + (ordered[math.ceil(place)] - below) * (place - math.floor(place))
 
 
 def _values(run: Run, metric: str) -> list[float]:

@@ -53,10 +53,10 @@ def _whole(rows: Sequence[Json]) -> list[Json]:
 def _ranges(rows: Sequence[Json], styles: Styles) -> list[Chart]:
     """For each source and phase: the mean KL of each strategy, from its median to its 99th percentile."""
     charts = []
-    ends = [_drawn(value) for row in _whole(rows) for key in KLS if (value := known(row.get(key))) is not None]
-    x = Axis(
-        "KL divergence from dense (nats), log scale", "log", low=min(ends, default=None), high=max(ends, default=None)
-    )
+    drawn = [row for row in _whole(rows) if row["strategy"] in styles]
+    ends = [_drawn(value) for row in drawn for key in KLS if (value := known(row.get(key))) is not None]
+    low, high = min(ends, default=None), max(ends, default=None)
+    x = Axis("KL divergence from dense (nats), log scale", "log", units.decades, low=low, high=high)
     for source, phase in product(SOURCES, PHASES):
         found = _whole([row for row in rows if (row.get("source"), row["phase"]) == (source, phase)])
         length = max((row["length"] for row in found), default=0)
@@ -93,7 +93,7 @@ def _curves(rows: Sequence[Json], styles: Styles) -> list[Chart]:
                 _curve([row for row in found if row["strategy"] == name], style) for name, style in styles.items()
             ]
             x = Axis("prompt length (tokens)", "lengths", units.tokens)
-            y = Axis("mean KL (nats), log scale", "log")
+            y = Axis("mean KL (nats), log scale", "log", units.decades)
             svg = lines([line for line in series if line.xs], x, y, f"KL divergence against length, {phase}")
             charts.append(Chart(svg, f"{phase.capitalize()} on real text: the mean KL as the context grows."))
     return charts

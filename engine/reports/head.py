@@ -39,7 +39,7 @@ def strategies_of(results: Json, *rows: Iterable[Json]) -> list[str]:
 def what_was_run(results: Json, total: float | None = None) -> Section:
     """Model, machine and settings, as the results name them."""
     groups = [(title, facts(results.get(key) or {})) for key, title in GROUPS]
-    when = [("written", str(results["created"]))] if results.get("created") else []
+    when = [("created", str(results["created"]))] if results.get("created") else []
     took = [("took", units.seconds(total))] if total is not None else []
     run = ("Run", [*when, *took, ("result schema", str(results.get("schema", units.NOTHING)))])
     return Section("run", "What was run", [Facts([run, *((title, rows) for title, rows in groups if rows)])])

@@ -35,10 +35,17 @@ def significant(value: float, digits: int = 3) -> str:
 def short(value: float) -> str:
     """As `significant`, without the zeros at its end: for the marks of an axis."""
     text = significant(value)
-    if "e" in text:
-        mantissa, exponent = text.split("e")
-        return f"{short_zeros(mantissa)}e{minus(str(int(exponent.replace('−', '-'))))}"
-    return short_zeros(text)
+    return _power(text) if "e" in text else short_zeros(text)
+
+
+def decades(value: float) -> str:
+    """As `short`, but `1e−3` below a hundredth: for an axis of many decades."""
+    return _power(f"{value:.1e}") if 0 < value < 0.01 else short(value)
+
+
+def _power(text: str) -> str:
+    mantissa, exponent = text.split("e")
+    return f"{short_zeros(mantissa)}e{minus(str(int(exponent.replace('−', '-'))))}"
 
 
 def short_zeros(text: str) -> str:

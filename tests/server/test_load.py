@@ -30,12 +30,13 @@ from keysift.engine import (
     Usage,
 )
 from keysift.engine.evaluation.texts import documentation
+from keysift.engine.spread import p99, spread
 from keysift.server import load_prompts
 from keysift.server.client import Client
 from keysift.server.errors import Unauthenticated, Unavailable
 from keysift.server.flags import from_fields
 from keysift.server.load import Load, arrivals, load
-from keysift.server.load_report import Record, is_good, most_at_once, p99, parse_targets, report, spread
+from keysift.server.load_report import Record, is_good, most_at_once, parse_targets, report
 
 from .conftest import MAX_LEN, Running
 

@@ -162,7 +162,7 @@ def test_a_disk_that_is_full_is_told(make: Make, tmp_path: Path) -> None:
     journal = tmp_path / "out" / NAME
     journal.unlink()
     journal.mkdir()  # which nobody can append to, root neither
-    with pytest.raises(KeysiftError, match=r"output_dir: cannot write .*the same command goes on"):
+    with pytest.raises(KeysiftError, match=r"output_dir: cannot write .*journal"):
         run.go(quiet, quiet)
 
 

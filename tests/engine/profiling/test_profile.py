@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from keysift.engine.profiling.profiler import Profiler, make_engine
 from keysift.engine.profiling.prompts import Prompts, read
 from keysift.engine.profiling.quiet import cpu_share, disturbed
 from keysift.engine.profiling.settings import Profile
-from keysift.engine.profiling.summary import percentile
+from keysift.engine.spread import p99
 
 SPARSE = "dense+quest,quest.dense_below=0,quest.dense_layers=0,quest.sink=16,quest.window=32,quest.budget=64"
 METRICS = ("ttft", "tpot", "itl", "e2el")
@@ -267,10 +266,10 @@ def within(inner: dict[str, Any], outer: dict[str, Any]) -> bool:
 
 
 def test_percentiles_lie_between_the_values() -> None:
-    assert percentile([3.0, 1.0, 2.0], 0.5) == 2
-    assert percentile([0.0, 1.0], 0.99) == pytest.approx(0.99)
-    assert percentile([7.0], 0.99) == 7
-    assert not math.isnan(percentile([1.0, 1.0], 0.99))
+    assert p99([0.0, 1.0]) == pytest.approx(0.99)
+    assert p99([float(value) for value in range(101)]) == 99
+    assert p99([7.0]) == 7
+    assert p99([1.0, 1.0]) == 1
 
 
 def test_progress_ends_where_it_should(open_profiler: Open) -> None:

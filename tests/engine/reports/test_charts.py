@@ -43,6 +43,9 @@ from keysift.engine.reports.series import COLOURS, MARKERS, ROLES, style_of
         (units.significant, 1.23e-6, "1.23e−06"),
         (units.short, 2e-6, "2e−6"),
         (units.short, 100.0, "100"),
+        (units.decades, 1e-3, "1e−3"),
+        (units.decades, 3e-7, "3e−7"),
+        (units.decades, 0.01, "0.01"),
         (units.signed, 0.5, "+0.500"),
     ],
 )
