@@ -30,8 +30,10 @@ def config(shared_memory: int, head_dim: int, dtype: torch.dtype, queries: int) 
             return Tile(16, 16, 4, 1)
         return Tile(16, 32, 4, 1) if queries <= 16 else Tile(32, 32, 4, min(stages, 2))
     if queries <= 16:
-        return Tile(16, 32 if wide else 64, 4, min(stages + 1, 3))
-    return Tile(64, 32, 8, stages) if wide else Tile(128, 64, 8, stages)
+        return Tile(16, 32 if wide else 64, 4, stages if head_dim <= 16 else min(stages + 1, 3))
+    if wide:
+        return Tile(64, 32, 8, stages)
+    return Tile(128, 32, 8, 3) if head_dim > 64 and stages == 2 else Tile(128, 64, 8, stages)
 
 
 @triton.jit(do_not_specialize=["T", "P", "PIECE", "window"])
@@ -102,16 +104,21 @@ def attend_kernel(
     last = start + tl.minimum((i_b * BLOCK_M + BLOCK_M - 1) // PACK, present - 1)
     b_position = start + o_m // PACK  # [BLOCK_M]
 
-    # Pages ascend, so those that some query of the block may see are a run lo..hi of the list.
+    # Pages ascend, so those that some query of the block may see are a run lo..hi of the list, and those that each of
+    # them sees whole are a run within it: tiles of these need no mask on their scores.
     p_pages = pages + i_r * stride_pr + i_h * stride_ph
     lo = i_piece * PIECE
     hi = i_piece * PIECE
+    whole_lo = i_piece * PIECE
+    whole_hi = i_piece * PIECE
     end = tl.minimum(i_piece * PIECE + PIECE, P)
     for i_p in range(i_piece * PIECE, end, BLOCK_P):
         o_p = i_p + tl.arange(0, BLOCK_P)
         b_page = tl.load(p_pages + o_p * stride_pp, mask=o_p < end, other=-1)  # [BLOCK_P]
         lo += tl.sum(((b_page >= 0) & (b_page * S + S - 1 <= first - window)).to(tl.int32), 0)
         hi += tl.sum(((b_page >= 0) & (b_page * S <= last)).to(tl.int32), 0)
+        whole_lo += tl.sum(((b_page >= 0) & (b_page * S <= last - window)).to(tl.int32), 0)
+        whole_hi += tl.sum(((b_page >= 0) & (b_page * S + S - 1 <= first)).to(tl.int32), 0)
 
     p_frames = frames + i_r * stride_fr + i_kv * stride_fh
     b_top = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -129,9 +136,10 @@ def attend_kernel(
         b_k = tl.load(p_k[None, :] + o_d[:, None], mask=m_n[None, :] & m_d[:, None], other=0.0)  # [BLOCK_D, BLOCK_N]
         b_v = tl.load(p_v[:, None] + o_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)  # [BLOCK_N, BLOCK_D]
 
-        b_age = b_position[:, None] - b_key[None, :]
         b_s = tl.dot(b_q, b_k, input_precision="ieee") * scale  # [BLOCK_M, BLOCK_N]
-        b_s = tl.where(m_n[None, :] & (b_age >= 0) & (b_age < window), b_s, float("-inf"))
+        if (i_n < whole_lo * S) | (i_n + BLOCK_N > whole_hi * S):
+            b_age = b_position[:, None] - b_key[None, :]
+            b_s = tl.where(m_n[None, :] & (b_age >= 0) & (b_age < window), b_s, float("-inf"))
         b_new = tl.maximum(b_top, tl.max(b_s, 1))
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_fade = tl.exp2(b_top - b_base)

@@ -66,6 +66,10 @@ CASES = {
     "decode-pieces": Case((530, 3), heads=(1, 1), page_size=64),
     "decode-pages-of-one": Case((9, 5), page_size=1, density=0.7),
     "pages-of-six": Case((40,), chunk=21, queries_per_row=12, page_size=6, density=0.7),
+    "chunk-whole-tiles": Case((330,), chunk=70, queries_per_row=32, page_size=16, density=0.8),
+    "chunk-whole-tiles-window": Case((330,), chunk=70, queries_per_row=32, page_size=16, window=200, density=0.9),
+    "decode-whole-tiles": Case((300, 129, 64), page_size=16, density=0.8),
+    "decode-whole-tiles-window": Case((300, 129, 64), page_size=16, window=150, density=0.9),
     "head-dim-8": Case((20,), chunk=20, queries_per_row=16, head_dim=8),
     "head-dim-40": Case((17, 21), head_dim=40, density=0.7),
     "head-dim-200": Case((12,), chunk=5, queries_per_row=4, heads=(2, 2), head_dim=200),
@@ -119,7 +123,7 @@ def test_a_row_that_sees_nothing_is_zero_with_lse_minus_infinity(backend: Backen
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["chunk-ragged", "chunk-window", "decode-ragged"])
+@pytest.mark.parametrize("name", ["chunk-ragged", "chunk-window", "decode-ragged", "chunk-whole-tiles-window"])
 def test_what_no_query_sees_changes_no_bit(backend: Backend, name: str) -> None:
     poisoned = make_problem(CASES[name], torch.bfloat16)
     clean = replace(poisoned, k=poisoned.k.nan_to_num(nan=3.0), v=poisoned.v.nan_to_num(nan=-2.0))
@@ -129,7 +133,7 @@ def test_what_no_query_sees_changes_no_bit(backend: Backend, name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", [backend for backend in BACKENDS if backend.values != ("reference",)])
-@pytest.mark.parametrize("name", ["chunk-ragged", "decode-ragged", "decode-pieces"])
+@pytest.mark.parametrize("name", ["chunk-ragged", "decode-ragged", "decode-pieces", "decode-whole-tiles"])
 def test_neither_padding_nor_company_changes_a_bit(backend: Backend, name: str) -> None:
     problem = make_problem(CASES[name], torch.float32)
     out, lse = run(backend, problem)
