@@ -39,6 +39,9 @@ class Strategy:
     """
     yardstick: ClassVar[bool] = False
     """It is there to measure others by and never saves time, so nothing asks from which length on it does."""
+    replayable: ClassVar[bool] = False
+    """What it does for generated tokens follows from tensors on the device alone, with the same ops each time, so that
+    a recorded step can be replayed for others of its shape; as long as its index, if any, keeps nothing itself."""
     config_key: ClassVar[str | None] = None
     """Under which name the configuration of a model states options that it was trained with, if any does."""
 
@@ -105,6 +108,8 @@ class Strategy:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dense(Strategy):
     """Every page: exact attention, the reference of all others."""
+
+    replayable = True
 
     def part(self, phase: Phase) -> Strategy:
         """Without its options, which change nothing: dense below some length is no fallback of dense."""

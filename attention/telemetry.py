@@ -133,6 +133,19 @@ class Telemetry:
         estimated = torch.minimum(kept * (torch.exp(lse - exact) - 1), 1 - kept)
         return (kept, None), estimated.nan_to_num(0.0).clamp(min=0.0)
 
+    def head(self, rows: int) -> Telemetry:
+        """Of a decode step's first rows alone."""
+        first = Telemetry(self._spec, self._step.head(rows))
+        first._counts = {layer: None if each is None else each[:rows] for layer, each in self._counts.items()}
+        first._kept = {
+            layer: (kept[:rows], None if widened is None else widened[:rows])
+            for layer, (kept, widened) in self._kept.items()
+        }
+        first._estimated = {layer: each[:rows] for layer, each in self._estimated.items()}
+        first._bounds = {layer: each[:rows] for layer, each in self._bounds.items()}
+        first._moves = [(each[:rows], None if valve is None else valve[:rows]) for each, valve in self._moves]
+        return first
+
     def density(self) -> Tensor:
         """[L, Hkv or Hq] fp32, share of the possible pairs per layer and head; 1 for layers with a window."""
         sparse = self._sparse()

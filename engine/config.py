@@ -79,6 +79,11 @@ class EngineConfig(Checked):
         "auto",
         description="twin of the ops; auto: triton on CUDA, native on CPU where it was built, else the torch reference",
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="record the kernels of a decode step once and start them together from then on, on a CUDA device, "
+        "for strategies whose index keeps nothing on the host; not measured on a GPU yet",
+    )
     max_num_seqs: int = Field(32, ge=1, description="requests that run at once")
     max_queue: int = Field(256, ge=0, description="requests that may wait")
     prefill_chunk: int = Field(1024, ge=1, description="prompt tokens of one step, a multiple of queries_per_row")
@@ -92,6 +97,8 @@ class EngineConfig(Checked):
         for name in ("kv_home_memory", "kv_prefetch"):
             if getattr(self, name) and self.kv_home is None:
                 raise InvalidRequest(name, f"takes kv_home as well, got {int(getattr(self, name))} alone")
+        if self.cuda_graphs and self.kv_home is not None:
+            raise InvalidRequest("cuda_graphs", "false with kv_home, whose pages move between steps, got true")
         for name, unit in (("queries_per_row", "page_size"), ("prefill_chunk", "queries_per_row")):
             if getattr(self, name) % getattr(self, unit):
                 raise InvalidRequest(name, f"a multiple of {unit} ({getattr(self, unit)}), got {getattr(self, name)}")

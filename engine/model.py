@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from keysift.attention import Attend
 
-from . import key_bias, quantized, seam
+from . import graphs, key_bias, quantized, seam
 from .config import EngineConfig
 from .errors import InvalidRequest, ModelNotFound, Unsupported
 from .linear import native_kernel, swap_linears
@@ -81,6 +81,7 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
     """
     ranks = config.tensor_parallel_size
     device = group.local_device(choose_device(config.device), ranks)
+    graphs.check(config, device)
     if config.quantization != "none" and device.type != "cpu":
         raise InvalidRequest("quantization", f"none on {device.type}, where no kernel reads {config.quantization} yet")
     source = locate(config.model, report)

@@ -14,6 +14,7 @@ from keysift.kvcache.ops import BackendUnavailable, use_backend
 
 from .config import Backend
 from .errors import InvalidRequest
+from .graphs import Graphs, Record
 from .model import LoadedModel
 from .sampler import Sampled, SamplerState, sample
 from .scheduler import Batch
@@ -58,8 +59,14 @@ class Runner:
         self._cache = cache
         self._backend = backend
         self._queries_per_row = queries_per_row
+        self.graphs: Graphs | None = None
+        """Replays decode steps where it can."""
         self.spans: Spans = unwatched
         """Hears what the time of every step goes to."""
+
+    def record(self, record: Record[tuple[torch.Tensor, Telemetry]]) -> None:
+        """From now on record decode steps and replay them, where that is possible."""
+        self.graphs = Graphs(self._cache, self.evaluate, record)
 
     def rehearse(self) -> None:
         """One token through one layer's cache and attention. Raises `InvalidRequest` where the backend cannot do it."""
@@ -97,10 +104,17 @@ class Runner:
 
     def compute(self, work: Pass, last: torch.Tensor) -> tuple[torch.Tensor, Telemetry]:
         """As `forward`."""
-        step = self._step(work)
-        telemetry = Telemetry(self._cache.spec, step)
-        attend = bind(work.strategy, self._cache, step, telemetry, self.spans)
+        if self.graphs is not None and (done := self.graphs.take(work, last)) is not None:
+            return done
         tokens = torch.tensor(work.tokens, device=self._cache.device)
+        return self.evaluate(work.strategy, self._step(work), tokens, last)
+
+    def evaluate(
+        self, strategy: Strategy, step: Step, tokens: torch.Tensor, last: torch.Tensor
+    ) -> tuple[torch.Tensor, Telemetry]:
+        """As `forward`, for tokens [T] of a step."""
+        telemetry = Telemetry(self._cache.spec, step)
+        attend = bind(strategy, self._cache, step, telemetry, self.spans)
         with self.spans("linear"), torch.inference_mode(), use_backend(self._backend):
             return self._model.forward(tokens, step.positions, last, attend), telemetry
 

@@ -23,7 +23,7 @@ from .prefix import PageKeys, PrefixCache
 from .recent import Past, Recent
 from .selection import Selection
 from .spec import CacheSpec
-from .step import Phase, Span, Step
+from .step import Phase, Room, Span, Step
 from .tiers import DeviceTier, Frames, Tier, Traffic
 
 __all__ = [
@@ -44,6 +44,7 @@ __all__ = [
     "PoolSize",
     "PrefixCache",
     "Recent",
+    "Room",
     "Selection",
     "Span",
     "Step",

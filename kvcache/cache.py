@@ -10,11 +10,11 @@ from torch import Tensor
 
 from .allocator import FrameAllocator
 from .context import Context
-from .index.protocol import IndexSpec, PageIndex
+from .index.protocol import IndexSpec, PageIndex, Stateless
 from .prefix import PrefixCache
 from .recent import Recent
 from .spec import CacheSpec
-from .step import Phase, Span, Step
+from .step import Phase, Room, Span, Step
 from .tiers import DeviceTier, Tier
 
 
@@ -22,7 +22,8 @@ class PagedCache:
     """Keys and values of many sequences in pages of one tier. Only `recent` allocates anything after construction.
 
     Sequences are small integers below `max_sequences`, chosen by `open`. Page bookkeeping is host integers; the
-    page tables are mirrored on the device, where steps read them.
+    page tables are mirrored on the device, where steps read them. One sequence more is nobody's: its one frame, which
+    only a cache on the device has, takes what the padding of a step writes.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class PagedCache:
         self.device = torch.device(device)
         self.allocator = FrameAllocator(num_frames)
         self.prefix = PrefixCache(self.allocator)
-        self.tier: Tier = tier or DeviceTier(spec, num_frames, self.device)
-        shape = (max_sequences, spec.pages_for(max_len))
+        self.tier: Tier = tier or DeviceTier(spec, num_frames + 1, self.device)
+        shape = (max_sequences + 1, spec.pages_for(max_len))
         self._tables = torch.zeros(shape, dtype=torch.int32, device=self.device)
-        self._frames: dict[int, list[int]] = {}
+        self._tables[max_sequences] = num_frames
+        self._nobody = max_sequences
+        self._frames: dict[int, list[int]] = {max_sequences: [num_frames]}
         self._indexes: dict[IndexSpec, PageIndex] = {}
         self.recent = Recent(spec, self.device)
         self._closed = list(range(max_sequences - 1, -1, -1))
@@ -52,6 +55,11 @@ class PagedCache:
     def free_pages(self) -> int:
         """Pages that could be reserved now, kept prefixes included."""
         return self.allocator.available
+
+    @property
+    def longest(self) -> int:
+        """Pages of the longest sequence that there can be."""
+        return self._tables.shape[1]
 
     def open(self) -> int:
         """A new sequence without pages."""
@@ -133,14 +141,25 @@ class PagedCache:
         step = self._step(Phase.PREFILL, (span,), list(starts), lasts, queries_per_row)
         return replace(step, rows_behind=-(-tokens_behind // queries_per_row))
 
-    def decode(self, spans: Sequence[Span]) -> Step:
-        """The step that runs one token of each sequence."""
-        starts = [span.start for span in spans]
-        return self._step(Phase.DECODE, tuple(spans), starts, starts, 1)
+    def decode(self, spans: Sequence[Span], room: Room | None = None) -> Step:
+        """The step that runs one token of each sequence, padded to `room` if there is any; then rows of nobody follow.
 
-    def _step(self, phase: Phase, spans: tuple[Span, ...], starts: list[int], lasts: list[int], width: int) -> Step:
+        Only a `DeviceTier` of the cache's own making has a frame for what those write.
+        """
+        if room is None:
+            starts = [span.start for span in spans]
+            return self._step(Phase.DECODE, tuple(spans), starts, starts, 1)
+        padded = (*spans, *[Span(self._nobody, 0, 1)] * (room.rows - len(spans)))
+        starts = [span.start for span in padded]
+        step = self._step(Phase.DECODE, padded, starts, starts, 1, room.pages)
+        full = [(self._filled(span) or self._frames[self._nobody])[0] for span in padded]
+        return replace(step, filled=torch.tensor(full, device=self.device))
+
+    def _step(
+        self, phase: Phase, spans: tuple[Span, ...], starts: list[int], lasts: list[int], width: int, pages: int = 0
+    ) -> Step:
         page_size = self.spec.page_size
-        max_pages = max(self.spec.pages_for(span.stop) for span in spans)
+        max_pages = max(pages, *(self.spec.pages_for(span.stop) for span in spans))
         sequences = torch.tensor([span.sequence for span in spans], device=self.device)
         table = self._tables[:, :max_pages].index_select(0, sequences)[:, None]  # [B, 1, F]
         filled = [frame for span in spans for frame in self._filled(span)]
@@ -188,6 +207,11 @@ class PagedCache:
     def retire(self, which: IndexSpec) -> None:
         """Give up an index and all that it knows; whoever asks for it again begins with an empty one."""
         self._indexes.pop(which, None)
+
+    @property
+    def observed(self) -> bool:
+        """Some index takes note of every step, on the host."""
+        return not all(isinstance(index, Stateless) for index in self._indexes.values())
 
     def observe(self, layer: int, q: Tensor, step: Step) -> None:
         """Show the step's queries [T, Hq, D] of one layer, whose keys are written, to all indexes."""

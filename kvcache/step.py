@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -25,6 +26,17 @@ class Span:
     @property
     def stop(self) -> int:
         return self.start + self.length
+
+
+class Room(NamedTuple):
+    """What a decode step is padded to, so that many steps have tensors of one shape."""
+
+    rows: int
+    pages: int
+
+
+PADDED = ("positions", "slots", "starts", "lasts", "last_pages")
+"""Tensors with one number for each row of a decode step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +61,7 @@ class Step:
     last_pages: Tensor
     """[R] int32, page of each row's last query."""
     filled: Tensor
-    """[*] int64, frames that become full in this step."""
+    """[*] int64, frames that become full in this step; of a padded one [R], a frame of nobody's where none does."""
     page_size: int
     queries_per_row: int
     max_pages: int
@@ -62,3 +74,14 @@ class Step:
     @property
     def num_rows(self) -> int:
         return self.starts.shape[0]
+
+    def become(self, other: Step) -> None:
+        """Take over the tensors of another padded step of the same shape, in place; host integers stay."""
+        for name in (*PADDED, "filled"):
+            getattr(self, name).copy_(getattr(other, name))
+        self.table[:, :1].copy_(other.table[:, :1])  # heads share a table
+
+    def head(self, rows: int) -> Step:
+        """The first rows of a decode step, all of it that concerns its first sequences."""
+        tensors = {name: getattr(self, name)[:rows] for name in (*PADDED, "table")}
+        return replace(self, spans=self.spans[:rows], held=self.held[:rows], **tensors)

@@ -22,6 +22,7 @@ class Quest(TokenStrategy):
     for, and the heads of a group share a list.
     """
 
+    replayable = True
     sink: Tokens = 0
     window: Positive = 1
     epsilon: Share = 0.0

@@ -23,6 +23,7 @@ class Retrieval(TokenStrategy):
     many pages are taken as the query's attention needs.
     """
 
+    replayable = True
     index: Literal["flat", "codes", "ivf", "graph", "summary", "bound"] = "codes"
     """What searches: all keys exactly, their codes, clusters, a graph, the pages' mean keys, or their bounds."""
     candidates: Positive = 512

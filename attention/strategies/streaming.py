@@ -19,6 +19,7 @@ class Streaming(Strategy):
     Sinks", arXiv 2309.17453. Positions stay absolute here: the window slides over the true positions.
     """
 
+    replayable = True
     sink: Tokens = 128
     """Tokens at the start that every query reads."""
     window: Positive = 1024

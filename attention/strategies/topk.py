@@ -20,6 +20,7 @@ class TopK(Strategy):
     """
 
     yardstick = True
+    replayable = True
     sink: Tokens = 128
     """Tokens at the start that every token reads."""
     window: Positive = 512

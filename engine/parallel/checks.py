@@ -30,6 +30,8 @@ def _check_options(config: EngineConfig) -> None:
     size = config.tensor_parallel_size
     if config.quantization != "none":
         raise InvalidRequest("quantization", f"none with {FIELD} {size}, got {config.quantization}")
+    if config.cuda_graphs:
+        raise InvalidRequest("cuda_graphs", f"false with {FIELD} {size}, got true")
     if config.kv_home is not None:
         raise InvalidRequest("kv_home", f"none with {FIELD} {size}, got {config.kv_home!r}")
 

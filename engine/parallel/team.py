@@ -14,6 +14,7 @@ from keysift.kvcache import PagedCache
 
 from ..config import EngineConfig
 from ..errors import KeysiftError
+from ..graphs import CudaRecorder
 from ..model import LoadedModel
 from ..runner import Runner, StepResult
 from ..source import locate
@@ -37,7 +38,10 @@ class Team:
         yield
 
     def runner(self, config: EngineConfig, model: LoadedModel, cache: PagedCache) -> Runner:
-        return Runner(model, cache, backend=config.backend, queries_per_row=config.queries_per_row)
+        runner = Runner(model, cache, backend=config.backend, queries_per_row=config.queries_per_row)
+        if config.cuda_graphs:
+            runner.record(CudaRecorder())
+        return runner
 
     def watch(self, hear: Callable[[KeysiftError], None]) -> None:
         """Has `hear` called, on some other thread, should a rank end while nobody asks it for anything."""

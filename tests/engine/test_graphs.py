@@ -1,0 +1,245 @@
+"""Decode steps that are recorded and replayed say what the same steps say that run op by op."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import MistralConfig, PreTrainedConfig, Qwen3Config
+
+from keysift.attention import Strategy
+from keysift.engine import Engine, InvalidRequest, Output, Request, TokenOutput, graphs, model
+from keysift.kvcache import Context, DeviceTier, Selection
+from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
+from tests.models import llama
+from tests.replaying import Recorder
+
+STRATEGIES = [
+    "dense",
+    "streaming window=40 sink=8",
+    "topk top_k=5 sink=8 window=24",
+    "quest budget=32 dense_below=0 dense_layers=1",
+    "quest budget=32 dense_below=0 tail=mean",
+    "retrieval budget=32 sink=8 window=24 dense_below=0",
+    "retrieval budget=32 sink=8 window=24 dense_below=80 certify=true",
+    "retrieval budget=32 sink=8 window=24 dense_below=0 index=flat",
+    "retrieval budget=32 sink=8 window=24 dense_below=0 index=summary tail=mean certify=true",
+    "infllmv2 topk=3 window_size=16 block_size=16 kernel_size=8 kernel_stride=8 dense_len=-1",
+]
+PROMPTS = [50, 131, 64, 9, 83]
+"""One of them ends with a page, so that the first token begins one."""
+
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+HEADS = {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 259, "max_position_embeddings": 512}
+MODELS: dict[str, PreTrainedConfig] = {
+    "llama3 rope": llama(
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    ),
+    "mistral": MistralConfig(**SHAPE, **HEADS, initializer_range=0.2, sliding_window=20),
+    "qwen3": Qwen3Config(
+        **SHAPE, **HEADS, initializer_range=0.2, sliding_window=20, use_sliding_window=True, max_window_layers=1
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: no native modules, whose work no op of torch would show."""
+    monkeypatch.setattr(model, "native_kernel", lambda: None)
+
+
+def start(engine: Engine, *, prompts: list[int] = PROMPTS, count: int = 24) -> list[str]:
+    """One request for each prompt, which end at different times."""
+    for i, length in enumerate(prompts):
+        engine.add(Request(f"r{i}", tokens(length, seed=i), greedy(count - 3 * i, logprobs=2)))
+    return [f"r{i}" for i in range(len(prompts))]
+
+
+def recorded(engine: Engine) -> Recorder:
+    recorder = Recorder()
+    engine.runner.record(recorder)
+    return recorder
+
+
+def arguments(strategy: str) -> dict[str, Any]:
+    name, *options = strategy.split()
+    return {"strategy": name, "strategy_args": tuple(f"{name}.{option}" for option in options)}
+
+
+def assert_same(got: list[Output], expected: list[Output], ids: list[str]) -> None:
+    """What was said, how likely it was, and what was read and kept for it."""
+    for i in ids:
+        assert said(got, i) == said(expected, i)
+        mine, theirs = (finish_of(outputs, i).sparsity for outputs in (got, expected))
+        for name in mine.__dataclass_fields__:
+            assert getattr(mine, name) == pytest.approx(getattr(theirs, name), abs=1e-5), name
+    assert logprobs(got) == pytest.approx(logprobs(expected), abs=1e-4)
+
+
+def logprobs(outputs: list[Output]) -> list[float]:
+    spoken = [output for output in outputs if isinstance(output, TokenOutput)]
+    return [choice.logprob for output in spoken for each in output.logprobs for choice in each]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_replayed_step_is_the_step(make: Make, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
+    """Requests of different lengths come and go, and outgrow the pages of a recording."""
+    monkeypatch.setattr(graphs, "LEAST_PAGES", 8)
+    fields = {"backend": "reference", "page_size": 8, **arguments(strategy)}
+    plain, replaying = make(**fields), make(**fields)
+    recorder = recorded(replaying)
+    ids = start(plain)
+    start(replaying)
+    assert_same(drain(replaying), drain(plain), ids)
+    assert recorder.replayed > 2 * recorder.recorded > 2
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_other_shapes_replay_too(
+    make: Make, write_model: Callable[[PreTrainedConfig], Path], name: str
+) -> None:
+    fields = {"model": str(write_model(MODELS[name])), "backend": "reference", "page_size": 8}
+    plain, replaying = make(**fields), make(**fields)
+    recorder = recorded(replaying)
+    ids = start(plain)
+    start(replaying)
+    assert_same(drain(replaying), drain(plain), ids)
+    assert recorder.replayed
+
+
+def test_padding_touches_no_page_of_anybody(make: Make) -> None:
+    """Three rows of four: after the step each frame but the one of nobody holds what it held in a plain engine."""
+    plain, replaying = make(backend="reference"), make(backend="reference")
+    recorder = recorded(replaying)
+    for engine in (plain, replaying):
+        start(engine, prompts=[20, 40, 47])
+        for _ in range(9):
+            engine.step()
+    assert recorder.replayed
+    for one, other in zip(pages(replaying), pages(plain), strict=True):
+        torch.testing.assert_close(one[:, :-1], other[:, :-1], equal_nan=True)
+
+
+def pages(engine: Engine) -> list[Tensor]:
+    tier = engine.cache.tier
+    assert isinstance(tier, DeviceTier)
+    return [tier.k, tier.v, tier._descriptions._summaries]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counting(Strategy):
+    """Asks the host how long the context is, and says nevertheless that it could be replayed."""
+
+    replayable = True
+
+    def decode(self, q: Tensor, context: Context) -> Selection:
+        return context.zones(sink=0, window=context.step.spans[0].start // 2)
+
+
+def test_a_strategy_that_asks_the_host_is_found_out(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without this the tests above could not fail."""
+    plain, replaying = make(backend="reference", page_size=8), make(backend="reference", page_size=8)
+    for engine in (plain, replaying):
+        engine.default = Counting()
+    recorded(replaying)
+    start(plain, prompts=[50])
+    start(replaying, prompts=[50])
+    assert logprobs(drain(replaying)) != pytest.approx(logprobs(drain(plain)), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["retrieval index=ivf dense_below=0", "nosa dense_below=0", "retrieval index=graph"]
+)
+def test_what_keeps_book_on_the_host_runs_op_by_op(make: Make, strategy: str) -> None:
+    engine = make(backend="reference", **arguments(strategy))
+    recorder = recorded(engine)
+    start(engine, prompts=[50], count=6)
+    drain(engine)
+    assert recorder.recorded == 0 or strategy.endswith("graph")
+
+
+def test_an_index_of_another_request_takes_notes_of_every_step(make: Make) -> None:
+    """While it lives, dense requests run op by op beside it, and are replayed again afterwards."""
+    engine = make(backend="reference")
+    recorder = recorded(engine)
+    engine.add(Request("noted", tokens(40), greedy(4), strategy="retrieval", strategy_args=("retrieval.index=ivf",)))
+    engine.add(Request("dense", tokens(40), greedy(20)))
+    while "noted" in engine._jobs:
+        engine.step()
+    assert recorder.recorded == 0
+    drain(engine)
+    assert recorder.replayed > 0
+
+
+def test_a_watched_step_runs_op_by_op(make: Make) -> None:
+    engine = make(backend="reference")
+    recorder = recorded(engine)
+    start(engine, prompts=[20], count=5)
+    with engine.watched(lambda name, layer=None: nullcontext()):
+        drain(engine)
+    assert recorder.recorded == 0
+
+
+def test_where_nothing_can_be_recorded_steps_run_all_the_same(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    plain, broken = make(backend="reference"), make(backend="reference")
+    calls = []
+
+    def refuse(work: Callable[[], object]) -> Any:
+        calls.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    broken.runner.record(refuse)
+    ids = start(plain)
+    start(broken)
+    with caplog.at_level(logging.WARNING):
+        assert_same(drain(broken), drain(plain), ids)
+    assert len(calls) == 1
+    assert "kernel by kernel" in caplog.text
+    assert "not permitted" in caplog.text
+
+
+def test_the_recordings_that_are_kept_are_few(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST", 2)
+    engine = make(backend="reference")
+    recorder = recorded(engine)
+    ids = start(engine)
+    outputs = drain(engine)
+    assert recorder.recorded > 2
+    assert engine.runner.graphs is not None
+    assert len(engine.runner.graphs._recorded) == 2
+    assert all(finish_of(outputs, i).usage.completion_tokens for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "cuda_graphs: false on cpu"),
+        ({"kv_home": "/tmp"}, "cuda_graphs: false with kv_home"),
+        ({"tensor_parallel_size": 2}, "cuda_graphs: false with tensor_parallel_size 2"),
+    ],
+)
+def test_what_cannot_have_graphs_is_refused(make: Make, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        make(device="cpu", cuda_graphs=True, **fields)
+
+
+@pytest.mark.gpu
+def test_cuda_graphs_say_what_the_kernels_say(make: Make) -> None:
+    plain, replaying = make(dtype="bfloat16"), make(dtype="bfloat16", cuda_graphs=True)
+    ids = start(plain)
+    start(replaying)
+    expected, got = drain(plain), drain(replaying)
+    assert [said(got, i) for i in ids] == [said(expected, i) for i in ids]
+    assert replaying.runner.graphs is not None
+    assert replaying.runner.graphs._recorded
