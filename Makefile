@@ -55,6 +55,7 @@ bench: install
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/quantization.py
 	$(BIN)/python benchmarks/prefill.py
+	$(BIN)/python benchmarks/dense_kernel.py
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/index.py --plot benchmarks/index.svg
 	$(BIN)/python benchmarks/recall.py

@@ -6,6 +6,7 @@ from .registry import DEFAULT, StrategyError, find, known, make, parse
 from .spans import PARTS, Part, Spans, Stretch, unwatched
 from .strategy import Dense, Split, Strategy
 from .telemetry import Coverage, Reads, Telemetry
+from .whole import DenseKernel
 
 __all__ = [
     "DEFAULT",
@@ -13,6 +14,7 @@ __all__ = [
     "Attend",
     "Coverage",
     "Dense",
+    "DenseKernel",
     "Locality",
     "Part",
     "Reads",

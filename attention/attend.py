@@ -15,17 +15,25 @@ from .spans import Spans, unwatched
 from .strategy import Strategy
 from .tail import estimate
 from .telemetry import Telemetry
+from .whole import DenseKernel, suits, whole
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D] -> out [T, Hq, D]: appends k and v to the cache, then attends."""
 
 
 def bind(
-    strategy: Strategy, cache: PagedCache, step: Step, telemetry: Telemetry | None = None, spans: Spans = unwatched
+    strategy: Strategy,
+    cache: PagedCache,
+    step: Step,
+    telemetry: Telemetry | None = None,
+    spans: Spans = unwatched,
+    *,
+    dense_kernel: DenseKernel = "paged",
 ) -> Attend:
     """`Attend` for one step: the strategy chooses, the cache brings, the op computes; `spans` hears which of them does.
 
-    Layers with a sliding window read that window exactly; no strategy is asked about them.
+    Layers with a sliding window read that window exactly; no strategy is asked about them. Where a prompt's chunk reads
+    everything, `dense_kernel` may compute instead of the op.
     """
     spec = cache.spec
     which = strategy.make_index()
@@ -40,11 +48,16 @@ def bind(
         with spans("selection", layer):
             selection = context.zones(sink=0, window=window) if window else choose(q, context)
         with spans("attention", layer):
-            out, lse = read(q, context, selection, window)
+            lse: Tensor | None = None
+            if dense_kernel != "paged" and suits(context, selection, window):
+                out = whole(q, context, dense_kernel)
+            else:
+                out, lse = read(q, context, selection, window)
             if selection.ahead is not None:
                 cache.tier.foresee(layer, selection.ahead, step)
             exact = lse
             if selection.estimated is not None:
+                assert lse is not None, "who reads everything estimates nothing"
                 out, lse = merge(out, lse, *estimate(q, context, selection.estimated))
         if telemetry is not None and not window:
             with spans("other", layer):

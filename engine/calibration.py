@@ -51,6 +51,8 @@ class Setting(Record):
     queries_per_row: int
     backend: str
     """The one that really runs; see `running`."""
+    dense_kernel: str = "paged"
+    """What the strategies were up against."""
 
 
 class Calibration(Record):
@@ -78,6 +80,7 @@ def setting(config: EngineConfig, model: LoadedModel) -> Setting:
         prefill_chunk=config.prefill_chunk,
         queries_per_row=config.queries_per_row,
         backend=running(config.backend, model.device),
+        dense_kernel=config.dense_kernel,
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ByteSize, Field
 
-from keysift.attention import DEFAULT
+from keysift.attention import DEFAULT, DenseKernel
 
 from .checked import Checked
 from .errors import InvalidRequest
@@ -83,6 +83,12 @@ class EngineConfig(Checked):
         False,
         description="record the kernels of a decode step once and start them together from then on, on a CUDA device, "
         "for strategies whose index keeps nothing on the host; not measured on a GPU yet",
+    )
+    dense_kernel: DenseKernel = Field(
+        "paged",
+        description="what computes where a chunk of a prompt reads everything: paged reads pages where they are and is "
+        "faster than sdpa on a CPU; sdpa (torch's) and flash-attn (its package, on CUDA) copy them together first "
+        "and are not measured on a GPU yet; tokens, sparse chunks, layers with a window and kv_home stay with paged",
     )
     max_num_seqs: int = Field(32, ge=1, description="requests that run at once")
     max_queue: int = Field(256, ge=0, description="requests that may wait")

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import torch
 from torch import Tensor
 
-from keysift.attention import Attend, Dense, Strategy, StrategyError, bind, known, make
+from keysift.attention import Attend, Dense, DenseKernel, Strategy, StrategyError, bind, known, make
 from keysift.attention.prompt import PromptStrategy
 from keysift.kvcache import PagedCache, Span, Step
 from keysift.kvcache.ops import use_backend
@@ -23,6 +23,7 @@ from .errors import Unsupported
 from .fit import Chunk, Crossover, fit
 from .memory import cache_spec
 from .model import LoadedModel
+from .runner import check_kernel
 
 LENGTH = {"cpu": 6 * 1024, "cuda": 32 * 1024}
 """Longest prompt measured, in tokens: what a CPU of two cores reads within the minute, and what a GPU does."""
@@ -45,7 +46,8 @@ Times = dict[str, float]
 def measure(config: EngineConfig, model: LoadedModel, progress: Progress) -> Calibration:
     """Prefill real text densely, and time every strategy beside dense where the model asks for attention.
 
-    Raises `Unsupported` where there is nothing to choose in: every layer has a window.
+    Raises `Unsupported` where there is nothing to choose in: every layer has a window; `InvalidRequest` where the dense
+    kernel cannot run.
     """
     tokens = text(config, model)
     chunks = _prefill(config, model, tokens, progress)
@@ -78,6 +80,7 @@ def _prefill(config: EngineConfig, model: LoadedModel, tokens: Tensor, progress:
     """Each chunk's step and its times, summed over the measured layers."""
     spec, length = cache_spec(config, model), len(tokens)
     cache = PagedCache(spec, spec.pages_for(length), max_sequences=1, max_len=length, device=model.device)
+    check_kernel(config.dense_kernel, cache)
     cache.reserve(sequence := cache.open(), length)
     layers, begun = _layers(model), time.monotonic()
     starts = range(0, length, config.prefill_chunk)
@@ -88,7 +91,7 @@ def _prefill(config: EngineConfig, model: LoadedModel, tokens: Tensor, progress:
         progress(number, len(starts))
         stop = min(start + config.prefill_chunk, length)
         step = cache.prefill(Span(sequence, start, stop - start), config.queries_per_row, length - stop)
-        timer = _Timer(cache, step, layers)
+        timer = _Timer(cache, step, layers, config.dense_kernel)
         with torch.inference_mode(), use_backend(config.backend):
             model.forward(tokens[start:stop], step.positions, step.positions[-1:] - start, timer)
         chunks.append((step, timer.totals))
@@ -110,9 +113,11 @@ class _Timer:
     Writing the same keys and values again changes nothing, and costs every strategy the same.
     """
 
-    def __init__(self, cache: PagedCache, step: Step, layers: set[int]) -> None:
+    def __init__(self, cache: PagedCache, step: Step, layers: set[int], kernel: DenseKernel) -> None:
         strategies = {BASE: Dense(), **prompt_strategies()}
-        self._attends = {name: bind(strategy, cache, step) for name, strategy in strategies.items()}
+        self._attends = {
+            name: bind(strategy, cache, step, dense_kernel=kernel) for name, strategy in strategies.items()
+        }
         self._layers = layers
         self.totals: Times = dict.fromkeys(strategies, 0.0)
 

@@ -8,11 +8,12 @@ from itertools import accumulate
 
 import torch
 
-from keysift.attention import Coverage, Dense, Locality, Reads, Spans, Strategy, Telemetry, bind, unwatched
+from keysift.attention import Coverage, Dense, DenseKernel, Locality, Reads, Spans, Strategy, Telemetry, bind, unwatched
+from keysift.attention.whole import obstacle
 from keysift.kvcache import PagedCache, Phase, Span, Step, Traffic
 from keysift.kvcache.ops import BackendUnavailable, use_backend
 
-from .config import Backend
+from .config import EngineConfig
 from .errors import InvalidRequest
 from .graphs import Graphs, Record
 from .model import LoadedModel
@@ -51,14 +52,21 @@ class Pass:
         return cls(batch.phase, batch.strategy, batch.spans, tokens, max(behind, 0))
 
 
+def check_kernel(kernel: DenseKernel, cache: PagedCache) -> None:
+    """Raises `InvalidRequest` where the kernel cannot run on what this cache holds."""
+    if (why := obstacle(kernel, cache.spec, cache.device)) is not None:
+        raise InvalidRequest("dense_kernel", why)
+
+
 class Runner:
     """Binds strategy, cache and step into `attend` and hands it to the model."""
 
-    def __init__(self, model: LoadedModel, cache: PagedCache, *, backend: Backend, queries_per_row: int) -> None:
+    def __init__(self, model: LoadedModel, cache: PagedCache, config: EngineConfig) -> None:
         self._model = model
         self._cache = cache
-        self._backend = backend
-        self._queries_per_row = queries_per_row
+        self._backend = config.backend
+        self._queries_per_row = config.queries_per_row
+        self._dense_kernel = config.dense_kernel
         self.graphs: Graphs | None = None
         """Replays decode steps where it can."""
         self.spans: Spans = unwatched
@@ -69,7 +77,11 @@ class Runner:
         self.graphs = Graphs(self._cache, self.evaluate, record)
 
     def rehearse(self) -> None:
-        """One token through one layer's cache and attention. Raises `InvalidRequest` where the backend cannot do it."""
+        """One token through one layer's cache and attention.
+
+        Raises `InvalidRequest` where the backend cannot do it, or the dense kernel could not do a prompt.
+        """
+        check_kernel(self._dense_kernel, self._cache)
         sequence = self._cache.open()
         self._cache.reserve(sequence, 1)
         attend = bind(Dense(), self._cache, self._cache.decode([Span(sequence, 0, 1)]))
@@ -114,7 +126,7 @@ class Runner:
     ) -> tuple[torch.Tensor, Telemetry]:
         """As `forward`, for tokens [T] of a step."""
         telemetry = Telemetry(self._cache.spec, step)
-        attend = bind(strategy, self._cache, step, telemetry, self.spans)
+        attend = bind(strategy, self._cache, step, telemetry, self.spans, dense_kernel=self._dense_kernel)
         with self.spans("linear"), torch.inference_mode(), use_backend(self._backend):
             return self._model.forward(tokens, step.positions, last, attend), telemetry
 

@@ -33,6 +33,7 @@ CALIBRATED_FOR = {
     "dtype",
     "device",
     "backend",
+    "dense_kernel",
     "prefill_chunk",
     "queries_per_row",
     "max_model_len",

@@ -141,8 +141,9 @@ def _calibration() -> Finding:
 def _told(each: calibration.Calibration) -> str:
     setting = each.setting
     about = f"{each.model} on {setting.device} ({setting.backend}) in {setting.dtype}, pages of {setting.page_size}"
+    about += f", chunks of {setting.prefill_chunk}" + f" by {setting.dense_kernel}" * (setting.dense_kernel != "paged")
     found = "; ".join(f"{name} {crossover.told}" for name, crossover in each.crossovers.items())
-    return f"{about}, chunks of {setting.prefill_chunk}: in tokens, {found}"
+    return f"{about}: in tokens, {found}"
 
 
 def usable(findings: list[Finding]) -> bool:

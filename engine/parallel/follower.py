@@ -70,7 +70,7 @@ def _end_with(leader: int) -> None:
 def _follow(pipe: Connection, config: EngineConfig) -> None:
     model = load(config, _quiet)
     cache = make_cache(config, model, _quiet)
-    runner = Runner(model, cache, backend=config.backend, queries_per_row=config.queries_per_row)
+    runner = Runner(model, cache, config)
     while (order := pipe.recv()) is not None:
         pipe.send(_obey(runner, cache, order))
 

@@ -25,7 +25,7 @@ class LeadingRunner(Runner):
     """Has every other rank run what this one runs. Only this one samples, so that all have the same tokens."""
 
     def __init__(self, team: Leader, model: LoadedModel, cache: RecordedCache, config: EngineConfig) -> None:
-        super().__init__(model, cache, backend=config.backend, queries_per_row=config.queries_per_row)
+        super().__init__(model, cache, config)
         self._team = team
         self._record = cache
 

@@ -38,7 +38,7 @@ class Team:
         yield
 
     def runner(self, config: EngineConfig, model: LoadedModel, cache: PagedCache) -> Runner:
-        runner = Runner(model, cache, backend=config.backend, queries_per_row=config.queries_per_row)
+        runner = Runner(model, cache, config)
         if config.cuda_graphs:
             runner.record(CudaRecorder())
         return runner

@@ -162,6 +162,7 @@ OTHER = {
     "prefill_chunk": 128,
     "queries_per_row": 32,
     "backend": "another",
+    "dense_kernel": "another",
 }
 
 
