@@ -121,11 +121,12 @@ def code_masses(
 ) -> Tensor:
     """The twin of the reference of the same name, which documents it.
 
-    Three launches: the bounds of all pages, the candidates, their codes. Where every page is a candidate, one.
+    Three launches: the bounds of all pages, the candidates, their codes. Where every page is a candidate, one; where
+    there are more pages than a program can rank, torch sorts them, which does not wait for the device either.
     """
     call, max_pages = Call(q, k, frames, positions, scale), frames.shape[2]
     everything, in_rows = candidates >= max_pages, all(part.stride(-1) == 1 for part in codes)
-    if not (call.supported(WIDEST) and in_rows and (everything or max_pages <= MAX_PAGES)):
+    if not (call.supported(WIDEST) and in_rows):
         return NotImplemented  # type: ignore[no-any-return]
     masses = call.empty()
     if masses.numel():
@@ -134,9 +135,20 @@ def code_masses(
                 _scan(call, own, codes, None, masses)
             else:
                 promises = _centres(call, own, codes, slack, masses)
-                width = {"lists": k.shape[1], "width": candidates, "budget": candidates}
-                _scan(call, own, codes, heaviest(promises, None, **width)[0], masses)
+                _scan(call, own, codes, _candidates(promises, k.shape[1], candidates), masses)
     return masses
+
+
+def _candidates(promises: Tensor, lists: int, count: int) -> Tensor:
+    """[R, Hkv, P] int32, the heaviest pages by promises [R, Hq, F], -1 pads the end."""
+    max_pages = promises.shape[2]
+    if max_pages <= MAX_PAGES:
+        return heaviest(promises, None, lists=lists, width=count, budget=count)[0]
+    shares = torch.unflatten(promises.softmax(-1).nan_to_num(0.0), 1, (lists, -1)).sum(2)  # [R, Hkv, F]
+    found = torch.unflatten(promises > -torch.inf, 1, (lists, -1)).any(2)
+    best = shares.masked_fill(~found, -1.0).sort(dim=-1, descending=True, stable=True)
+    pages = best.indices[..., :count].masked_fill(best.values[..., :count] < 0, max_pages).sort(-1).values
+    return pages.masked_fill(pages == max_pages, -1).int()
 
 
 def _centres(call: Call, own: Tensor, codes: Codes, slack: float, masses: Tensor) -> Tensor:

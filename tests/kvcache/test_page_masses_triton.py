@@ -160,6 +160,14 @@ def test_any_number_of_candidates(candidates: int) -> None:
     assert torch.equal(differ, (torch.tensor([6, 3, 0]) - candidates).clamp(min=0)[:, None].expand(3, 4))
 
 
+def test_more_pages_than_a_program_can_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of many, one of few, and one without any full page."""
+    monkeypatch.setattr("keysift.kvcache.ops.page_masses_triton.MAX_PAGES", 4)
+    problem = make_problem(Case((200, 40, 7), heads=(6, 2)), torch.float32)
+    for candidates in (0, 1, 5, 11):
+        assert_same(partial(coded, candidates=candidates), problem)
+
+
 def test_of_equal_pages_the_lower_ones_are_candidates() -> None:
     problem = make_problem(Case((16 * 6 + 1,), heads=(2, 1)), torch.float32)
     same = problem.frames[0, 0, :1].expand(6)
