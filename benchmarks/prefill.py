@@ -49,11 +49,14 @@ class Prompt:
     contexts: list[Context]
 
     @classmethod
-    def make(cls, shape: tuple[int, int, int], tokens: int, chunk: int) -> Prompt:
-        torch.manual_seed(0)
-        q, k, v = structured(tokens, *shape, torch.bfloat16)
+    def make(
+        cls, shape: tuple[int, int, int], tokens: int, chunk: int, *, device: torch.device | str = "cpu", seed: int = 0
+    ) -> Prompt:
+        torch.manual_seed(seed)
+        with torch.device(device):
+            q, k, v = structured(tokens, *shape, torch.bfloat16)
         spec = CacheSpec(num_layers=1, num_kv_heads=shape[1], head_dim=shape[2], dtype=torch.bfloat16)
-        cache = PagedCache(spec, spec.pages_for(tokens), max_sequences=1, max_len=tokens)
+        cache = PagedCache(spec, spec.pages_for(tokens), max_sequences=1, max_len=tokens, device=device)
         sequence, contexts = cache.open(), []
         cache.reserve(sequence, tokens)
         for start in range(0, tokens, chunk):
@@ -84,9 +87,9 @@ class Prompt:
 
     def coverage(self, selections: list[Selection]) -> tuple[float, float]:
         """Least (of a probe of 4 queries and a head) and mean."""
-        kept = []
+        kept, within = [], torch.tensor([5, 21, 37, 53], device=self.q.device)
         for (q, context), selection in zip(self.chunks(), selections, strict=True):
-            picks = torch.arange(context.step.num_rows - 1)[:, None] * ROW + torch.tensor([5, 21, 37, 53])
+            picks = torch.arange(context.step.num_rows - 1, device=q.device)[:, None] * ROW + within
             evidence = take(q, context, picks)
             mask = selection.mask(context.step.max_pages)
             kept.append(evidence.kept(mask.repeat_interleave(q.shape[1] // mask.shape[1], 1)))
