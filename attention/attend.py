@@ -32,18 +32,21 @@ def bind(
 ) -> Attend:
     """`Attend` for one step: the strategy chooses, the cache brings, the op computes; `spans` hears which of them does.
 
+    A layer is attended to where its queries are: what a step tells is copied there, once for each device.
     Layers with a sliding window read that window exactly; no strategy is asked about them. Where a prompt's chunk reads
     everything, `dense_kernel` may compute instead of the op.
     """
     spec = cache.spec
+    on = functools.cache(step.on)
     which = strategy.make_index()
     choose = strategy.prefill if step.phase is Phase.PREFILL else strategy.decode
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        here = on(q.device)
         with spans("index", layer):
-            cache.append(layer, k, v, step)
-            cache.observe(layer, q, step)
-        context = cache.context(layer, step, which)
+            cache.append(layer, k, v, here)
+            cache.observe(layer, q, here)
+        context = cache.context(layer, here, which)
         window = spec.window(layer)
         with spans("selection", layer):
             selection = context.zones(sink=0, window=window) if window else choose(q, context)
@@ -54,7 +57,7 @@ def bind(
             else:
                 out, lse = read(q, context, selection, window)
             if selection.ahead is not None:
-                cache.tier.foresee(layer, selection.ahead, step)
+                cache.tier.foresee(layer, selection.ahead, here)
             exact = lse
             if selection.estimated is not None:
                 assert lse is not None, "who reads everything estimates nothing"

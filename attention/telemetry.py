@@ -105,20 +105,27 @@ class Telemetry:
         `exact` and `lse` [T, Hq], log-sum-exps over the chosen pages and with those that stand in by their means, are
         needed where there are such pages or a bound.
         """
-        self._counts[layer] = None if selection.complete else selection.counts()
+        self._counts[layer] = None if selection.complete else self._home(selection.counts())
         if selection.complete:
             return
         if selection.estimated is not None and exact is not None and lse is not None:
-            self._kept[layer], self._estimated[layer] = self._parts(selection, exact, lse)
+            kept, estimated = self._parts(selection, exact, lse)
+            self._kept[layer], self._estimated[layer] = (self._home(kept), None), self._home(estimated)
         elif selection.coverage is not None:
-            self._kept[layer] = selection.coverage, selection.widened
+            widened = selection.widened
+            self._kept[layer] = self._home(selection.coverage), None if widened is None else self._home(widened)
         if selection.overlap is not None:
-            self._moves.append((selection.overlap, selection.valve))
+            valve = selection.valve
+            self._moves.append((self._home(selection.overlap), None if valve is None else self._home(valve)))
         if selection.bound is not None and lse is not None:
-            self._bounds[layer] = torch.sigmoid(selection.bound - lse)
+            self._bounds[layer] = self._home(torch.sigmoid(selection.bound - lse))
 
-    def _parts(self, selection: Selection, exact: Tensor, lse: Tensor) -> tuple[tuple[Tensor, None], Tensor]:
-        """Shares [R, Hq] of the attention that was read, as `_kept` has it, and that came from means.
+    def _home(self, told: Tensor) -> Tensor:
+        """Where the step is: layers may lie on several devices."""
+        return told.to(self._step.starts.device, non_blocking=True)
+
+    def _parts(self, selection: Selection, exact: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Shares [R, Hq] of the attention that was read, and that came from means.
 
         Where nothing was dropped the two are what the op weighed; else they are to each other as it weighed them, and
         the selection tells the first, if anything does.
@@ -127,11 +134,11 @@ class Telemetry:
         read = torch.exp(exact - lse)
         pages = selection.counts() + (selection.estimated >= 0).sum(-1)  # [R, H]
         group = read.shape[1] // pages.shape[1]
-        whole = (pages > self._step.last_pages[:, None]).repeat_interleave(group, 1)
+        whole = (pages > self._step.last_pages.to(pages.device)[:, None]).repeat_interleave(group, 1)
         told = torch.full_like(read, torch.nan) if selection.coverage is None else selection.coverage
         kept = torch.where(whole, read, told)
         estimated = torch.minimum(kept * (torch.exp(lse - exact) - 1), 1 - kept)
-        return (kept, None), estimated.nan_to_num(0.0).clamp(min=0.0)
+        return kept, estimated.nan_to_num(0.0).clamp(min=0.0)
 
     def head(self, rows: int) -> Telemetry:
         """Of a decode step's first rows alone."""

@@ -109,6 +109,7 @@ def random_model(settings: Settings) -> LoadedModel:
         eos_token_ids=frozenset(),
         scale=calls[0].scale,
         windows=tuple(call.window for call in calls),
+        devices=tuple(call.device for call in calls),
         fingerprint="random",
     )
 

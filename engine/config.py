@@ -68,6 +68,11 @@ class EngineConfig(Checked):
         "a little",
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1")
+    device_map: Literal["none", "auto"] = Field(
+        "none",
+        description="auto: a model that is too large for one GPU, its layers and their KV pages spread over all CUDA "
+        "devices, which take turns; tensor_parallel_size has them work at once; not run on GPUs yet",
+    )
     tensor_parallel_size: int = Field(
         1,
         ge=1,
@@ -105,6 +110,17 @@ class EngineConfig(Checked):
                 raise InvalidRequest(name, f"takes kv_home as well, got {int(getattr(self, name))} alone")
         if self.cuda_graphs and self.kv_home is not None:
             raise InvalidRequest("cuda_graphs", "false with kv_home, whose pages move between steps, got true")
+        if self.device_map != "none":
+            self._check_spread()
         for name, unit in (("queries_per_row", "page_size"), ("prefill_chunk", "queries_per_row")):
             if getattr(self, name) % getattr(self, unit):
                 raise InvalidRequest(name, f"a multiple of {unit} ({getattr(self, unit)}), got {getattr(self, name)}")
+
+    def _check_spread(self) -> None:
+        """What layers on several devices cannot have yet."""
+        if self.cuda_graphs:
+            raise InvalidRequest("cuda_graphs", "false with device_map auto, got true")
+        if self.kv_home is not None:
+            raise InvalidRequest("kv_home", f"none with device_map auto, got {self.kv_home!r}")
+        if self.tensor_parallel_size > 1:
+            raise InvalidRequest("tensor_parallel_size", f"1 with device_map auto, got {self.tensor_parallel_size}")

@@ -23,6 +23,7 @@ from .errors import Unsupported
 from .fit import Chunk, Crossover, fit
 from .memory import cache_spec
 from .model import LoadedModel
+from .placement import tier_of
 from .runner import check_kernel
 
 LENGTH = {"cpu": 6 * 1024, "cuda": 32 * 1024}
@@ -79,7 +80,9 @@ def text(config: EngineConfig, model: LoadedModel) -> Tensor:
 def _prefill(config: EngineConfig, model: LoadedModel, tokens: Tensor, progress: Progress) -> list[tuple[Step, Times]]:
     """Each chunk's step and its times, summed over the measured layers."""
     spec, length = cache_spec(config, model), len(tokens)
-    cache = PagedCache(spec, spec.pages_for(length), max_sequences=1, max_len=length, device=model.device)
+    frames = spec.pages_for(length)
+    tier = tier_of(spec, frames, model.devices)
+    cache = PagedCache(spec, frames, max_sequences=1, max_len=length, device=model.device, tier=tier)
     check_kernel(config.dense_kernel, cache)
     cache.reserve(sequence := cache.open(), length)
     layers, begun = _layers(model), time.monotonic()

@@ -187,7 +187,7 @@ class Engine:
         try:
             strategy.check(self.cache.spec)
             if which is not None:
-                which.make(self.cache.spec)
+                self.cache.new_index(which)
         except ValueError as error:
             raise Unsupported(f"strategy {strategy.name}: {error}") from None
 

@@ -15,6 +15,7 @@ from .errors import InvalidRequest
 from .model import LoadedModel
 from .offload import lay_out, make_tier
 from .parallel import group
+from .placement import parts, tier_of
 
 CGROUP = Path("/sys/fs/cgroup")
 SHARE = 0.4
@@ -68,11 +69,15 @@ def _room(
     wanted = spec.pages_for(model.max_model_len) * config.max_num_seqs
     size = config.tensor_parallel_size
     sharing = size if model.device.type == "cpu" else 1
-    budget = int(SHARE * free / sharing) if config.kv_memory is None else int(config.kv_memory)
-    frames = group.least(min(budget // spec.page_bytes, wanted), size)
+    if config.kv_memory is None:
+        fitting = [int(SHARE * free_memory(d) / sharing) // page for d, page in parts(spec, model.devices).items()]
+    else:
+        fitting = [int(config.kv_memory) // spec.page_bytes]
+    frames = group.least(min(*fitting, wanted), size)
     if frames < 1:
-        raise InvalidRequest("kv_memory", f"at least one page = {spec.page_bytes} bytes, got {budget}")
-    return frames, None
+        given = int(SHARE * free / sharing) if config.kv_memory is None else int(config.kv_memory)
+        raise InvalidRequest("kv_memory", f"at least one page = {spec.page_bytes} bytes, got {given}")
+    return frames, tier_of(spec, frames, model.devices)
 
 
 def free_memory(device: torch.device) -> float:

@@ -15,12 +15,12 @@ from transformers.utils import logging
 
 from keysift.attention import Attend
 
-from . import graphs, key_bias, quantized, seam
+from . import key_bias, placement, quantized, seam
 from .config import EngineConfig
 from .errors import InvalidRequest, ModelNotFound, Unsupported
 from .linear import native_kernel, swap_linears
 from .parallel import group
-from .parallel.shards import check_split, own, placed
+from .parallel.shards import check_split, own
 from .rope import stretch
 from .seam import AttentionCall
 from .source import Source, locate
@@ -50,6 +50,8 @@ class LoadedModel:
     """What query-key products are multiplied with before the softmax."""
     windows: tuple[int, ...]
     """Per layer: a query reads itself and the window - 1 tokens before it; 0: everything before it."""
+    devices: tuple[torch.device, ...]
+    """Per layer: where it attends."""
     fingerprint: str
     """Equal for equal weights in the same precision; part of every prefix-cache key."""
     bias_channels: int = 0
@@ -62,14 +64,14 @@ class LoadedModel:
 
         `attend` is called once for every layer and knows which token belongs to which sequence.
         """
-        with torch.inference_mode():
+        with torch.inference_mode(), placement.keeping(self.module, self.devices, last) as kept:
             output = self.module(
                 input_ids=input_ids[None],
                 position_ids=positions[None],
                 use_cache=False,
                 past_key_values=None,
-                logits_to_keep=last,
                 attend=attend,
+                **kept,
             )
         return output.logits[0].float()  # type: ignore[no-any-return]  # [B, V]
 
@@ -81,9 +83,7 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
     """
     ranks = config.tensor_parallel_size
     device = group.local_device(choose_device(config.device), ranks)
-    graphs.check(config, device)
-    if config.quantization != "none" and device.type != "cpu":
-        raise InvalidRequest("quantization", f"none on {device.type}, where no kernel reads {config.quantization} yet")
+    placement.check(config, device)
     source = locate(config.model, report)
     report(f"loading {source.name}")
     module, unexpected = _load_module(source, config, device)
@@ -92,6 +92,7 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
     max_model_len = _max_model_len(config.max_model_len, text)
     _check_rotary(module, max_model_len)
     bias_channels = _attach_bias(module, source, unexpected, calls)
+    placement.check_placed(module, biased=bias_channels > 0)
     check_split(calls[0], text, ranks, biased=bias_channels > 0)
     fingerprint = f"{_fingerprint(module)}-{config.quantization}".removesuffix("-none")
     if ranks == 1:  # layers that several processes share stay transformers' own
@@ -113,6 +114,7 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
         eos_token_ids=_eos_token_ids(module),
         scale=calls[0].scale,
         windows=tuple(call.window for call in calls),
+        devices=tuple(call.device for call in calls),
         fingerprint=fingerprint,
         bias_channels=bias_channels,
         ranks=ranks,
@@ -155,7 +157,7 @@ def _load_module(source: Source, config: EngineConfig, device: torch.device) -> 
                 config=_stretched(source, config),
                 gguf_file=source.gguf_file,
                 dtype=choose_dtype(config.dtype, device),
-                **placed(config.tensor_parallel_size, device),
+                **placement.placed(config, device),
                 attn_implementation=seam.NAME,
                 use_safetensors=None if source.gguf_file else True,
                 trust_remote_code=config.trust_remote_code,

@@ -86,7 +86,7 @@ class Runner:
         self._cache.reserve(sequence, 1)
         attend = bind(Dense(), self._cache, self._cache.decode([Span(sequence, 0, 1)]))
         spec, heads = self._cache.spec, self._model.num_query_heads
-        q = torch.zeros(1, heads, spec.head_dim, dtype=spec.dtype, device=self._cache.device)
+        q = torch.zeros(1, heads, spec.head_dim, dtype=spec.dtype, device=self._model.devices[0])
         k = q[:, : spec.num_kv_heads]
         try:
             with torch.inference_mode(), use_backend(self._backend):

@@ -31,6 +31,7 @@ class AttentionCall:
     scale: float
     window: int
     """A query reads itself and the `window` - 1 tokens before it; 0: everything before it."""
+    device: torch.device
 
 
 Observe = Callable[[AttentionCall], None]
@@ -88,7 +89,9 @@ def probe(model: nn.Module, device: torch.device) -> list[AttentionCall]:
     """
     calls: list[AttentionCall] = []
     positions = torch.arange(2, device=device)  # [T]
-    options = {"use_cache": False, "logits_to_keep": positions[-1:], "attend": _zeros, "observe": calls.append}
+    spread = len({parameter.device for parameter in model.parameters()}) > 1  # an index would be on the wrong one
+    kept = 1 if spread else positions[-1:]
+    options = {"use_cache": False, "logits_to_keep": kept, "attend": _zeros, "observe": calls.append}
     try:
         with torch.inference_mode():
             output = model(input_ids=positions[None], position_ids=positions[None], past_key_values=None, **options)
@@ -145,6 +148,7 @@ def _call(
         head_dim=head_dim,
         scale=_scale(query, scaling),
         window=sliding_window or 0,
+        device=query.device,
     )
 
 

@@ -23,6 +23,7 @@ from .prefix import PageKeys, PrefixCache
 from .recent import Past, Recent
 from .selection import Selection
 from .spec import CacheSpec
+from .spread import SpreadTier
 from .step import Phase, Room, Span, Step
 from .tiers import DeviceTier, Frames, Tier, Traffic
 
@@ -47,6 +48,7 @@ __all__ = [
     "Room",
     "Selection",
     "Span",
+    "SpreadTier",
     "Step",
     "Tier",
     "Traffic",

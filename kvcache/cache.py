@@ -45,10 +45,10 @@ class PagedCache:
         shape = (max_sequences + 1, spec.pages_for(max_len))
         self._tables = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._tables[max_sequences] = num_frames
-        self._nobody = max_sequences
-        self._frames: dict[int, list[int]] = {max_sequences: [num_frames]}
+        self._nobody, self._spare = max_sequences, [num_frames]
+        self._frames: dict[int, list[int]] = {}
         self._indexes: dict[IndexSpec, PageIndex] = {}
-        self.recent = Recent(spec, self.device)
+        self.recent = Recent(spec)
         self._closed = list(range(max_sequences - 1, -1, -1))
 
     @property
@@ -152,7 +152,7 @@ class PagedCache:
         padded = (*spans, *[Span(self._nobody, 0, 1)] * (room.rows - len(spans)))
         starts = [span.start for span in padded]
         step = self._step(Phase.DECODE, padded, starts, starts, 1, room.pages)
-        full = [(self._filled(span) or self._frames[self._nobody])[0] for span in padded]
+        full = [(self._filled(span) or self._spare)[0] for span in padded]
         return replace(step, filled=torch.tensor(full, device=self.device))
 
     def _step(
@@ -179,16 +179,20 @@ class PagedCache:
             page_size=page_size,
             queries_per_row=width,
             max_pages=max_pages,
-            held=tuple(self._frames[span.sequence] for span in spans),
+            held=tuple(self._held(span) for span in spans),
         )
 
+    def _held(self, span: Span) -> list[int]:
+        """Frames of the span's sequence, page by page."""
+        return self._spare if span.sequence == self._nobody else self._frames[span.sequence]
+
     def _slots(self, span: Span) -> list[int]:
-        held, size = self._frames[span.sequence], self.spec.page_size
+        held, size = self._held(span), self.spec.page_size
         return [held[position // size] * size + position % size for position in range(span.start, span.stop)]
 
     def _filled(self, span: Span) -> list[int]:
         size = self.spec.page_size
-        return self._frames[span.sequence][span.start // size : span.stop // size]
+        return self._held(span)[span.start // size : span.stop // size]
 
     def append(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         """Write the step's keys and values [T, Hkv, D] of one layer."""
@@ -201,8 +205,14 @@ class PagedCache:
             ValueError: it does not fit the cache.
         """
         if which not in self._indexes:
-            self._indexes[which] = which.make(self.spec)
+            self._indexes[which] = self.new_index(which)
         return self._indexes[which]
+
+    def new_index(self, which: IndexSpec) -> PageIndex:
+        """An empty index for this cache, which knows nothing of it. Raises `ValueError` where it does not fit."""
+        if which.host and self.device.type != "cpu":
+            raise ValueError(f"index: {type(which).__name__.lower()} lives on the host, pages are on {self.device}")
+        return which.make(self.spec)
 
     def retire(self, which: IndexSpec) -> None:
         """Give up an index and all that it knows; whoever asks for it again begins with an empty one."""

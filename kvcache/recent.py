@@ -54,9 +54,8 @@ class Recent:
     the greatest number of sequences: a quarter of a percent of pages of 16 tokens with 64 channels in bf16.
     """
 
-    def __init__(self, spec: CacheSpec, device: torch.device) -> None:
+    def __init__(self, spec: CacheSpec) -> None:
         self._heads = spec.num_kv_heads
-        self._device = device
         self._layers: dict[int, _Layer] = {}
         self._left: set[int] = set()
         self._last: tuple[Step, Sequence[int], Tensor] | None = None
@@ -113,7 +112,7 @@ class Recent:
         if self._last is None or self._last[0] is not step or self._last[1] != rows:
             spans = [step.spans[row] for row in rows]
             numbers = [(_place(span, 1), span.start, _place(span, 0), span.stop) for span in spans]
-            self._last = step, rows, torch.tensor(numbers).T.contiguous().to(self._device, non_blocking=True)
+            self._last = step, rows, torch.tensor(numbers).T.contiguous().to(step.starts.device, non_blocking=True)
         return self._last[2]
 
     def _room(self, layer: int, step: Step) -> _Layer:
@@ -123,16 +122,17 @@ class Recent:
         places, pages = (0, 0) if held is None else (held.read.shape[0], held.read.shape[2])
         wanted = 2 + 2 * max(span.sequence for span in step.spans)
         if held is None or wanted > places or step.max_pages > pages:
-            held = self._grown(held, max(places, wanted), max(pages, -(-step.max_pages // GRAIN) * GRAIN))
+            pages = max(pages, -(-step.max_pages // GRAIN) * GRAIN)
+            held = self._grown(held, max(places, wanted), pages, step.starts.device)
             self._layers[layer] = held
         return held
 
-    def _grown(self, old: _Layer | None, places: int, pages: int) -> _Layer:
+    def _grown(self, old: _Layer | None, places: int, pages: int, device: torch.device) -> _Layer:
         with torch.inference_mode(False):  # else nobody outside of it could write to them
             new = _Layer(
-                torch.full((places,), NEVER, device=self._device),
-                torch.zeros(places, self._heads, pages, dtype=torch.bool, device=self._device),
-                torch.zeros(places, self._heads, pages, device=self._device),
+                torch.full((places,), NEVER, device=device),
+                torch.zeros(places, self._heads, pages, dtype=torch.bool, device=device),
+                torch.zeros(places, self._heads, pages, device=device),
                 {} if old is None else old.written,
             )
             if old is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -74,6 +75,15 @@ class Step:
     @property
     def num_rows(self) -> int:
         return self.starts.shape[0]
+
+    def on(self, device: torch.device) -> Step:
+        """The same with its tensors on this device, itself if they are there; copies are made without waiting."""
+        if self.positions.device == device:
+            return self
+        names = (*PADDED, "filled")
+        tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        table = self.table[:, :1].to(device, non_blocking=True).expand(self.table.shape)  # heads share one
+        return replace(self, table=table, **tensors)
 
     def become(self, other: Step) -> None:
         """Take over the tensors of another padded step of the same shape, in place; host integers stay."""

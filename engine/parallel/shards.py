@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config import EngineConfig
 from ..errors import InvalidRequest, Unsupported
 from ..seam import AttentionCall
 
 
-def placed(ranks: int, device: torch.device) -> dict[str, Any]:
+def placed(config: EngineConfig, device: torch.device) -> dict[str, Any]:
     """What tells transformers where the weights go: all of them to the device, or this rank's part to its own."""
+    ranks = config.tensor_parallel_size
     if ranks == 1:
         return {"device_map": None if device.type == "cpu" else {"": device}}
     try:

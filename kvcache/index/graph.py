@@ -29,6 +29,7 @@ class Graph:
     """One graph for each KV head of each layer, walked best first; what it does not cover yet is scanned."""
 
     scans: ClassVar[bool] = True
+    host: ClassVar[bool] = True
 
     degree: int = 32
     """Links of a key, besides those to the tokens before and behind it."""

@@ -32,6 +32,7 @@ class Ivf:
     """Scans the `nprobe` nearest lists of each query head, and all keys that no list covers yet."""
 
     scans: ClassVar[bool] = True
+    host: ClassVar[bool] = False
 
     segment: int = 2048
     """Tokens that are clustered together, counted from the start of a sequence, so that a shared prefix shares them."""

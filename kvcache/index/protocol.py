@@ -37,6 +37,8 @@ class IndexSpec(Hashable, Protocol):
 
     scans: ClassVar[bool]
     """It reads all keys of a layer, or any of them, rather than what lies beside them."""
+    host: ClassVar[bool]
+    """Its entries are on the host, and so must the pages be."""
 
     def make(self, spec: CacheSpec) -> PageIndex:
         """An empty index for a cache of this shape. Raises `ValueError` where it does not fit."""
@@ -48,6 +50,7 @@ class Stateless:
     __slots__ = ()
     tells_shares: ClassVar[bool] = True
     scans: ClassVar[bool] = False
+    host: ClassVar[bool] = False
 
     def observe(self, q: Tensor, context: Context) -> None:
         pass

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from keysift.engine import InvalidRequest
+from keysift.engine import EngineConfig, InvalidRequest
 from keysift.engine.errors import Unsupported
 from keysift.engine.parallel.shards import check_split, own, placed
 from keysift.engine.seam import AttentionCall
@@ -17,7 +17,7 @@ TEXT = SimpleNamespace(model_type="llama", num_attention_heads=4, num_key_value_
 
 
 def call(query_heads: int, kv_heads: int) -> AttentionCall:
-    return AttentionCall(0, query_heads, kv_heads, head_dim=8, scale=1.0, window=0)
+    return AttentionCall(0, query_heads, kv_heads, head_dim=8, scale=1.0, window=0, device=torch.device("cpu"))
 
 
 def test_an_even_share_of_the_heads_is_taken() -> None:
@@ -39,8 +39,8 @@ def test_a_bias_that_mixes_all_heads_is_refused() -> None:
 def test_a_transformers_that_cannot_share_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers.distributed", None)
     with pytest.raises(InvalidRequest, match="tensor_parallel_size: 1 with this transformers, got 2"):
-        placed(2, torch.device("cpu"))
-    assert placed(1, torch.device("cpu")) == {"device_map": None}
+        placed(EngineConfig(tensor_parallel_size=2), torch.device("cpu"))
+    assert placed(EngineConfig(), torch.device("cpu")) == {"device_map": None}
 
 
 def test_a_tensor_of_one_process_is_its_own() -> None:

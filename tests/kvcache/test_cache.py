@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keysift.kvcache import CacheSpec, OutOfFrames, PagedCache, Phase, Span
+from keysift.kvcache.index import CodeIndex, Graph
 
 SPEC = CacheSpec(num_layers=2, num_kv_heads=2, head_dim=8, page_size=4)
 
@@ -22,6 +23,14 @@ def test_page_bytes_counts_keys_values_summaries_and_codes() -> None:
     assert SPEC.pages_for(0) == 0
     assert SPEC.pages_for(4) == 1
     assert SPEC.pages_for(5) == 2
+
+
+def test_an_index_of_the_host_wants_pages_there() -> None:
+    elsewhere = PagedCache(SPEC, 4, max_sequences=1, max_len=16, device="meta")
+    with pytest.raises(ValueError, match="index: graph lives on the host, pages are on meta"):
+        elsewhere.index(Graph())
+    assert elsewhere.index(CodeIndex()) is elsewhere.index(CodeIndex())
+    assert make().new_index(Graph()) is not None
 
 
 def test_reserve_is_all_or_nothing() -> None:

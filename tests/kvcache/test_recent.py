@@ -148,6 +148,6 @@ def test_turns_take_one_token_of_each_sequence() -> None:
 def test_prompts_leave_nothing() -> None:
     cache = cache_of()
     step = cache.prefill(Span(opened(cache, 100), 0, 64), 8)
-    recent = Recent(cache.spec, cache.device)
+    recent = Recent(cache.spec)
     with pytest.raises(AssertionError, match="prompts"):
         recent.previous(0, step, [0])

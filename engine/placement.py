@@ -1,0 +1,78 @@
+"""Where a model's weights go: one device, several, or a rank's part of each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keysift.kvcache import CacheSpec, SpreadTier, Tier
+
+from . import graphs
+from .config import EngineConfig
+from .errors import InvalidRequest, Unsupported
+from .parallel import shards
+
+
+def check(config: EngineConfig, device: torch.device) -> None:
+    """Raises `InvalidRequest` naming what this kind of device does not have."""
+    graphs.check(config, device)
+    if config.quantization != "none" and device.type != "cpu":
+        raise InvalidRequest("quantization", f"none on {device.type}, where no kernel reads {config.quantization} yet")
+    if config.device_map != "none" and (device.type != "cuda" or device.index is not None):
+        raise InvalidRequest("device_map", f"none on {device}, as layers are spread over all CUDA devices, got auto")
+
+
+def placed(config: EngineConfig, device: torch.device) -> dict[str, Any]:
+    """What tells transformers where the weights go.
+
+    As evenly as they come: "balanced" leaves every device room for the pages of its layers, where transformers' "auto"
+    may be changed to fill the first ones.
+    """
+    return {"device_map": "balanced"} if config.device_map == "auto" else shards.placed(config, device)
+
+
+def check_placed(module: nn.Module, *, biased: bool) -> None:
+    """Raises `Unsupported` for a spread model that nothing here can run."""
+    where = {str(device) for device in getattr(module, "hf_device_map", {}).values()}
+    if where & {"cpu", "disk"}:
+        raise Unsupported("device_map: the weights do not fit on the CUDA devices together")
+    if biased and len(where) > 1:
+        raise Unsupported("device_map: a checkpoint with a bias of its keys takes one device")
+
+
+@contextmanager
+def keeping(module: nn.Module, devices: Sequence[torch.device], last: Tensor) -> Iterator[dict[str, Any]]:
+    """What has the model give logits of the tokens at indices last [B] alone.
+
+    Layers on several devices end on one that a model's argument does not get to, so that tokens are picked there.
+    """
+    if len(set(devices)) == 1:
+        yield {"logits_to_keep": last}
+        return
+    head: nn.Module = module.get_output_embeddings()  # type: ignore[operator]
+    hook = head.register_forward_pre_hook(lambda _, given: (given[0][:, last.to(given[0].device)], *given[1:]))
+    try:
+        yield {}
+    finally:
+        hook.remove()
+
+
+def tier_of(spec: CacheSpec, num_frames: int, devices: Sequence[torch.device]) -> Tier | None:
+    """Where pages of layers on several devices live; None: there is one, and a cache makes its own.
+
+    With one frame more than there are, as a cache's own, for what padding writes.
+    """
+    return SpreadTier(spec, num_frames + 1, devices) if len(set(devices)) > 1 else None
+
+
+def parts(spec: CacheSpec, devices: Sequence[torch.device]) -> dict[torch.device, int]:
+    """Bytes of a page on each device."""
+    return {
+        device: replace(spec, num_layers=count, windows=()).page_bytes for device, count in Counter(devices).items()
+    }
