@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 
 import psutil
 
@@ -18,18 +19,28 @@ class Watch:
     """Started before a run; asked after it."""
 
     def __init__(self) -> None:
-        self._busy, self._own, self._wall = _busy(), time.process_time(), time.perf_counter()
+        self._busy, self._own, self._wall = _busy(), _own(), time.perf_counter()
 
     def others(self) -> float:
         """Share of the machine's cores that other processes have had since the start."""
         cores = (time.perf_counter() - self._wall) * (psutil.cpu_count() or 1)
-        return max(0.0, (_busy() - self._busy - (time.process_time() - self._own)) / cores)
+        return max(0.0, (_busy() - self._busy - (_own() - self._own)) / cores)
 
 
 def _busy() -> float:
     """CPU seconds that all processes of the machine have used."""
     spent = psutil.cpu_times()
     return float(spent.user + spent.nice + spent.system)
+
+
+def _own() -> float:
+    """Those of this process and of the ranks of its team, which are its children."""
+    spent = time.process_time()
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended meanwhile
+            times = child.cpu_times()
+            spent += float(times.user + times.system)
+    return spent
 
 
 def cpu_share(run: Run) -> float:

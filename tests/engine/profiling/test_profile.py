@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,12 @@ import torch
 from keysift.attention import PARTS
 from keysift.engine import Engine, EngineConfig, InvalidRequest, Output, Unsupported
 from keysift.engine.environment import commit
-from keysift.engine.profiling import measure
+from keysift.engine.profiling import measure, quiet
 from keysift.engine.profiling.drive import Run, Stepped
 from keysift.engine.profiling.peak import PeakMemory
 from keysift.engine.profiling.profiler import Profiler, make_engine
 from keysift.engine.profiling.prompts import Prompts, read
-from keysift.engine.profiling.quiet import cpu_share, disturbed
+from keysift.engine.profiling.quiet import Watch, cpu_share, disturbed
 from keysift.engine.profiling.settings import Profile
 from keysift.engine.spread import p99
 
@@ -205,6 +207,19 @@ def test_who_shares_the_cores_disturbs() -> None:
     assert disturbed(0.99, 0.06, on_cpu=True)
     assert not disturbed(0.96, 0.04, on_cpu=True)
     assert not disturbed(0.1, 0.04, on_cpu=False)
+
+
+BURN = "import sys, time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\nsys.stdin.read()"
+
+
+def test_a_rank_of_the_team_is_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the machine computed meanwhile, by what this process is told, was computed by its child."""
+    monkeypatch.setattr(quiet, "_busy", iter([0.0, 0.5]).__next__)
+    watch = Watch()
+    with subprocess.Popen([sys.executable, "-c", BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert watch.others() == 0.0
 
 
 def test_prompts_have_exact_lengths_and_begin_at_other_places(open_profiler: Open, tmp_path: Path) -> None:
