@@ -42,7 +42,8 @@ def make_cache(
     report: Callable[[str], None],
     cache_type: type[PagedCache] = PagedCache,
 ) -> PagedCache:
-    """A cache of at most ``kv_memory`` bytes, and no larger than all running requests could fill.
+    """A cache of at most ``kv_memory`` bytes, and no larger than all running requests could fill; and one page more,
+    which belongs to nobody.
 
     The ranks of a team all have as many pages as the one that has the least room. With ``kv_home`` these are the bytes
     of what is at hand, and `report` hears how they are spent.
