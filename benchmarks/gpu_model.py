@@ -68,7 +68,7 @@ def rows(settings: Settings) -> Iterator[Row]:
             continue
         runner = Runner(model, cache, config)
         if graphs:
-            runner.record(CudaRecorder())
+            runner.record(CudaRecorder(settings.device))
         what = {"what": f"{name}, CUDA graphs" * graphs or name, "context": settings.long}
         yield attempt(what, partial(_row, settings, config, runner, model, cache, name))
         del runner

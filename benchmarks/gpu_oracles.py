@@ -99,16 +99,20 @@ def empty_codes(k: Tensor) -> Codes:
 
 
 def attention(
-    q: Tensor, pages: Pages, sequences: Sequence[int], chosen: Tensor, starts: Tensor, width: int
+    q: Tensor, pages: Pages, sequences: Sequence[int], chosen: Tensor, starts: Tensor, width: int, window: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Output [T, Hq, D] and log-sum-exp [T, Hq] of rows of `width` queries, each row of one of the sequences."""
+    """Output [T, Hq, D] and log-sum-exp [T, Hq] of rows of `width` queries, each row of one of the sequences.
+
+    With a window a query sees so many tokens, itself included.
+    """
     outs, lses = [], []
     for row, sequence in enumerate(sequences):
         here = q[row * width : (row + 1) * width].double()
         where = int(starts[row]) + torch.arange(len(here), device=q.device)
         mask = Selection(chosen[row : row + 1]).mask(pages.frames.shape[2])[0]  # [H, F]
         scores = _scores(here, pages.keys[sequence]) * pages.scale  # [M, Hkv, G, J]
-        hidden = torch.arange(scores.shape[3], device=q.device) > where[:, None]
+        ages = where[:, None] - torch.arange(scores.shape[3], device=q.device)
+        hidden = (ages < 0) | (ages >= (window or ages.shape[1]))
         lists = mask.repeat_interleave(here.shape[1] // len(mask), 0).repeat_interleave(SIZE, 1)  # [Hq, J]
         seen = torch.unflatten(lists, 0, scores.shape[1:3])[None] & ~hidden[:, None, None]
         scores = scores.masked_fill(~seen, -torch.inf)

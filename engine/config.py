@@ -87,7 +87,7 @@ class EngineConfig(Checked):
     cuda_graphs: bool = Field(
         False,
         description="record the kernels of a decode step once and start them together from then on, on a CUDA device, "
-        "for strategies whose index keeps nothing on the host; not measured on a GPU yet",
+        "where the host has no say in what a token reads; takes memory for each kind of step; not run on a GPU yet",
     )
     dense_kernel: DenseKernel = Field(
         "paged",

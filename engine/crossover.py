@@ -81,7 +81,7 @@ def _prefill(config: EngineConfig, model: LoadedModel, tokens: Tensor, progress:
     """Each chunk's step and its times, summed over the measured layers."""
     spec, length = cache_spec(config, model), len(tokens)
     frames = spec.pages_for(length)
-    tier = tier_of(spec, frames, model.devices)
+    tier = tier_of(spec, frames, model)
     cache = PagedCache(spec, frames, max_sequences=1, max_len=length, device=model.device, tier=tier)
     check_kernel(config.dense_kernel, cache)
     cache.reserve(sequence := cache.open(), length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,21 +125,36 @@ def _power_of_two(number: int) -> int:
 
 
 class CudaRecorder:
-    """Records work as CUDA graphs, which share one pool of memory: no two of them run at once."""
+    """Records work as CUDA graphs of one device, which share one pool of memory: no two of them run at once.
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    A recording that fails may leave memory of its pool with the allocator until the process ends.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # libraries keep room for each
 
     def __call__(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """Runs it once outside of the graph as well: kernels are compiled and libraries make their room there."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            work()
-        torch.cuda.current_stream().wait_stream(side)
+        """Runs it once outside of the graph as well: kernels are compiled and libraries make their room there.
+
+        Raises `RuntimeError` where the work cannot be recorded, or ran elsewhere than on the stream that is recorded.
+        """
+        with torch.cuda.device(self._device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                work()
+            current.wait_stream(self._stream)
+            return self._capture(work)
+
+    def _capture(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            result = work()
+        with torch.cuda.stream(torch.cuda.current_stream()), warnings.catch_warnings():  # a failure leaves its stream
+            warnings.filterwarnings("error", message=".*graph is empty.*")
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = work()
         return result, graph.replay
 
 

@@ -78,7 +78,7 @@ def _room(
     if frames < 1:
         given = int(SHARE * free / sharing) if config.kv_memory is None else int(config.kv_memory)
         raise InvalidRequest("kv_memory", f"at least one page = {spec.page_bytes} bytes, got {given}")
-    return frames, tier_of(spec, frames, model.devices)
+    return frames, tier_of(spec, frames, model)
 
 
 def free_memory(device: torch.device) -> float:

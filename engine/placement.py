@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from . import graphs
 from .config import EngineConfig
 from .errors import InvalidRequest, Unsupported
 from .parallel import shards
+
+if TYPE_CHECKING:
+    from .model import LoadedModel
 
 
 def check(config: EngineConfig, device: torch.device) -> None:
@@ -52,7 +55,7 @@ def keeping(module: nn.Module, devices: Sequence[torch.device], last: Tensor) ->
 
     Layers on several devices end on one that a model's argument does not get to, so that tokens are picked there.
     """
-    if len(set(devices)) == 1:
+    if not elsewhere(devices, last.device):
         yield {"logits_to_keep": last}
         return
     head: nn.Module = module.get_output_embeddings()  # type: ignore[operator]
@@ -63,12 +66,18 @@ def keeping(module: nn.Module, devices: Sequence[torch.device], last: Tensor) ->
         hook.remove()
 
 
-def tier_of(spec: CacheSpec, num_frames: int, devices: Sequence[torch.device]) -> Tier | None:
-    """Where pages of layers on several devices live; None: there is one, and a cache makes its own.
+def elsewhere(devices: Sequence[torch.device], first: torch.device) -> bool:
+    """Some layer attends on another device than the first, where steps are made."""
+    return any((device.type, device.index or 0) != (first.type, first.index or 0) for device in devices)
+
+
+def tier_of(spec: CacheSpec, num_frames: int, model: LoadedModel) -> Tier | None:
+    """Where pages live of a model whose layers are not all on its first device; None: a cache makes a tier of its own.
 
     With one frame more than there are, as a cache's own, for what padding writes.
     """
-    return SpreadTier(spec, num_frames + 1, devices) if len(set(devices)) > 1 else None
+    spread = elsewhere(model.devices, model.device)
+    return SpreadTier(spec, num_frames + 1, model.devices) if spread else None
 
 
 def parts(spec: CacheSpec, devices: Sequence[torch.device]) -> dict[torch.device, int]:

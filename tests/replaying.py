@@ -1,4 +1,8 @@
-"""What a CUDA graph does, on any device: the ops that some work ran, run again over the same memory."""
+"""As much of a CUDA graph as any device can do: the ops that some work ran, run again over the same tensors.
+
+It shows what a recording takes from the host. It keeps every tensor alive and knows no streams, so it shows nothing of
+a graph's memory, nor of kernels that are no ops of torch.
+"""
 
 from __future__ import annotations
 

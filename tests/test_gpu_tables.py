@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from keysift.kvcache.ops.dispatch import _backend
+
 from .scripts import imported
 
 MODULES = ("clock", "rows", "correctness", "oracles", "prefill", "flex", "decode")
@@ -120,6 +122,25 @@ def test_what_fails_is_told_and_the_others_go_on(parts: SimpleNamespace) -> None
         {"what": "one"},
         {"what": "rest", "error": "OutOfMemoryError: CUDA out of memory"},
     ]
+
+
+@pytest.mark.parametrize("wrong", [math.nan, 5.0])
+def test_a_kernel_that_sees_what_nobody_may_is_found(
+    parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    checks = parts.gpu_correctness
+    pages = parts.gpu_oracles.Pages.make((8, 2, 64), (70, 3, 48), torch.float32, torch.device("cpu"))
+    error, limit = checks.check_few_codes(pages)
+    assert error <= limit
+    right = checks.code_masses
+
+    def off(*args: Any, **kwargs: Any) -> torch.Tensor:
+        masses = right(*args, **kwargs)
+        return masses if _backend.get() == "reference" else masses.masked_fill(masses.isneginf(), wrong)
+
+    monkeypatch.setattr(checks, "code_masses", off)
+    error, limit = checks.check_few_codes(pages)
+    assert error > limit
 
 
 @pytest.mark.parametrize("name", ["page_masses", "page_bounds", "code_masses"])

@@ -40,7 +40,7 @@ class Team:
     def runner(self, config: EngineConfig, model: LoadedModel, cache: PagedCache) -> Runner:
         runner = Runner(model, cache, config)
         if config.cuda_graphs:
-            runner.record(CudaRecorder())
+            runner.record(CudaRecorder(cache.device))
         return runner
 
     def watch(self, hear: Callable[[KeysiftError], None]) -> None:

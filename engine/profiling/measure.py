@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,13 @@ class Attempt:
     cpu_share: float
     others: float
     disturbed: bool
+
+
+def settle(devices: Iterable[torch.device]) -> None:
+    """Wait until the accelerators among them have done all that they were given."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
 
 class Bench:
@@ -87,7 +94,7 @@ class Bench:
         for _ in range(self.settings.warmup):
             run(self.engine, self.requests(cell))
             tell()
-        memory = PeakMemory(self.engine.model.device)
+        memory = PeakMemory(*dict.fromkeys(self.engine.model.devices))
         attempts = self._undisturbed(cell, tell)
         peak = memory.bytes()
         shares = self._shares(cell)
@@ -122,8 +129,8 @@ class Bench:
 
     def _shares(self, cell: Cell) -> dict[Stretch, dict[Part, float]]:
         """Seconds of each part of the steps, from a pass of its own: watching takes time itself."""
-        device = self.engine.model.device
-        clock = Clock(lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else Clock()
+        devices = dict.fromkeys(self.engine.model.devices)
+        clock = Clock(lambda: settle(devices))
         with self.engine.watched(clock):
             run(self.engine, self.requests(cell), clock)
         return clock.shares()

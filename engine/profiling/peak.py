@@ -13,22 +13,22 @@ PROCESS = Path("/proc/self")
 
 
 class PeakMemory:
-    """The most memory in use since the start: the device's on CUDA, else that of the process.
+    """The most memory in use since the start: the devices' in sum on CUDA, else that of the process.
 
     `scope` tells what it is the peak of: `cell`, since the start; `process`, ever, where the system cannot begin anew.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, *devices: torch.device) -> None:
+        self._gpus = [device for device in devices if device.type == "cuda"]
         self.scope = "cell"
-        if device.type == "cuda":
+        for device in self._gpus:
             torch.cuda.reset_peak_memory_stats(device)
-        elif not _reset():
+        if not self._gpus and not _reset():
             self.scope = "process"
 
     def bytes(self) -> int:
-        if self._device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self._device)
+        if self._gpus:
+            return sum(torch.cuda.max_memory_allocated(device) for device in self._gpus)
         return _high_water() if self.scope == "cell" else _ever()
 
 

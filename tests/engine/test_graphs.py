@@ -235,11 +235,16 @@ def test_what_cannot_have_graphs_is_refused(make: Make, fields: dict[str, Any], 
 
 
 @pytest.mark.gpu
-def test_cuda_graphs_say_what_the_kernels_say(make: Make) -> None:
-    plain, replaying = make(dtype="bfloat16"), make(dtype="bfloat16", cuda_graphs=True)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_cuda_graphs_say_what_the_kernels_say(make: Make, strategy: str, device: str) -> None:
+    if torch.device(device).index >= torch.cuda.device_count():
+        pytest.skip("no second GPU")
+    fields = {"page_size": 16, "device": device, **arguments(strategy)}
+    plain, replaying = make(**fields), make(**fields, cuda_graphs=True)
     ids = start(plain)
     start(replaying)
-    expected, got = drain(plain), drain(replaying)
-    assert [said(got, i) for i in ids] == [said(expected, i) for i in ids]
+    assert_same(drain(replaying), drain(plain), ids)
     assert replaying.runner.graphs is not None
     assert replaying.runner.graphs._recorded
+    assert not replaying.runner.graphs._broken

@@ -26,11 +26,16 @@ STRATEGIES = [
     "streaming window=40 sink=8",
     "sift dense_below=0",
     "flexprefill dense_below=0 min_budget=16",
+    "ashape dense_below=0 local=40 sink=8",
     "sampleattention dense_below=0",
     "minference dense_below=0",
     "xattention dense_below=0",
+    "quest budget=32 dense_below=0",
     "quest budget=32 dense_below=0 tail=mean",
     "retrieval budget=32 sink=8 window=24 dense_below=0 certify=true",
+    "retrieval budget=32 sink=8 window=24 dense_below=0 index=flat",
+    "retrieval budget=32 sink=8 window=24 dense_below=0 index=summary",
+    "retrieval budget=32 sink=8 window=24 dense_below=0 index=bound",
     "retrieval budget=32 sink=8 window=24 dense_below=0 index=ivf",
     "nosa budget=32 sink=8 window=24 dense_below=0",
     "topk top_k=5 sink=8 window=24",
@@ -56,7 +61,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def spread(*args: Any) -> tuple[Any, list[str]]:
         module, unexpected = load(*args)
-        _spread(module)
+        _spread(module, here=len(module.model.layers) // 2)
         return module, unexpected
 
     monkeypatch.setattr(model, "_load_module", spread)
@@ -64,10 +69,11 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def _spread(module: nn.Module) -> None:
+def _spread(module: nn.Module, here: int) -> None:
+    """So many layers on the first device, the others on the second."""
     core: Any = module.model
     put_all([*module.parameters(), *module.buffers()], FIRST)
-    later = [*core.layers[len(core.layers) // 2 :], core.norm, module.lm_head]
+    later = [*core.layers[here:], core.norm, module.lm_head]
     for part in later:
         put_all([*part.parameters(), *part.buffers()], SECOND)
     for part in (core.embed_tokens, core.rotary_emb, *core.layers, core.norm, module.lm_head):
@@ -104,6 +110,24 @@ def test_layers_on_two_devices_say_what_they_say_on_one(
     for (_, mine), (_, theirs) in zip(got, expected, strict=True):
         for name in type(mine).__dataclass_fields__:  # type: ignore[attr-defined]
             assert getattr(mine, name) == pytest.approx(getattr(theirs, name), abs=1e-5), name
+
+
+def test_all_layers_may_lie_on_the_second_device(
+    make: Make, four_layers: Path, two_devices: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one may have no room for any."""
+    load = model._load_module
+
+    def crowded(*args: Any) -> tuple[Any, list[str]]:
+        module, unexpected = load(*args)
+        _spread(module, here=0)
+        return module, unexpected
+
+    halves = answer(make(**config(four_layers, "sift+retrieval", device="cpu:0")))
+    monkeypatch.setattr(model, "_load_module", crowded)
+    engine = make(**config(four_layers, "sift+retrieval", device="cpu:0"))
+    assert set(engine.model.devices) == {SECOND}
+    assert answer(engine) == halves
 
 
 def test_a_tensor_that_strays_is_found_out(

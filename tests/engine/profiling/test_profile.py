@@ -213,8 +213,9 @@ BURN = "import sys, time\nwhile time.process_time() < 0.5: pass\nprint(flush=Tru
 
 
 def test_a_rank_of_the_team_is_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All that the machine computed meanwhile, by what this process is told, was computed by its child."""
-    monkeypatch.setattr(quiet, "_busy", iter([0.0, 0.5]).__next__)
+    """All that the machine computed meanwhile, by what this process is told, was computed by its child; but for the
+    grain of the system's clocks."""
+    monkeypatch.setattr(quiet, "_busy", iter([0.0, 0.4]).__next__)
     watch = Watch()
     with subprocess.Popen([sys.executable, "-c", BURN], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
@@ -246,6 +247,16 @@ def test_peak_memory_is_the_cells_own() -> None:
     if after.scope == "process":
         pytest.skip("the system cannot forget a peak")
     assert high - after.bytes() > 2**26
+
+
+def test_several_gpus_are_awaited_and_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus, asked = [torch.device("cuda:0"), torch.device("cuda:1")], []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", asked.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10 ** (1 + device.index))
+    monkeypatch.setattr(torch.cuda, "synchronize", asked.append)
+    assert PeakMemory(*gpus).bytes() == 110
+    measure.settle([*gpus, torch.device("cpu")])
+    assert asked == 2 * gpus
 
 
 def test_the_trace_shows_each_layers_work(open_profiler: Open, tmp_path: Path) -> None:
