@@ -99,17 +99,11 @@ def random_model(settings: Settings) -> LoadedModel:
         module=module,
         tokenizer=cast(Tokenizer, None),
         max_model_len=settings.long,
-        num_layers=len(calls),
-        num_query_heads=calls[0].num_query_heads,
-        num_kv_heads=calls[0].num_kv_heads,
-        head_dim=calls[0].head_dim,
         vocab_size=config.vocab_size,
         dtype=module.dtype,
         device=settings.device,
         eos_token_ids=frozenset(),
-        scale=calls[0].scale,
-        windows=tuple(call.window for call in calls),
-        devices=tuple(call.device for call in calls),
+        **seam.facts(calls),
         fingerprint="random",
     )
 

@@ -104,17 +104,11 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
         module=module,
         tokenizer=_load_tokenizer(source, config.trust_remote_code),
         max_model_len=max_model_len,
-        num_layers=len(calls),
-        num_query_heads=calls[0].num_query_heads,
-        num_kv_heads=calls[0].num_kv_heads,
-        head_dim=calls[0].head_dim,
         vocab_size=text.vocab_size,
         dtype=module.dtype,
         device=device,
         eos_token_ids=_eos_token_ids(module),
-        scale=calls[0].scale,
-        windows=tuple(call.window for call in calls),
-        devices=tuple(call.device for call in calls),
+        **seam.facts(calls),
         fingerprint=fingerprint,
         bias_channels=bias_channels,
         ranks=ranks,
@@ -208,7 +202,7 @@ def _check_calls(calls: list[AttentionCall], text: Any) -> list[AttentionCall]:
     """The calls, if they are one per layer and alike in all that one paged cache must share."""
     if [call.layer for call in calls] != list(range(text.num_hidden_layers)):
         raise Unsupported(f"{text.model_type}: {len(calls)} attention calls for {text.num_hidden_layers} layers")
-    for name in ("num_query_heads", "num_kv_heads", "head_dim", "scale"):
+    for name in seam.ALIKE:
         if len(values := sorted({getattr(call, name) for call in calls})) > 1:
             raise Unsupported(f"{text.model_type}: layers differ in {name}: {', '.join(map(str, values))}")
     kinds = getattr(text, "layer_types", None) or [None] * len(calls)

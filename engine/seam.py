@@ -34,6 +34,8 @@ class AttentionCall:
     device: torch.device
 
 
+ALIKE = ("num_query_heads", "num_kv_heads", "head_dim", "scale")
+"""What all layers of a model must have in common."""
 Observe = Callable[[AttentionCall], None]
 
 
@@ -104,6 +106,16 @@ def probe(model: nn.Module, device: torch.device) -> list[AttentionCall]:
     if output.logits.shape[1] != 1:
         raise Unsupported(f"{type(model).__name__}: does not honour logits_to_keep")
     return calls
+
+
+def facts(calls: list[AttentionCall]) -> dict[str, Any]:
+    """What a `LoadedModel` says of its layers, which are alike but for windows and devices."""
+    return {
+        "num_layers": len(calls),
+        **{name: getattr(calls[0], name) for name in ALIKE},
+        "windows": tuple(call.window for call in calls),
+        "devices": tuple(call.device for call in calls),
+    }
 
 
 def _zeros(_layer: int, q: Tensor, _k: Tensor, _v: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from .ops.encode import Codes
 from .selection import Selection
 from .spec import CacheSpec
 from .step import Step
-from .tiers import DeviceTier, Frames, Traffic
+from .tiers import DeviceTier, Frames, Unmoved
 
 
 class _Place(NamedTuple):
@@ -24,15 +24,11 @@ class _Place(NamedTuple):
     """Its number among the layers there."""
 
 
-class SpreadTier:
+class SpreadTier(Unmoved):
     """A `DeviceTier` on each device for the layers that run there; a frame has a part on each of them.
 
     Whoever asks for a layer brings a step whose tensors are on its device: see `Step.on`.
     """
-
-    steady: ClassVar[bool] = True
-    ahead = 0
-    traffic = Traffic()
 
     def __init__(self, spec: CacheSpec, num_frames: int, devices: Sequence[torch.device]) -> None:
         """`devices`: of each layer."""
@@ -43,9 +39,6 @@ class SpreadTier:
         }
         before = (devices[:layer].count(device) for layer, device in enumerate(devices))
         self._places = [_Place(tiers[device], layer) for device, layer in zip(devices, before, strict=True)]
-
-    def claim(self, frames: Sequence[int]) -> None:
-        pass
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         tier, here = self._places[layer]
@@ -63,9 +56,6 @@ class SpreadTier:
         tier, here = self._places[layer]
         return tier.parts(here, selection, step)
 
-    def foresee(self, layer: int, pages: Tensor, step: Step) -> None:
-        pass
-
     def summaries(self, layer: int) -> Tensor:
         tier, here = self._places[layer]
         return tier.summaries(here)
@@ -73,9 +63,3 @@ class SpreadTier:
     def codes(self, layer: int) -> Codes:
         tier, here = self._places[layer]
         return tier.codes(here)
-
-    def holds(self, pages: int) -> bool:
-        return True
-
-    def close(self) -> None:
-        pass

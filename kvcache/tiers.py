@@ -105,12 +105,28 @@ class Tier(Protocol):
         """Give up all memory and files; nothing may be asked afterwards."""
 
 
-class DeviceTier:
-    """Every page stays on the compute device; nothing moves."""
+class Unmoved:
+    """What a tier says where pages stay where they are written."""
 
     steady: ClassVar[bool] = True
     ahead = 0
     traffic = Traffic()
+
+    def claim(self, frames: Sequence[int]) -> None:
+        pass
+
+    def foresee(self, layer: int, pages: Tensor, step: Step) -> None:
+        pass
+
+    def holds(self, pages: int) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
+class DeviceTier(Unmoved):
+    """Every page stays on the compute device; nothing moves."""
 
     def __init__(self, spec: CacheSpec, num_frames: int, device: torch.device) -> None:
         shape = (spec.num_layers, num_frames, spec.num_kv_heads, spec.page_size, spec.head_dim)
@@ -118,9 +134,6 @@ class DeviceTier:
         self.v = torch.empty_like(self.k)
         self._descriptions = Descriptions(spec, num_frames, device)
         self.summaries, self.codes = self._descriptions.summaries, self._descriptions.codes
-
-    def claim(self, frames: Sequence[int]) -> None:
-        pass
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         store(self.k[layer], self.v[layer], k, v, step.slots)
@@ -135,15 +148,6 @@ class DeviceTier:
 
     def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
         yield selection, self.resident(layer, selection, step)
-
-    def foresee(self, layer: int, pages: Tensor, step: Step) -> None:
-        pass
-
-    def holds(self, pages: int) -> bool:
-        return True
-
-    def close(self) -> None:
-        pass
 
 
 def own_page(frames: Frames, step: Step) -> tuple[Tensor, Tensor]:
