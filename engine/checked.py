@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -15,6 +17,16 @@ def split(values: Any) -> Any:
         values = (values,)
     words = (part.strip() for value in values for part in str(value).split(",") if part.strip())
     return tuple(dict.fromkeys(words))
+
+
+def ready(folder: Path) -> None:
+    """Have the output folder there. Raises `InvalidRequest` where it cannot be, or cannot be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError("it is read-only")
+    except OSError as error:
+        raise InvalidRequest("output_dir", f"a folder that can be written to, got {str(folder)!r} ({error})") from None
 
 
 class Checked(BaseModel):

@@ -14,6 +14,7 @@ import torch
 from keysift.attention.native.cores import num_threads
 
 from .calibration import processor
+from .config import EngineConfig
 from .model import LoadedModel
 from .version import keysift_version
 
@@ -44,6 +45,11 @@ def about(model: LoadedModel) -> dict[str, Any]:
         "query_heads": model.num_query_heads * model.ranks,
         "kv_heads": model.num_kv_heads * model.ranks,
     }
+
+
+def chosen(config: EngineConfig) -> dict[str, Any]:
+    """The engine's settings that a result depends on, strategies apart."""
+    return config.model_dump(mode="json", exclude={"strategy", "strategy_args", "served_model_name", "max_queue"})
 
 
 def commit(folder: Path = Path(__file__).parent) -> str | None:

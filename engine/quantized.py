@@ -54,8 +54,9 @@ class Int8Linear(nn.Module):
     def widened(self) -> Tensor:
         """[N, K] in the layer's dtype."""
         groups = self.weight.view(self.out_features, -1, GROUP)
-        widened = groups * self.scales.to(self.dtype)[..., None]
-        return widened.flatten(1)
+        wide = torch.float32 if self.dtype == torch.float16 else self.dtype  # float16 has no scales of small weights
+        widened = groups * self.scales.to(wide)[..., None]
+        return widened.flatten(1).to(self.dtype)
 
     def _few_rows(self, rows: Tensor) -> Tensor | None:
         """rows [B, K] -> [B, N], or None for what the kernel is not for."""

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from keysift.engine.checked import ready
 from keysift.engine.config import EngineConfig
 from keysift.engine.engine import Engine
 from keysift.engine.errors import InvalidRequest
@@ -49,12 +50,7 @@ def harness(settings: Evaluation, config: EngineConfig, *, as_json: bool) -> Non
 
     check_tasks(settings.lm_eval)
     path = settings.output_dir / "lm_eval.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidRequest(
-            "output_dir", f"a folder that can be written to, got {str(path.parent)!r} ({error})"
-        ) from None
+    ready(path.parent)
     rows: list[dict[str, Any]] = []
     for part in _harness_rows(settings, config):
         rows += part

@@ -57,6 +57,8 @@ class Record:
             error = "the stream ended early"
         elif not error and self.finish is not None and self.finish.reason not in WHOLE:
             error = self.finish.error or self.finish.reason.value
+        elif not error and self.first is None:
+            error = "no token came"
         self.error = error
 
     @property

@@ -85,8 +85,9 @@ def profile(
     without the prefix cache. A run during which something else used the machine is done again, or marked. Writes
     profile.json, trace.json.gz, which opens in ui.perfetto.dev, and report.html, one page that opens offline.
 
-    With --address, put a running server under load instead: --request-rate or --max-concurrency, and what share of the
-    requests meets a --goodput. Fields have the names of vLLM's benchmark.
+    With --address, put a running server under load instead: --request-rate or --max-concurrency, and how many requests
+    meet a --goodput. Prompts have 1024 tokens there and answers 128 unless --input-len and --output-len are given;
+    prompts take turns at several lengths. Fields have the names of vLLM's benchmark.
 
     [bold]Examples[/bold]
 
@@ -103,7 +104,10 @@ def profile(
         _refuse(
             context, (*NOT_OF_A_LOAD, *EngineConfig.model_fields), "is for an engine of this process, not for --address"
         )
-        put_under_load(_asked(context, load, profiling, engine), profiling.output_dir, as_json=json)
+        if compare is not None:
+            raise InvalidRequest("compare", "--compare is for an engine of this process, not for --address")
+        if status := put_under_load(_asked(context, load, profiling, engine), profiling.output_dir, as_json=json):
+            raise typer.Exit(status)
         return
     _refuse(context, set(Load.model_fields) - {*PROFILES, "address"}, "is for a server at --address")
     from .profiling import profile
@@ -118,7 +122,10 @@ def _asked(context: typer.Context, load: Load, profiling: Profile, engine: Engin
     if len(asked) > 1:
         raise InvalidRequest("strategies", f"one at a time for a server at --address, got {', '.join(asked)}")
     name, *options = (part.strip() for part in asked[0].split(","))
-    sizes = {"input_lens": profiling.input_lens, "output_len": profiling.output_len, "seed": engine.seed}
+    sizes: dict[str, object] = {"seed": engine.seed}
+    for size in ("input_lens", "output_len"):  # where nobody states them, the load's own defaults
+        if (source := context.get_parameter_source(size)) is not None and source.name != "DEFAULT":
+            sizes[size] = getattr(profiling, size)
     return load.model_copy(update={**sizes, "strategy": name, "strategy_args": (*profiling.strategy_args, *options)})
 
 

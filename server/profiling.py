@@ -7,12 +7,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
 from keysift.attention import PARTS
+from keysift.engine.checked import ready
 from keysift.engine.config import EngineConfig
+from keysift.engine.environment import environment
 from keysift.engine.errors import InvalidRequest
 from keysift.engine.profiling.profiler import SCHEMA, Profiler, Results, make_engine
 from keysift.engine.profiling.report import write_comparison, write_report
@@ -20,6 +23,7 @@ from keysift.engine.profiling.settings import Profile
 
 from .generate import report
 from .load import Load, load
+from .options import Remote
 
 INTERRUPTED = 130
 PAGE, COMPARISON = "report.html", "comparison.html"
@@ -29,6 +33,9 @@ def profile(settings: Profile, config: EngineConfig, *, compare: Path | None, as
     """The exit status. Progress on standard error, results on standard output, everything in the output folder."""
     before = None if compare is None else _read(compare)  # a wrong file should not wait for the measuring
     profiler = Profiler(settings, make_engine(settings, config, report))
+    ready(settings.output_dir)
+    for page in (PAGE, COMPARISON):
+        (settings.output_dir / page).unlink(missing_ok=True)  # they would be those of another run
     interrupted = _go(profiler)
     found = profiler.results
     pages = _write_pages(found, before, settings.output_dir)
@@ -39,20 +46,34 @@ def profile(settings: Profile, config: EngineConfig, *, compare: Path | None, as
     return INTERRUPTED if interrupted else int(all("error" in cell for cell in found["cells"]))
 
 
-def put_under_load(config: Load, folder: Path, *, as_json: bool) -> None:
-    """The load profile of a running server: the same files, with `load` instead of cells."""
+def put_under_load(config: Load, folder: Path, *, as_json: bool) -> int:
+    """The exit status. The load profile of a running server: the same files, with `load` instead of cells."""
+    ready(folder)
     found = load(config)
-    made = datetime.now(UTC).isoformat(timespec="seconds")
-    results = {"schema": SCHEMA, "created": made, "finished": not found["interrupted"], "load": found}
-    folder.mkdir(parents=True, exist_ok=True)
+    results = {
+        "schema": SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "finished": not found["interrupted"],
+        "environment": environment(torch.device("cpu")),
+        "model": {"name": found["model_id"]},
+        "settings": _asked(config, found),
+        "load": found,
+    }
     (folder / "profile.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
     write_report(results, folder / PAGE)
-    print(json.dumps(results)) if as_json else _show_load(found)
+    print(json.dumps(results)) if as_json else _show_load(found, config)
     for name in ("profile.json", PAGE):
         report(f"written: {folder / name}")
+    return INTERRUPTED if found["interrupted"] else int(not found["completed"])
 
 
-def _show_load(found: dict[str, Any]) -> None:
+def _asked(config: Load, found: dict[str, Any]) -> dict[str, Any]:
+    """What was sent, and when; how the server was reached is nobody else's business."""
+    fields = config.model_dump(mode="json", exclude=set(Remote.model_fields) - {"address"})
+    return fields | {"request_rate": found["request_rate"]}  # JSON has no infinity
+
+
+def _show_load(found: dict[str, Any], config: Load) -> None:
     table = Table("", *(Column(name, justify="right") for name in ("mean", "median", "p99")), title="milliseconds")
     for what in ("ttft", "tpot", "itl", "e2el"):
         cells = (found[f"{kind}_{what}_ms"] for kind in ("mean", "median", "p99"))
@@ -63,6 +84,11 @@ def _show_load(found: dict[str, Any]) -> None:
         f"{found['completed']} completed, {found['failed']} failed in {found['duration']:.1f} s; "
         f"{found['request_throughput']:.3f} requests/s, {found['output_throughput']:.1f} tokens/s out"
     )
+    if config.goodput:
+        good = round(found["request_goodput"] * found["duration"])
+        print(
+            f"{good} of {config.num_prompts} met {', '.join(config.goodput)}: {found['request_goodput']:.3f} a second"
+        )
     for error in dict.fromkeys(each for each in found["errors"] if each):
         print(error)
 
@@ -97,6 +123,8 @@ def _read(file: Path) -> Results:
         raise InvalidRequest("compare", f"a profile.json, got {str(file)!r} ({error})") from None
     if not isinstance(found, dict) or not str(found.get("schema", "")).startswith("keysift.profile/"):
         raise InvalidRequest("compare", f"a profile.json, got {str(file)!r}, which is something else")
+    if "cells" not in found:
+        raise InvalidRequest("compare", f"a profile.json of an engine, got {str(file)!r}, which is of a load")
     return found
 
 
@@ -153,13 +181,14 @@ def _table(*columns: str) -> Table:
 
 
 def _latencies(cells: list[dict[str, Any]]) -> Table:
-    table = _table("prompt", "TTFT s", "TPOT ms", "tokens/s", "density", "peak MiB")
+    table = _table("prompt", "TTFT s", "TPOT ms", "step ms", "tokens/s", "density", "peak MiB")
     for cell in cells:
         table.add_row(
             cell["strategy"],
             _prompts(cell),
             f"{'* ' if cell['disturbed'] else ''}{cell['ttft_ms']['median'] / 1e3:.2f}{_around(cell, 'ttft_ms')}",
             f"{cell['tpot_ms']['median']:.1f}{_around(cell, 'tpot_ms')}",
+            f"{1e3 * cell['decode_latency']:.1f}",
             f"{cell['output_throughput']:.1f}",
             f"{cell['prefill_density']:.2f}/{cell['decode_density']:.2f}",
             f"{cell['peak_memory_bytes'] / 2**20:,.0f}",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checked import ready
 from ..errors import InvalidRequest, KeysiftError
 
 NAME = "journal.jsonl"
@@ -33,8 +34,8 @@ class Journal:
         Raises `InvalidRequest` naming what differs where it is that of another run, or where it cannot be written.
         """
         journal = cls(folder / NAME)
+        ready(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             lines = [] if restart else list(journal._lines())
             if lines:
                 _compare(lines[0].get("run", {}), identity, folder)

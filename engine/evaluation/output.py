@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..environment import about, environment
+from ..environment import about, chosen, environment
 from .journal import writing
 from .results import tables
 from .runner import Run
@@ -23,6 +23,7 @@ def results(run: Run) -> dict[str, Any]:
         "finished": run.finished,
         "environment": environment(run.engine.model.device),
         "model": about(run.engine.model),
+        "engine": chosen(run.engine.config),
         "settings": run.settings.model_dump(mode="json", exclude={"restart"}),
         "seconds": run.seconds,
         **tables(run.found, run.strategies),

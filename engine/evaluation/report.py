@@ -70,7 +70,7 @@ def write_report(results: Mapping[str, Any], path: Path) -> None:
     page = Page(
         title="Keysift evaluation",
         subtitle=subtitle(results, strategies),
-        warnings=unfinished(results),
+        warnings=unfinished(results, "goes on"),
         sections=[
             verdict(results, strategies, styles),
             curves(results, strategies, styles),

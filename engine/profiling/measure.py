@@ -136,6 +136,11 @@ class Bench:
         return clock.shares()
 
     def _kv_bytes(self, cell: Cell) -> int:
-        """Of the keys and values of all prompts and of what follows them."""
+        """Of the keys and values of all prompts and of what follows them, in all ranks."""
         spec = self.engine.cache.spec
-        return cell.batch_size * spec.pages_for(cell.input_len + self.settings.output_len) * spec.kv_bytes
+        return (
+            self.engine.model.ranks
+            * cell.batch_size
+            * spec.pages_for(cell.input_len + self.settings.output_len)
+            * spec.kv_bytes
+        )

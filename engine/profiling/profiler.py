@@ -12,7 +12,7 @@ from keysift.attention import StrategyError, parse
 
 from ..config import EngineConfig
 from ..engine import Engine
-from ..environment import about, environment
+from ..environment import about, chosen, environment
 from ..errors import InvalidRequest, KeysiftError
 from ..variants import DENSE
 from . import trace
@@ -113,6 +113,7 @@ class Profiler:
             "finished": False,
             "environment": environment(model.device),
             "model": about(model),
+            "engine": chosen(self.engine.config),
             "settings": {
                 "strategies": [variant.label for variant in settings.variants],
                 "strategy_args": list(settings.strategy_args),

@@ -15,11 +15,17 @@ from ..reports.page import Page
 from ..reports.series import style_of
 from ..reports.shares import shares
 
+AGAIN = "begins anew"
 TERMS = (
     ("TTFT", "Time to first token: from the request to its first new token; the whole prefill and one decision."),
     ("ITL", "Inter-token latency: the wait between two new tokens of one sequence."),
     ("E2EL", "End-to-end latency: from the request to its last token."),
-    ("TPOT", "Time per output token: (E2EL − TTFT) / (new tokens − 1), the mean ITL of one sequence."),
+    (
+        "TPOT",
+        "Time per output token: (E2EL − TTFT) / (new tokens − 1), the mean ITL of one sequence. With several prompts "
+        "at once it contains the prefill of those that came later; the decode step does not.",
+    ),
+    ("Decode step", "One token of every sequence that decodes: the median over all such steps."),
     ("Against dense", "A time divided by dense attention's at the same length and batch size: below 1× is faster."),
     (
         "Prefill and decode density",
@@ -27,16 +33,21 @@ TERMS = (
     ),
     ("Coverage", "The share of dense attention's weight that falls on the tokens a strategy kept, where it knows it."),
     ("KV read, KV moved", "Bytes of keys and values that attention read, and that moved between tiers of memory."),
-    ("KV cache", "Bytes that the keys and values of the cell take; peak memory is the whole process's."),
+    (
+        "KV cache, peak memory",
+        "Bytes that the keys and values of the cell take. Peak memory is the GPUs' in sum, or that of the process, "
+        "with the pages that cells before have touched; of several processes that of the first.",
+    ),
     (
         "CPU share, disturbed",
-        "CPU time of the process against wall time x threads. Where it is much lower than in the other runs, something "
-        "else had the cores: the cell was measured again or is marked as disturbed.",
+        "CPU time of the process against wall time x threads, during prefill on a CPU. Where it is below 95 %, or "
+        "others had more than 5 % of the machine's cores, the run was done again, or the cell is marked as disturbed.",
     ),
-    ("Goodput", "Requests per second that met their targets of TTFT and TPOT."),
+    ("Goodput", "Requests per second that came back whole and met every target that was set for them."),
     (
         "Parts of the time",
-        "Linear: projections and feed-forward layers. Selection: choosing pages. Attention: over the chosen pages. "
+        "Linear: projections and feed-forward layers, and what several processes wait for each other. "
+        "Selection: choosing pages. Attention: over the chosen pages. "
         "Index: adding keys to it. Transfer: pages between tiers. Sampling: from logits to a token. Other: the rest.",
     ),
     ("Spread", "Each cell is run several times after a warm-up; medians are shown, with the fastest and the slowest."),
@@ -52,7 +63,7 @@ def write_report(results: Mapping[str, Any], path: Path) -> None:
     page = Page(
         title="Keysift profile",
         subtitle=subtitle(results, strategies),
-        warnings=unfinished(results),
+        warnings=unfinished(results, AGAIN),
         sections=[
             cells_table(results, styles),
             latency(results, styles),
@@ -72,7 +83,7 @@ def write_comparison(before: Mapping[str, Any], after: Mapping[str, Any], path: 
     page = Page(
         title="Keysift profiles compared",
         subtitle=f"{_named(before)} against {_named(after)}",
-        warnings=[*unfinished(before), *unfinished(after)],
+        warnings=[*unfinished(before, AGAIN), *unfinished(after, AGAIN)],
         sections=[
             ratios(before, after, styles),
             differences(before, after),

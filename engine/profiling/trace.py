@@ -61,7 +61,8 @@ def write(traces: Sequence[Trace], path: Path) -> None:
 def _skip_to_last_chunk(engine: Engine, length: int) -> None:
     chunk, processed = engine.config.prefill_chunk, 0
     while length - processed > chunk:
-        processed = max(o.processed for o in engine.step() if isinstance(o, PrefillProgress))
+        told = (o.processed for o in engine.step() if isinstance(o, PrefillProgress))
+        processed = max(told, default=length)  # it failed: there is nothing to skip to
 
 
 def _activities(device: torch.device) -> list[ProfilerActivity]:

@@ -10,7 +10,12 @@ from . import units
 from .blocks import Facts, Note, Section
 
 Json = Mapping[str, Any]
-GROUPS = (("model", "Model"), ("environment", "Machine and versions"), ("settings", "Settings"))
+GROUPS = (
+    ("model", "Model"),
+    ("engine", "Engine"),
+    ("environment", "Machine and versions"),
+    ("settings", "Settings"),
+)
 NAMES = {
     "keysift": "Keysift",
     "max_model_len": "longest context",
@@ -72,8 +77,9 @@ def subtitle(results: Json, strategies: list[str]) -> str:
     return " · ".join(str(part) for part in (model, listed, *counts, on, (results.get("created") or "")[:10]) if part)
 
 
-def unfinished(results: Json) -> list[Note]:
+def unfinished(results: Json, again: str) -> list[Note]:
+    """A warning where it is so; `again` tells what the same command would do."""
     if results.get("finished", True):
         return []
-    text = "This run did not come to its end: what is shown is what was done by then. Run the same command to go on."
+    text = f"This run did not come to its end: what is shown is what was done by then. The same command {again}."
     return [Note(text, warning=True)]

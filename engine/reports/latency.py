@@ -14,7 +14,17 @@ from .units import known
 
 LENGTH = Axis("prompt length (tokens)", "lengths", units.tokens)
 PHASES = ("prefill", "decode")
-COLUMNS = ("strategy", "prompt length", "batch", "TTFT", "TTFT against dense", "TPOT", "TPOT against dense", "ITL, p99")
+COLUMNS = (
+    "strategy",
+    "prompt length",
+    "batch",
+    "TTFT",
+    "TTFT against dense",
+    "TPOT",
+    "TPOT against dense",
+    "decode step",
+    "ITL, p99",
+)
 MEASURES = ("output (tokens/s)", "peak memory", "KV cache", "prefill density", "decode density", "coverage")
 MOVES = ("KV read", "KV moved", "CPU share", "runs")
 EVEN = 0.03
@@ -41,8 +51,14 @@ def ttft(cell: Json) -> float | None:
 
 def tpot(cell: Json) -> float | None:
     """The median time per output token, ms."""
-    given, latency = known(cell.get("median_tpot_ms")), known(cell.get("decode_latency"))
-    return latency * 1000 if given is None and latency is not None else given
+    given = known(cell.get("median_tpot_ms"))
+    return step_time(cell) if given is None else given
+
+
+def step_time(cell: Json) -> float | None:
+    """The median time of a decode step, ms."""
+    latency = known(cell.get("decode_latency"))
+    return None if latency is None else latency * 1000
 
 
 def ratio(mine: float | None, theirs: float | None) -> float | None:
@@ -93,6 +109,7 @@ def _row(cell: Json, dense: Json, styles: Styles) -> list[Cell]:
         text(None) if itself else ratio_cell(ratio(ttft(cell), ttft(dense))),
         number(tpot(cell), units.milliseconds),
         text(None) if itself else ratio_cell(ratio(tpot(cell), tpot(dense))),
+        number(step_time(cell), units.milliseconds),
         number(cell.get("p99_itl_ms"), units.milliseconds),
         number(cell.get("output_throughput"), units.significant),
         *(number(cell.get(key), units.size) for key in ("peak_memory_bytes", "kv_bytes")),

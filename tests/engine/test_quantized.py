@@ -32,6 +32,16 @@ def test_rounds_each_weight_to_the_nearest_step(seed: int, outputs: int, groups:
     assert bool((scales <= least * (1 + 2**-6) + 1e-37).all())
 
 
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1.0])
+def test_small_weights_keep_their_steps_in_float16(size: float) -> None:
+    """Scales of such weights are numbers that float16 has only roughly; the weights themselves it has."""
+    linear = nn.Linear(GROUP, 8, bias=False, dtype=torch.float16)
+    nn.init.normal_(linear.weight, std=size)
+    layer = Int8Linear(linear)
+    exact = layer.weight.double() * layer.scales.double().repeat_interleave(GROUP, 1)
+    torch.testing.assert_close(layer.widened(), exact.half(), atol=0.0, rtol=0.0)
+
+
 def test_zeros_stay_zeros() -> None:
     rounded, scales = quantize(torch.zeros(3, GROUP))
     assert not rounded.any()

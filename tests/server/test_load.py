@@ -163,6 +163,14 @@ def test_what_did_not_come_back_whole_has_failed(last: Finish | None, problem: s
     assert not is_good(record, {})
 
 
+def test_an_answer_without_a_token_is_none() -> None:
+    record = Record(0, 0.0)
+    record.hear(finish(FinishReason.STOP), 1.0)
+    record.end(1.0)
+    assert not is_good(record, {"ttft": 1e9})
+    assert record.error == "no token came"
+
+
 def test_statistics_are_those_of_numpy() -> None:
     seconds = [((7 * n) % 101) ** 1.5 / 1000 for n in range(250)]
     ms = 1e3 * np.array(seconds)

@@ -56,6 +56,47 @@ def test_a_running_server_is_put_under_load(run: Run, running: Running, tmp_path
     assert found["mean_ttft_ms"] > 0
     assert json.loads((tmp_path / "profile.json").read_text())["load"] == found
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    whole = json.loads(out)
+    assert whole["settings"]["input_lens"] == [40]
+    assert whole["settings"]["request_rate"] == "inf"
+    assert "api_key" not in whole["settings"]
+    assert whole["environment"]["keysift"]
+    assert whole["model"]["name"] == found["model_id"]
+
+
+def test_a_load_says_who_met_the_target_and_fails_if_nobody_came_back(
+    run: Run, running: Running, tmp_path: Path
+) -> None:
+    server = ("--address", running.address, "--num-prompts", "2", "--output-len", "2", "--num-warmups", "0")
+    good = ("--input-len", "40", "--goodput", "ttft:600000", "--output-dir", tmp_path / "good")
+    status, out, err = run("profile", *server, *good)
+    assert status == 0, err
+    assert "2 of 2 met ttft:600000" in out
+    status, out, _ = run("profile", *server, "--input-len", "40", "--strategy", "no", "--output-dir", tmp_path / "bad")
+    assert status == 1
+    assert "0 completed, 2 failed" in out
+
+
+def test_an_output_folder_that_cannot_be_is_told_before_the_work(
+    run: Run, running: Running, model_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for arguments in ((model_folder, *SMALL, "--input-len", "40"), ("--address", running.address)):
+        status, _, err = run("profile", *arguments, "--output-dir", tmp_path / "file")
+        assert status == 2
+        assert "keysift: output_dir: a folder that can be written to, got" in err.splitlines()[-1]
+
+
+def test_a_load_is_nothing_to_compare_with(run: Run, model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "load.json").write_text('{"schema": "keysift.profile/1", "load": {}}')
+    old = ("--compare", tmp_path / "load.json", "--output-dir", tmp_path / "out")
+    for arguments, words in (
+        ((model_folder, *SMALL), "keysift: compare: a profile.json of an engine, got"),
+        (("--address", "127.0.0.1:1"), "keysift: compare: --compare is for an engine of this process"),
+    ):
+        status, _, err = run("profile", *arguments, *old)
+        assert status == 2
+        assert words in err.splitlines()[-1]
 
 
 def test_flags_of_the_other_kind_of_profile_are_refused(run: Run, model_folder: Path, tmp_path: Path) -> None:

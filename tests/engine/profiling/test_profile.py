@@ -61,8 +61,9 @@ def test_every_cell_is_complete_and_agrees_with_itself(open_profiler: Open, tmp_
     profiler = open_profiler(strategies=("dense", SPARSE), input_lens="200,70", batch_sizes=(1, 2), runs=2)
     found = profiler.go(quietly)
     assert json.loads((tmp_path / "profile.json").read_text()) == found
-    keys = {"schema", "created", "finished", "environment", "model", "settings", "cells"}
+    keys = {"schema", "created", "finished", "environment", "model", "engine", "settings", "cells"}
     assert set(found) == keys
+    assert found["engine"]["prefill_chunk"] == profiler.engine.config.prefill_chunk
     assert (found["schema"], found["finished"]) == ("keysift.profile/1", True)
     cells = found["cells"]
     names = [(cell["input_len"], cell["batch_size"], cell["strategy"]) for cell in cells]
