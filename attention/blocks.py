@@ -34,6 +34,7 @@ class BlockStrategy(Strategy, ABC):
     configurations call them.
     """
 
+    replayable = True
     kernel_size: Positive = 32
     """Tokens of a window, which its mean key stands for."""
     kernel_stride: Positive = 16

@@ -12,6 +12,8 @@ import torch
 from timing import measure
 from torch import Tensor
 
+from keysift.engine.graphs import CudaRecorder
+
 Work = Callable[[], object]
 WARM = 3
 """Calls before the clock counts: they compile kernels and fill the allocator's pools."""
@@ -41,16 +43,8 @@ class Clock:
 
     def captured(self, work: Work, *, cold: bool = False) -> float:
         """Of one call that is recorded once in a CUDA graph and replayed: without the host's share of it."""
-        current, beside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        beside.wait_stream(current)
-        with torch.cuda.stream(beside):
-            for _ in range(WARM):
-                work()
-        current.wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        return self.seconds(graph.replay, cold=cold)
+        _, replay = CudaRecorder(self.device)(work)
+        return self.seconds(replay, cold=cold)
 
     def single(self, work: Work) -> float:
         """Of this very call, which cannot be repeated."""

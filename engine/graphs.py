@@ -7,7 +7,8 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,9 +30,26 @@ Record = Callable[[Callable[[], T]], tuple[T, Callable[[], None]]]
 
 MOST = 64
 """Recorded steps that are kept; the one that was not used for longest goes first."""
+USES = 3
+"""A kind of step is recorded when it comes for this time: one that hardly comes is not worth it."""
+LATER = 500
+"""Steps of a kind that run kernel by kernel before it is tried again, where memory did not suffice to record it."""
+COUNTED = 1024
+"""Kinds of steps that are counted."""
 LEAST_PAGES = 64
 
 logger = logging.getLogger(__name__)
+
+
+class WaitsForDevice(RuntimeError):
+    """Work waits for the device somewhere, so that it cannot be recorded; nothing was."""
+
+
+class Kind(NamedTuple):
+    """What steps must have in common to be replays of one."""
+
+    strategy: Strategy
+    room: Room
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +66,7 @@ class Recorded:
 
 
 class Graphs:
-    """Runs decode steps, padded to powers of two of rows and pages, by replaying the first of their kind.
+    """Runs decode steps, padded to powers of two of rows and pages, by replaying one of their kind.
 
     Rows of nobody fill a step up; they read and write one frame that no sequence has. Pages that no row sees are
     passed over by every op, so padding changes no row's result.
@@ -58,8 +76,12 @@ class Graphs:
         self._cache = cache
         self._compute = compute
         self._record = record
-        self._recorded: OrderedDict[tuple[Strategy, Room], Recorded] = OrderedDict()
+        self._recorded: OrderedDict[Kind, Recorded] = OrderedDict()
+        self._uses: OrderedDict[Kind, int] = OrderedDict()
+        self._refused: set[type[Strategy]] = set()
+        self._moves = 0
         self._broken = False
+        cache.recent.settle()
 
     def take(self, work: Pass, last: Tensor) -> tuple[Tensor, Telemetry] | None:
         """As `Runner.compute`, but to be read before the next step; None where this step has to run kernel by kernel.
@@ -67,13 +89,12 @@ class Graphs:
         So has any step but those of generated tokens, under a strategy that says that it can be replayed, while no
         index takes notes on the host and nobody watches where the time goes.
         """
-        if not self._fits(work, last):
+        if not self._fits(work, last) or not self._often(kind := Kind(work.strategy, self._room(work))):
             return None
-        room = self._room(work)
-        step = self._cache.decode(work.spans, room)
-        tokens = torch.tensor(work.tokens + [0] * (room.rows - len(work.tokens)), device=self._cache.device)
+        step = self._cache.decode(work.spans, kind.room)
+        tokens = torch.tensor(work.tokens + [0] * step.rows_of_nobody, device=self._cache.device)
         with torch.inference_mode():
-            recorded = self._find(work.strategy, room, step, tokens)
+            recorded = self._find(kind, step, tokens)
             if recorded is None:
                 return None
             recorded.step.become(step)
@@ -92,26 +113,58 @@ class Graphs:
         return (
             work.phase is Phase.DECODE
             and work.strategy.replayable
+            and type(work.strategy) not in self._refused
             and last.shape[0] == len(work.spans)
+            and len({span.sequence for span in work.spans}) == len(work.spans)
             and isinstance(self._cache.tier, DeviceTier)
             and not self._cache.observed
             and not self._broken
         )
 
-    def _find(self, strategy: Strategy, room: Room, step: Step, tokens: Tensor) -> Recorded | None:
+    def _often(self, kind: Kind) -> bool:
+        """Count one more step of the kind; whether there were enough to record it."""
+        self._uses[kind] = uses = self._uses.pop(kind, 0) + 1
+        while len(self._uses) > COUNTED:
+            self._uses.popitem(last=False)
+        return uses >= USES
+
+    def _find(self, kind: Kind, step: Step, tokens: Tensor) -> Recorded | None:
         """The recorded step of this kind, recorded now if there is none; None where that cannot be done."""
-        if (key := (strategy, room)) not in self._recorded:
+        self._forget_moved()
+        if kind not in self._recorded:
             try:
-                self._recorded[key] = self._new(strategy, step, tokens)
+                recorded = self._new(kind.strategy, step, tokens)
             except Exception as error:
-                self._broken = True
-                self._recorded.clear()
-                logger.warning("cuda_graphs: steps run kernel by kernel from now on, recording one failed: %s", error)
+                self._give_up(kind, error)
                 return None
+            self._forget_moved()
+            self._recorded[kind] = recorded
             while len(self._recorded) > MOST:
                 self._recorded.popitem(last=False)
-        self._recorded.move_to_end(key)
-        return self._recorded[key]
+        self._recorded.move_to_end(kind)
+        return self._recorded[kind]
+
+    def _forget_moved(self) -> None:
+        """What tokens leave to the next may have got other memory; steps recorded before use the old one."""
+        if self._moves != self._cache.recent.moves:
+            self._moves = self._cache.recent.moves
+            for kind in [kind for kind in self._recorded if kind.strategy.remembers]:
+                del self._recorded[kind]
+
+    def _give_up(self, kind: Kind, error: Exception) -> None:
+        """A strategy that waits does so every time, memory may suffice later; after anything else nothing is sure."""
+        if isinstance(error, WaitsForDevice):
+            self._refused.add(type(kind.strategy))
+            extent = f"steps under {kind.strategy.name} run kernel by kernel from now on"
+        elif isinstance(error, torch.OutOfMemoryError):
+            self._recorded.clear()
+            self._uses[kind] = -LATER
+            extent = "recorded steps were given up for want of memory"
+        else:
+            self._recorded.clear()
+            self._broken = True
+            extent = "steps run kernel by kernel from now on, recording one failed"
+        logger.warning("cuda_graphs: %s: %s", extent, error)
 
     def _new(self, strategy: Strategy, step: Step, tokens: Tensor) -> Recorded:
         last = torch.arange(step.num_rows, device=tokens.device)
@@ -137,15 +190,19 @@ class CudaRecorder:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # libraries keep room for each
 
     def __call__(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """Runs it once outside of the graph as well: kernels are compiled and libraries make their room there.
+        """Runs it twice outside of the graph as well: first kernels are compiled and libraries make their room there.
 
-        Raises `RuntimeError` where the work cannot be recorded, or ran elsewhere than on the stream that is recorded.
+        Raises:
+            WaitsForDevice: the work cannot be recorded. Better found here: after a wait inside of a recording torch's
+                allocator would go on as if that had not ended.
+            RuntimeError: it could not be recorded for another reason, or ran elsewhere than on the recorded stream.
         """
         with torch.cuda.device(self._device):
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
                 work()
+                never_waiting(work)
             current.wait_stream(self._stream)
             return self._capture(work)
 
@@ -156,6 +213,26 @@ class CudaRecorder:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = work()
         return result, graph.replay
+
+
+ALLOWED = "masking_utils.py"
+"""transformers asks there whether positions are packed, which waits; it does not while a graph is recorded."""
+WAITED = "called a synchronizing CUDA operation"
+
+
+def never_waiting(work: Callable[[], object]) -> None:
+    """Raises `WaitsForDevice` once the work is done, naming the places at which it has waited for the device."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", message=f".*{WAITED}.*")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    found = [(Path(each.filename).name, each.lineno) for each in caught if WAITED in str(each.message)]
+    if places := sorted({f"{name}:{line}" for name, line in found if name != ALLOWED}):
+        raise WaitsForDevice(f"the host waits for the device in {', '.join(places)}")
 
 
 def check(config: EngineConfig, device: torch.device) -> None:

@@ -12,7 +12,7 @@ from .allocator import FrameAllocator
 from .context import Context
 from .index.protocol import IndexSpec, PageIndex, Stateless
 from .prefix import PrefixCache
-from .recent import Recent
+from .recent import NOBODY, Recent, place
 from .spec import CacheSpec
 from .step import Phase, Room, Span, Step
 from .tiers import DeviceTier, Tier
@@ -146,14 +146,17 @@ class PagedCache:
 
         Only a `DeviceTier` of the cache's own making has a frame for what those write.
         """
-        if room is None:
-            starts = [span.start for span in spans]
-            return self._step(Phase.DECODE, tuple(spans), starts, starts, 1)
-        padded = (*spans, *[Span(self._nobody, 0, 1)] * (room.rows - len(spans)))
+        count = 0 if room is None else room.rows - len(spans)
+        padded = (*spans, *[Span(self._nobody, 0, 1)] * count)
         starts = [span.start for span in padded]
-        step = self._step(Phase.DECODE, padded, starts, starts, 1, room.pages)
-        full = [(self._filled(span) or self._spare)[0] for span in padded]
-        return replace(step, filled=torch.tensor(full, device=self.device))
+        step = self._step(Phase.DECODE, padded, starts, starts, 1, 0 if room is None else room.pages)
+        places = torch.tensor([place(self._owner(span), span.start) for span in padded], device=self.device)
+        step = replace(step, places=places, rows_of_nobody=count)
+        if room is not None:
+            full = [(self._filled(span) or self._spare)[0] for span in padded]
+            step = replace(step, filled=torch.tensor(full, device=self.device))
+        self.recent.expect(step)
+        return step
 
     def _step(
         self, phase: Phase, spans: tuple[Span, ...], starts: list[int], lasts: list[int], width: int, pages: int = 0
@@ -175,12 +178,17 @@ class PagedCache:
             starts=torch.tensor(starts, dtype=torch.int32, device=self.device),
             lasts=last,
             last_pages=last // page_size,
+            places=last.new_empty(0, dtype=torch.int64),
             filled=torch.tensor(filled, dtype=torch.int64, device=self.device),
             page_size=page_size,
             queries_per_row=width,
             max_pages=max_pages,
             held=tuple(self._held(span) for span in spans),
         )
+
+    def _owner(self, span: Span) -> int:
+        """The span's sequence, as `recent` knows it."""
+        return NOBODY if span.sequence == self._nobody else span.sequence
 
     def _held(self, span: Span) -> list[int]:
         """Frames of the span's sequence, page by page."""

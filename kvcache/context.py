@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,12 +85,12 @@ class Context:
         """The rows of a decode step, one token of each sequence at a time: one list, but where some have several."""
         return turns(self.step)
 
-    def previous(self, rows: Sequence[int]) -> Past:
-        """What `remember` kept of the tokens right before those of these rows, if it did."""
+    def previous(self, rows: Tensor | None = None) -> Past:
+        """What `remember` kept of the tokens right before those of these rows [n], none: of all; if it did."""
         assert self.recent is not None
         return self.recent.previous(self.layer, self.step, rows)
 
-    def remember(self, rows: Sequence[int], read: Tensor, averages: Tensor) -> None:
-        """Keep pages [R, Hkv, F] and their averages for the tokens behind those of these rows, a turn's."""
+    def remember(self, rows: Tensor | None, read: Tensor, averages: Tensor) -> None:
+        """Keep pages [n, Hkv, F] and their averages for the tokens behind those of these rows [n], a turn's."""
         assert self.recent is not None
         self.recent.remember(self.layer, self.step, rows, read, averages)

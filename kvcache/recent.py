@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .spec import CacheSpec
-from .step import Phase, Span, Step
+from .step import Phase, Step
 
-NEVER = -1
+NEVER = NOBODY = -1
 GRAIN = 256
 """Pages by which the memory of a layer grows."""
 
@@ -28,18 +27,16 @@ class Past(NamedTuple):
     """[R, Hkv, F] fp32, the moving average of each page's share of the attention."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Layer:
-    """Of one layer; places are 2 * sequence, and one more for odd positions."""
+    """Of one layer, by `place`."""
 
     following: Tensor
-    """[places] int64, position of the token that each place is kept for."""
+    """[places] int32, position of the token that each place is kept for."""
     read: Tensor
     """[places, Hkv, pages] bool"""
     averages: Tensor
     """[places, Hkv, pages] fp32"""
-    written: dict[int, int]
-    """Pages of each place that may hold anything but zeros."""
 
 
 class Recent:
@@ -49,16 +46,20 @@ class Recent:
     a step that failed and runs once more finds what it found at first, layer by layer and sequence by sequence, as
     long as it runs one token of each. What some other token left, a later one or one long before, is unknown.
 
-    Nothing is allocated until the first token that leaves anything, and all is freed with the last sequence that did.
-    Between, a layer takes 10 bytes for each page and KV head of the longest sequence, in whole `GRAIN`s, times
-    the greatest number of sequences: a quarter of a percent of pages of 16 tokens with 64 channels in bf16.
+    Nothing is allocated until the first token that leaves anything. A layer takes 10 bytes for each page and KV head of
+    the longest sequence, in whole `GRAIN`s, times a power of two that is greater than the greatest number of
+    sequences: of one, half a percent of pages of 16 tokens with 64 channels in bf16. All of it is freed with the last
+    sequence, unless it has to stay where it is.
     """
 
     def __init__(self, spec: CacheSpec) -> None:
         self._heads = spec.num_kv_heads
+        self._page_size = spec.page_size
         self._layers: dict[int, _Layer] = {}
         self._left: set[int] = set()
-        self._last: tuple[Step, Sequence[int], Tensor] | None = None
+        self._settled = False
+        self.moves = 0
+        """Grows whenever memory is allocated or freed: a step that was recorded before reads and writes the old one."""
 
     @property
     def bytes(self) -> int:
@@ -69,71 +70,78 @@ class Recent:
             for tensor in (layer.following, layer.read, layer.averages)
         )
 
-    def previous(self, layer: int, step: Step, rows: Sequence[int]) -> Past:
-        """What the tokens right before those of these rows have left."""
+    def settle(self) -> None:
+        """From now on free nothing, so that recorded steps can be replayed for later sequences."""
+        self._settled = True
+
+    def expect(self, step: Step) -> None:
+        """Make room for a decode step, where there is any; of the pages that it begins nothing is known.
+
+        Steps are expected in the order in which they run. What runs in a step itself is the same whatever its tokens.
+        """
+        held = [self._room(layer, step) for layer in self._layers]
+        new = [span for span in step.served if span.start % self._page_size == 0]
+        if not held or not new:
+            return
+        index = torch.tensor([(place(span.sequence, span.start - 1), span.start // self._page_size) for span in new])
+        for layer in held:
+            places, pages = index.to(layer.read.device, non_blocking=True).unbind(1)
+            layer.read[places, :, pages] = layer.read.new_zeros(())
+            layer.averages[places, :, pages] = layer.averages.new_zeros(())
+
+    def previous(self, layer: int, step: Step, rows: Tensor | None) -> Past:
+        """What the tokens right before those of these rows [n] have left, none: of all.
+
+        Behind the row's own page there may be anything.
+        """
         held, pages = self._room(layer, step), step.max_pages
-        places, positions, _, _ = self._where(step, rows)
+        places, positions = (each if rows is None else each[rows] for each in (step.places ^ 1, step.starts))
         return Past(
             held.following.index_select(0, places) == positions,
             held.read[..., :pages].index_select(0, places),
             held.averages[..., :pages].index_select(0, places),
         )
 
-    def remember(self, layer: int, step: Step, rows: Sequence[int], read: Tensor, averages: Tensor) -> None:
-        """Keep what the tokens of these rows, no two of one sequence, leave: [R, Hkv, F] each, as `Past` has it."""
+    def remember(self, layer: int, step: Step, rows: Tensor | None, read: Tensor, averages: Tensor) -> None:
+        """Keep what the tokens of these rows [n], no two of one sequence, leave: [n, Hkv, F] each, as `Past` has it."""
         held, pages = self._room(layer, step), step.max_pages
-        _, _, places, following = self._where(step, rows)
+        places, following = (each if rows is None else each[rows] for each in (step.places, step.starts + 1))
         held.following.index_copy_(0, places, following)
         held.read[..., :pages].index_copy_(0, places, read)
         held.averages[..., :pages].index_copy_(0, places, averages)
-        spans = [step.spans[row] for row in rows]
-        if any(held.written.get(_place(span, 0), 0) > pages for span in spans):
-            held.read[..., pages:].index_fill_(0, places, False)
-            held.averages[..., pages:].index_fill_(0, places, 0.0)
-        held.written.update((_place(span, 0), pages) for span in spans)
-        self._left.update(span.sequence for span in spans)
+        self._left.update(span.sequence for span in step.served)
 
     def drop(self, sequence: int) -> None:
         """Forget the sequence."""
-        if sequence not in self._left:
+        if not self._settled and sequence not in self._left:
             return
         self._left.discard(sequence)
-        if not self._left:
+        if not self._left and not self._settled and self._layers:
             self._layers.clear()
-            self._last = None
+            self.moves += 1
         for held in self._layers.values():
-            held.following[2 * sequence : 2 * sequence + 2].fill_(NEVER)
-
-    def _where(self, step: Step, rows: Sequence[int]) -> Tensor:
-        """[4, R] int64: places that the rows' tokens look into and their positions, those they write to and the next.
-
-        On the device, without waiting for it; all layers of a step ask for the same.
-        """
-        if self._last is None or self._last[0] is not step or self._last[1] != rows:
-            spans = [step.spans[row] for row in rows]
-            numbers = [(_place(span, 1), span.start, _place(span, 0), span.stop) for span in spans]
-            self._last = step, rows, torch.tensor(numbers).T.contiguous().to(step.starts.device, non_blocking=True)
-        return self._last[2]
+            held.following[place(sequence, 0) :][:2].fill_(NEVER)  # nothing, where there is no such place yet
 
     def _room(self, layer: int, step: Step) -> _Layer:
         """The layer's memory, with a place for every sequence and page of the step."""
         assert step.phase is Phase.DECODE, "prompts leave nothing"
         held = self._layers.get(layer)
         places, pages = (0, 0) if held is None else (held.read.shape[0], held.read.shape[2])
-        wanted = 2 + 2 * max(span.sequence for span in step.spans)
+        wanted = place(max(span.sequence for span in step.served), 0) + 2
         if held is None or wanted > places or step.max_pages > pages:
             pages = max(pages, -(-step.max_pages // GRAIN) * GRAIN)
-            held = self._grown(held, max(places, wanted), pages, step.starts.device)
+            device = step.starts.device if held is None else held.read.device
+            held = self._grown(held, max(places, 1 << (wanted - 1).bit_length()), pages, device)
             self._layers[layer] = held
+            self.moves += 1
         return held
 
     def _grown(self, old: _Layer | None, places: int, pages: int, device: torch.device) -> _Layer:
         with torch.inference_mode(False):  # else nobody outside of it could write to them
             new = _Layer(
-                torch.full((places,), NEVER, device=device),
+                torch.full((places,), NEVER, dtype=torch.int32, device=device),
                 torch.zeros(places, self._heads, pages, dtype=torch.bool, device=device),
                 torch.zeros(places, self._heads, pages, device=device),
-                {} if old is None else old.written,
             )
             if old is not None:
                 count, width = old.read.shape[0], old.read.shape[2]
@@ -143,19 +151,23 @@ class Recent:
         return new
 
 
-def _place(span: Span, ago: int) -> int:
-    """Of what the token so many before the span's has left."""
-    return 2 * span.sequence + (span.start - ago) % 2
+def place(sequence: int, position: int) -> int:
+    """Where the sequence's token at this position leaves what it leaves; the one before it does so one place beside."""
+    return 2 * (sequence + 1) + position % 2
 
 
 def turns(step: Step) -> list[list[int]]:
-    """The rows of a decode step, each sequence's tokens one after another: no list has two of one sequence."""
+    """The rows of a decode step, each sequence's tokens one after another: no list has two of one sequence.
+
+    Rows of nobody run with the first ones.
+    """
     found: list[list[int]] = []
     before: dict[int, int] = {}
-    for row, span in enumerate(step.spans):
+    for row, span in enumerate(step.served):
         turn = before.get(span.sequence, 0)
         before[span.sequence] = turn + 1
         if turn == len(found):
             found.append([])
         found[turn].append(row)
+    found[0].extend(range(len(step.served), step.num_rows))
     return found

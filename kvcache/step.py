@@ -36,7 +36,7 @@ class Room(NamedTuple):
     pages: int
 
 
-PADDED = ("positions", "slots", "starts", "lasts", "last_pages")
+PADDED = ("positions", "slots", "starts", "lasts", "last_pages", "places")
 """Tensors with one number for each row of a decode step."""
 
 
@@ -61,6 +61,8 @@ class Step:
     """[R] int32, position of each row's last query."""
     last_pages: Tensor
     """[R] int32, page of each row's last query."""
+    places: Tensor
+    """[R] int64 of a decode step, where what each row's token leaves to the next is kept: see `Recent`."""
     filled: Tensor
     """[*] int64, frames that become full in this step; of a padded one [R], a frame of nobody's where none does."""
     page_size: int
@@ -71,10 +73,17 @@ class Step:
     """Frames of each span's sequence as host integers, page by page."""
     rows_behind: int = 0
     """Rows of the same prompt that come after this step."""
+    rows_of_nobody: int = 0
+    """Rows at the end of a decode step that only fill it up."""
 
     @property
     def num_rows(self) -> int:
         return self.starts.shape[0]
+
+    @property
+    def served(self) -> tuple[Span, ...]:
+        """The spans without those of nobody."""
+        return self.spans[: len(self.spans) - self.rows_of_nobody]
 
     def on(self, device: torch.device) -> Step:
         """The same with its tensors on this device, itself if they are there; copies are made without waiting."""
@@ -94,4 +103,5 @@ class Step:
     def head(self, rows: int) -> Step:
         """The first rows of a decode step, all of it that concerns its first sequences."""
         tensors = {name: getattr(self, name)[:rows] for name in (*PADDED, "table")}
-        return replace(self, spans=self.spans[:rows], held=self.held[:rows], **tensors)
+        nobodys = max(0, self.rows_of_nobody + rows - self.num_rows)
+        return replace(self, spans=self.spans[:rows], held=self.held[:rows], rows_of_nobody=nobodys, **tensors)

@@ -1,7 +1,8 @@
 """As much of a CUDA graph as any device can do: the ops that some work ran, run again over the same tensors.
 
-It shows what a recording takes from the host. It keeps every tensor alive and knows no streams, so it shows nothing of
-a graph's memory, nor of kernels that are no ops of torch.
+It shows what a recording takes from the host, and that a replay reads nothing that it has not written: before each, the
+memory that the recording made is filled with what no op can use. It keeps every tensor alive and knows no streams, so
+it shows nothing of how a graph shares memory, nor of kernels that are no ops of torch.
 """
 
 from __future__ import annotations
@@ -10,13 +11,32 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 from unittest import mock
 
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from keysift.engine.graphs import WaitsForDevice
 
 T = TypeVar("T")
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"}
 """Ops that wait for the device: what they found would be the same in every replay."""
+ASKS = {"item", "tolist", "cpu", "numpy", "__array__", "__int__", "__float__", "__bool__", "__index__"}
+"""Methods that wait for it, not all of which are ops on a CPU."""
+
+
+class Unasked(TorchFunctionMode):
+    """Inside, whatever asks a tensor what it holds raises."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ASKS:
+            raise waits(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def waits(name: str) -> WaitsForDevice:
+    return WaitsForDevice(f"{name}: a step that is recorded may not wait for the device")
 
 
 class Replayer(TorchDispatchMode):
@@ -25,20 +45,37 @@ class Replayer(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
+        self._made: dict[int, torch.UntypedStorage] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in READS:
-            raise RuntimeError(f"{name}: a step that is recorded may not wait for the device")
+        if name in READS or (name == "index" and _masks(args[1])):
+            raise waits(name)
         given = func(*args, **(kwargs or {}))
-        self._calls.append((func, args, kwargs or {}, given))
+        self._note_made((args, kwargs), given)
+        if "empty" not in name:  # a graph's memory is there already
+            self._calls.append((func, args, kwargs or {}, given))
         return given
 
+    def _note_made(self, taken: Any, given: Any) -> None:
+        """Memory of what an op gave, but where it took that memory."""
+        before = {each.untyped_storage().data_ptr() for each in tree_leaves(taken) if isinstance(each, Tensor)}
+        for each in tree_leaves(given):
+            if isinstance(each, Tensor) and (storage := each.untyped_storage()).data_ptr() not in {0, *before}:
+                self._made[storage.data_ptr()] = storage
+
     def replay(self) -> None:
+        for storage in self._made.values():
+            torch.empty(0, dtype=torch.uint8).set_(storage).fill_(0xFF)  # type: ignore[call-overload]  # NaN, -1, true
         for func, args, kwargs, given in self._calls:
             for old, new in zip(tree_leaves(given), tree_leaves(func(*args, **kwargs)), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+
+
+def _masks(indices: Any) -> bool:
+    """Whether how many are taken is for the device to say."""
+    return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in indices)
 
 
 class Recorder:
@@ -51,8 +88,8 @@ class Recorder:
     def __call__(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         replayer = Replayer()
         work()  # as for a real one, whose kernels are compiled in a first run
-        with replayer, mock.patch("torch.cuda.is_current_stream_capturing", return_value=True):  # as models ask
-            result = work()
+        with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True), replayer, Unasked():
+            result = work()  # models ask whether they are recorded
         self.recorded += 1
 
         def replay() -> None:

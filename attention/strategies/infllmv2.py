@@ -27,7 +27,6 @@ class InfLLMv2(BlockStrategy):
     configuration has a `sparse_config` brings its own. As there, `topk` counts beside the local blocks.
     """
 
-    replayable = True
     config_key: ClassVar[str | None] = "sparse_config"
     topk: Positive = 64
     """Blocks to read, those of the window apart."""

@@ -54,6 +54,7 @@ class Nosa(TokenStrategy):
     candidates: Positive = 512
     """Of codes: pages whose codes are read, the most promising by the bounds of all."""
 
+    replayable = True
     trained: bool = True
     """Where keys carry NOSA's learned bias, choose as the model was trained to: as `nosa-trained`, options aside."""
 
@@ -96,13 +97,13 @@ class Nosa(TokenStrategy):
     def _turn(self, masses: Tensor, context: Context, rows: Sequence[int]) -> SteadyPages:
         """The choices of these rows, and what they leave to the tokens behind them."""
         step, zones = context.step, self.zones(context.step)
-        inputs = masses, zones.firsts, step.last_pages
+        inputs, index = (masses, zones.firsts, step.last_pages), None
         if len(rows) < step.num_rows:
             index = on_device(list(rows), step)
             inputs = masses[index], zones.firsts[index], step.last_pages[index]
         chosen = steady_pages(
             *inputs,
-            *context.previous(rows),
+            *context.previous(index),
             heads=context.spec.num_kv_heads,
             sinks=zones.sinks,
             window=zones.window,
@@ -113,7 +114,7 @@ class Nosa(TokenStrategy):
             keep=self.beta,
             epsilon=self.epsilon,
         )
-        context.remember(rows, chosen.read, chosen.averages)
+        context.remember(index, chosen.read, chosen.averages)
         return chosen
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import MistralConfig, PreTrainedConfig, Qwen3Config
+from transformers import MistralConfig, PreTrainedConfig, Qwen3Config, masking_utils
 
 from keysift.attention import Strategy
 from keysift.engine import Engine, InvalidRequest, Output, Request, TokenOutput, graphs, model
-from keysift.kvcache import Context, DeviceTier, Selection
+from keysift.engine.runner import Pass
+from keysift.kvcache import Context, DeviceTier, Phase, Selection, Span
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 from tests.models import llama
 from tests.replaying import Recorder
@@ -32,6 +34,8 @@ STRATEGIES = [
     "retrieval budget=32 sink=8 window=24 dense_below=0 index=flat",
     "retrieval budget=32 sink=8 window=24 dense_below=0 index=summary tail=mean certify=true",
     "infllmv2 topk=3 window_size=16 block_size=16 kernel_size=8 kernel_stride=8 dense_len=-1",
+    "nosa budget=32 queried=16 sink=8 window=24 m_max=1 dense_below=0",
+    "nosa budget=32 queried=16 sink=8 window=24 epsilon=1 refused=drop index=summary dense_below=60 dense_layers=1",
 ]
 PROMPTS = [50, 131, 64, 9, 83]
 """One of them ends with a page, so that the first token begins one."""
@@ -158,9 +162,7 @@ def test_a_strategy_that_asks_the_host_is_found_out(make: Make, monkeypatch: pyt
     assert logprobs(drain(replaying)) != pytest.approx(logprobs(drain(plain)), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    "strategy", ["retrieval index=ivf dense_below=0", "nosa dense_below=0", "retrieval index=graph"]
-)
+@pytest.mark.parametrize("strategy", ["retrieval index=ivf dense_below=0", "retrieval index=graph"])
 def test_what_keeps_book_on_the_host_runs_op_by_op(make: Make, strategy: str) -> None:
     engine = make(backend="reference", **arguments(strategy))
     recorder = recorded(engine)
@@ -191,6 +193,109 @@ def test_a_watched_step_runs_op_by_op(make: Make) -> None:
     assert recorder.recorded == 0
 
 
+NOSA = "nosa budget=32 queried=16 sink=8 window=24 m_max=1 dense_below=0"
+
+
+def test_what_tokens_leave_may_move(make: Make) -> None:
+    """More sequences need more memory; then the first is alone again, in steps of a kind that was recorded before."""
+    fields = {"backend": "reference", "page_size": 8, **arguments(NOSA)}
+    plain, replaying = make(**fields), make(**fields)
+    recorder = recorded(replaying)
+    outputs = []
+    for engine in (plain, replaying):
+        engine.add(Request("long", tokens(80), greedy(40, logprobs=2)))
+        begun = [output for _ in range(10) for output in engine.step()]
+        for i in range(3):
+            engine.add(Request(f"short{i}", tokens(40, seed=i), greedy(8, logprobs=2)))
+        outputs.append(begun + drain(engine))
+    assert_same(outputs[1], outputs[0], ["long", "short0", "short1", "short2"])
+    assert recorder.recorded >= 3
+    assert recorder.replayed > 20
+
+
+def test_a_recording_serves_later_requests(make: Make) -> None:
+    engine = make(backend="reference", page_size=8, **arguments(NOSA))
+    recorder = recorded(engine)
+    counts = []
+    for _ in range(3):
+        start(engine, prompts=[50], count=12)
+        drain(engine)
+        counts.append((recorder.recorded, recorder.replayed))
+    assert counts[0][0] == counts[2][0] == 1
+    assert counts[2][1] > 2 * counts[0][1]
+
+
+def test_a_kind_of_step_is_recorded_when_it_comes_for_the_third_time(make: Make) -> None:
+    engine = make(backend="reference")
+    recorder = recorded(engine)
+    start(engine, prompts=[20], count=8)
+    while not recorder.replayed:
+        engine.step()
+    assert len(engine._jobs["r0"].sequence.tokens) == 20 + 1 + graphs.USES
+
+
+def test_several_tokens_of_one_sequence_run_op_by_op(make: Make) -> None:
+    """Each needs what the one before it leaves."""
+    engine = make(backend="reference", **arguments(NOSA))
+    recorder = recorded(engine)
+    cache = engine.cache
+    cache.reserve(sequence := cache.open(), 60)
+    work = Pass(Phase.DECODE, engine.default, tuple(Span(sequence, i, 1) for i in range(3)), [1, 2, 3], 0)
+    for _ in range(graphs.USES + 1):
+        engine.runner.compute(work, torch.arange(3))
+    cache.release(sequence)
+    assert recorder.recorded == 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting(Strategy):
+    """Waits for the device, and says nevertheless that it could be replayed."""
+
+    replayable = True
+
+    def decode(self, q: Tensor, context: Context) -> Selection:
+        return context.zones(sink=0, window=int(context.num_pages.max()))
+
+
+def test_a_strategy_that_waits_is_left_to_itself(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    engine = make(backend="reference")
+    recorder = recorded(engine)
+    usual, engine.default = engine.default, Waiting()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            start(engine, prompts=[20], count=12)
+            drain(engine)
+    assert recorder.recorded == recorder.replayed == 0
+    assert caplog.text.count("steps under waiting run kernel by kernel") == 1
+    engine.default = usual
+    start(engine, prompts=[20], count=12)
+    drain(engine)
+    assert recorder.replayed > 0
+
+
+def test_without_memory_it_is_tried_again_later(
+    make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(graphs, "LATER", 5)
+    plain, engine = make(backend="reference"), make(backend="reference")
+    recorder, attempts = Recorder(), []
+
+    def tight(work: Callable[[], Any]) -> Any:
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return recorder(work)
+
+    engine.runner.record(tight)
+    ids = start(plain, prompts=[20])
+    start(engine, prompts=[20])
+    with caplog.at_level(logging.WARNING):
+        assert_same(drain(engine), drain(plain), ids)
+    assert "want of memory" in caplog.text
+    assert len(attempts) == 2
+    assert 0 < recorder.replayed < 24 - graphs.LATER
+
+
 def test_where_nothing_can_be_recorded_steps_run_all_the_same(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     plain, broken = make(backend="reference"), make(backend="reference")
     calls = []
@@ -206,6 +311,7 @@ def test_where_nothing_can_be_recorded_steps_run_all_the_same(make: Make, caplog
         assert_same(drain(broken), drain(plain), ids)
     assert len(calls) == 1
     assert "kernel by kernel" in caplog.text
+    assert "recording one failed" in caplog.text
     assert "not permitted" in caplog.text
 
 
@@ -219,6 +325,36 @@ def test_the_recordings_that_are_kept_are_few(make: Make, monkeypatch: pytest.Mo
     assert engine.runner.graphs is not None
     assert len(engine.runner.graphs._recorded) == 2
     assert all(finish_of(outputs, i).usage.completion_tokens for i in ids)
+
+
+@pytest.fixture
+def modes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """How CUDA, which is not needed for it, was told to treat waits, one after the other."""
+    told = ["default"]
+    monkeypatch.setattr("torch.cuda.get_sync_debug_mode", lambda: told[-1])
+    monkeypatch.setattr("torch.cuda.set_sync_debug_mode", told.append)
+    return told
+
+
+def wait_in(file: str, line: int) -> None:
+    """As torch warns of a wait in "warn" mode."""
+    warnings.warn_explicit(graphs.WAITED + " (Triggered internally)", UserWarning, file, line)
+
+
+def test_waits_are_found_and_told_where_they_are(modes: list[str]) -> None:
+    def work() -> None:
+        assert modes == ["default", "warn"]
+        for file, line in (("a/other.py", 3), ("b/mine.py", 12), ("a/other.py", 3)):
+            wait_in(file, line)
+
+    with pytest.raises(graphs.WaitsForDevice, match=r"in mine\.py:12, other\.py:3$"):
+        graphs.never_waiting(work)
+    assert modes == ["default", "warn", "default"]
+
+
+def test_what_models_do_outside_of_a_recording_alone_is_no_wait(modes: list[str]) -> None:
+    graphs.never_waiting(lambda: wait_in(str(Path(masking_utils.__file__)), 776))
+    assert modes[-1] == "default"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from keysift.kvcache.ops import use_backend
 from tests.attention.test_strategies import ROWS
 from tests.engine.driver import drain, greedy, said, tokens
 from tests.models import llama, save
+from tests.replaying import Recorder
 
 LAYERS, KV_HEADS, DIM = 2, 2, 8
 CONFIG = llama(max_position_embeddings=1024)
@@ -222,6 +223,21 @@ def test_every_strategy_that_reads_everything_says_it_too(
     arguments = tuple(f"{key}={value}" for key, value in ({"dense_below": 0} | row.full).items())
     fields = {"strategy": row.name, "strategy_args": arguments, "bypass_prefix_cache": True}
     assert generate(engine, prompt, 12, **fields) == greedily(oracle, prompt, 12)
+
+
+TRAINED = ("kernel_size=16", "kernel_stride=8", "block_size=16", "window_size=16", "topk=6", "query_blocks=4")
+
+
+@pytest.mark.parametrize("name", ["nosa-trained", "dense"])
+def test_replayed_steps_say_it_too(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("keysift.engine.model.native_kernel", lambda: None)  # whose work no op of torch would show
+    options = ("dense_below=0", *TRAINED) if name != "dense" else ()
+    fields = {"strategy": name, "strategy_args": options}
+    plain, replaying = (start(folder, backend="reference", page_size=8) for _ in range(2))
+    replaying.runner.record(recorder := Recorder())
+    prompt = tokens(200, seed=3)
+    assert generate(replaying, prompt, 40, **fields) == generate(plain, prompt, 40, **fields)
+    assert recorder.replayed > 30
 
 
 def test_the_cache_knows_content_from_bias(engine: Engine) -> None:

@@ -30,15 +30,14 @@ def step_of(cache: PagedCache, *places: tuple[int, int]) -> Step:
 
 def leave(cache: PagedCache, step: Step, layer: int = 0) -> tuple[Tensor, Tensor]:
     """Random pages and averages, whatever the step."""
-    rows = list(range(step.num_rows))
-    read = torch.rand(len(rows), HEADS, step.max_pages) < 0.5
-    averages = torch.rand(len(rows), HEADS, step.max_pages)
-    cache.context(layer, step).remember(rows, read, averages)
+    read = torch.rand(step.num_rows, HEADS, step.max_pages) < 0.5
+    averages = torch.rand(step.num_rows, HEADS, step.max_pages)
+    cache.context(layer, step).remember(None, read, averages)
     return read, averages
 
 
 def past(cache: PagedCache, step: Step, layer: int = 0) -> Past:
-    found = cache.context(layer, step).previous(list(range(step.num_rows)))
+    found = cache.context(layer, step).previous()
     assert found.read.shape == found.averages.shape == (step.num_rows, HEADS, step.max_pages)
     return found
 
@@ -123,7 +122,7 @@ def test_memory_is_small_and_goes_with_the_last_sequence() -> None:
     for layer in range(2):
         leave(cache, step_of(cache, (sequence, 3999)), layer)
     pages = 4 * 256
-    assert cache.recent.bytes == 2 * (2 * HEADS * pages * 5 + 2 * 8)
+    assert cache.recent.bytes == 2 * 4 * (HEADS * pages * 5 + 4)
     cache.release(sequence)
     assert cache.recent.bytes == 0
 
@@ -150,4 +149,4 @@ def test_prompts_leave_nothing() -> None:
     step = cache.prefill(Span(opened(cache, 100), 0, 64), 8)
     recent = Recent(cache.spec)
     with pytest.raises(AssertionError, match="prompts"):
-        recent.previous(0, step, [0])
+        recent.previous(0, step, None)
