@@ -18,6 +18,7 @@ from torch import Tensor
 
 from keysift.attention.ops.column_scores import column_scores
 from keysift.attention.ops.paged_attention import paged_attention
+from keysift.attention.ops.steady_pages import SteadyPages, steady_pages
 from keysift.attention.ops.top_pages import TopPages, top_pages
 from keysift.kvcache.ops import use_backend
 from keysift.kvcache.ops.encode import Codes, decode, encode
@@ -134,6 +135,12 @@ def check_few_codes(pages: Pages) -> Found:
     return float(apart.sum()) / (4 * pages.q.shape[0] * pages.q.shape[1]), 0.1
 
 
+def check_many_codes(pages: Pages) -> Found:
+    """As few codes, among more pages than one program ranks."""
+    many = Pages.make((2, 1, 64), (8200 * SIZE, 40), pages.q.dtype, pages.q.device)
+    return check_few_codes(many)
+
+
 def check_bounds(pages: Pages) -> Found:
     summaries, _ = pages.described()
     found = page_bounds(pages.q, pages.k, pages.own, summaries, pages.frames, pages.lasts, scale=pages.scale)
@@ -152,6 +159,32 @@ def check_top_pages(pages: Pages) -> Found:
         expected = TopPages(*top_pages.__wrapped__(masses.double(), *zones, epsilon=epsilon, **given))  # type: ignore[attr-defined]
         wrong = float((found.pages != expected.pages).any(-1).double().mean())
         errors.append(max(wrong, worst(found.kept, expected.kept)))
+    return max(errors), FINE
+
+
+def check_steady_pages(pages: Pages) -> Found:
+    """Lists that differ in any page from the reference's, as a share, and the error of everything else.
+
+    Three tokens, each behind what the one before it has left; nothing is known before the first.
+    """
+    (rows, query_heads), lasts = pages.q.shape[:2], pages.lasts // SIZE
+    lists = (rows, heads := pages.k.shape[1], pages.frames.shape[2])
+    device = lasts.device
+    options: dict[str, Any] = {"heads": heads, "sinks": 1, "window": 2, "budget": 16, "queried": 8, "most": 2}
+    options |= {"factor": 1.25, "keep": 0.9, "epsilon": 0.02}
+    known, read = torch.zeros(rows, device=device).bool(), torch.zeros(lists, device=device).bool()
+    averages = torch.zeros(lists, device=device)
+    masses, errors = torch.randn(rows, query_heads, lists[2], device=device) * 3, []
+    for _ in range(3):
+        given = masses, (lasts - 1).clamp(min=0), lasts, known, read, averages
+        found = steady_pages(*given, **options)
+        expected = SteadyPages(*steady_pages.__wrapped__(*given, **options))  # type: ignore[attr-defined]
+        named = [(getattr(found, name), getattr(expected, name)) for name in ("pages", "refused", "read", "valve")]
+        errors += [float((one != other).reshape(rows, heads, -1).any(-1).double().mean()) for one, other in named]
+        told = [(getattr(found, name), getattr(expected, name)) for name in ("kept", "averages", "overlap")]
+        errors += [worst(one.nan_to_num(-1.0), other.nan_to_num(-1.0)) for one, other in told]
+        known, read, averages = torch.ones_like(known), expected.read, expected.averages
+        masses = masses + torch.randn_like(masses)
     return max(errors), FINE
 
 
@@ -216,8 +249,10 @@ CHECKS: dict[str, Check] = {
     "page_masses": check_masses,
     "code_masses, all pages": check_codes,
     "code_masses, candidates": check_few_codes,
+    "code_masses, candidates of many": check_many_codes,
     "page_bounds": check_bounds,
     "top_pages": check_top_pages,
+    "steady_pages": check_steady_pages,
     "store": check_store,
     "summarize": check_summarize,
     "encode": check_encode,

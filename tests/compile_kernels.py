@@ -23,7 +23,19 @@ from typing import Any
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INT32_POINTERS = {"frames", "pages", "starts", "positions", "levels", "firsts", "lasts", "pool", "loads", "places"}
+INT32_POINTERS = {
+    "frames",
+    "refused",
+    "pages",
+    "starts",
+    "positions",
+    "levels",
+    "firsts",
+    "lasts",
+    "pool",
+    "loads",
+    "places",
+}
 FP32_POINTERS = {
     "lse",
     "pieces",
@@ -36,8 +48,13 @@ FP32_POINTERS = {
     "promises",
     "scales",
     "kept",
+    "averages",
+    "now_averages",
+    "overlap",
 }
-INT32_SCALARS = re.compile(r"window|F|FIRST|M|N|T|P|PIECES?|stride.*|sinks|budget|spare")
+BYTE_POINTERS = {"bounds", "known", "read", "now_read", "valve"}
+INT32_SCALARS = re.compile(r"window|F|FIRST|M|N|T|P|Q|PIECES?|stride.*|sinks|budget|spare|queried|most")
+FP32_SCALARS = {"scale", "slack", "factor", "keep", "rest"}
 MULTIPLES_OF_16 = re.compile(r"stride_(q|k|v|ck|cv|u).*")
 TENSOR_CORES = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma")
 
@@ -118,8 +135,9 @@ def _cases() -> Iterator[Case]:
             fetch = {"Hkv": 8, "E": 64, "W": 512, "WORDS": piece // 4, "BLOCK": min(piece // 4, 1024)}
             yield Case(f"fetch {piece} bytes", "fetch_kernel", "bf16", target, fetch)
         yield Case("join", "join_kernel", "fp32", target, {"BLOCK": 64, "BLOCK_P": 16})
-        for max_pages, zones in itertools.product((64, 512, 2048, 8192), (True, False)):
-            yield heaviest_case(target, max_pages, zones)
+        for max_pages in (2**n for n in range(7, 14)):
+            yield from (heaviest_case(target, max_pages, zones) for zones in (True, False))
+            yield steady_case(target, max_pages)
 
 
 def attend_case(target: Target, dtype: str, dim: int, queries_per_row: int) -> Case:
@@ -190,6 +208,15 @@ def heaviest_case(target: Target, max_pages: int, zones: bool) -> Case:
     return Case(f"choose F={max_pages}", "heaviest_kernel", "fp32", target, constants, options)
 
 
+def steady_case(target: Target, max_pages: int) -> Case:
+    """A choice that changes little among so many pages for the four heads of a group."""
+    from keysift.attention.ops.steady_pages_triton import config
+
+    constants = {"H": 8, "G": 4} | config(max_pages, target.backend == "hip")
+    options = {"num_warps": constants.pop("num_warps")}
+    return Case(f"steady F={max_pages}", "steady_kernel", "fp32", target, constants, options)
+
+
 def compile_case(case: Case) -> Report:
     """Compile ahead of time and read the compiler's own account of the result."""
     import triton
@@ -211,7 +238,7 @@ def compile_case(case: Case) -> Report:
 
 
 def find_kernel(name: str) -> Any:
-    from keysift.attention.ops import column_scores_kernels, paged_attention_triton
+    from keysift.attention.ops import column_scores_kernels, paged_attention_triton, steady_pages_triton
     from keysift.kvcache.ops import (
         code_masses_kernels,
         encode_triton,
@@ -222,22 +249,22 @@ def find_kernel(name: str) -> Any:
         summarize_triton,
     )
 
-    modules = (paged_attention_triton, column_scores_kernels, store_triton, summarize_triton)
+    modules = (paged_attention_triton, column_scores_kernels, steady_pages_triton, store_triton, summarize_triton)
     modules += (fetch_triton, encode_triton, page_masses_kernels, code_masses_kernels, heaviest_triton)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
 def argument_type(name: str, dtype: str) -> str:
     """Triton's name for the type of an argument that is not a constant."""
-    if name in ("scale", "slack"):
+    if name in FP32_SCALARS:
         return "fp32"
     if INT32_SCALARS.fullmatch(name):
         return "i32"
     if name in ("slots", "bases"):
         return "*i64"
-    if name == "first":
+    if name in ("first", "refusable"):
         return "i64"
-    if name == "bounds":
+    if name in BYTE_POINTERS:
         return "*i8"
     return "*i32" if name in INT32_POINTERS else "*fp32" if name in FP32_POINTERS else f"*{dtype}"
 

@@ -88,7 +88,7 @@ def test_strategies_of_each_table(smoke: tuple[Any, dict[str, Any]]) -> None:
 
 def test_checks_pass(smoke: tuple[Any, dict[str, Any]]) -> None:
     rows = smoke[1]["tables"]["correctness"]["rows"]
-    assert len(rows) == 45
+    assert len(rows) == 51
     assert all(row["passed"] and 0 <= row["worst"] <= row["limit"] for row in rows)
 
 
@@ -157,7 +157,7 @@ def test_a_table_in_a_process_of_its_own_takes_no_other_with_it(
     assert in_process(parts.gpu, monkeypatch, *words) == 0
     tables = json.loads(out.read_text())["tables"]
     assert tables["decode"]["rows"] == [{"what": "all of it", "error": "its process ended with -6"}]
-    assert len(tables["correctness"]["rows"]) == 45
+    assert len(tables["correctness"]["rows"]) == 51
     assert [file.name for file in tmp_path.iterdir()] == ["gpu.json"]
 
 

@@ -49,7 +49,10 @@ class _Limits(NamedTuple):
     """[R, 1, 1] int64, the most that may be refused, in units of 1 / `ONE`."""
 
 
-@op(native="keysift.attention.native.steady_pages:steady_pages")
+@op(
+    native="keysift.attention.native.steady_pages:steady_pages",
+    triton="keysift.attention.ops.steady_pages_triton:steady_pages",
+)
 def steady_pages(
     masses: Tensor,
     firsts: Tensor,
@@ -78,7 +81,7 @@ def steady_pages(
     heaviest pages.
 
     The query heads of a group share a list: a page weighs the mean of their shares. Of equal pages the lower one comes
-    first, in and out. There is no Triton twin: this reference runs on a GPU as well, and never waits for it.
+    first, in and out.
 
     Args:
         masses: [R, Hq, F] fp32, natural log of each page's mass up to a factor per row and head; -inf: without a share,

@@ -28,10 +28,75 @@ def total(x):
 
 @triton.jit
 def shares_of(b_mass):
-    """Softmax of a head's log masses; zeros where all are -inf."""
+    """Softmax of a head's log masses; zeros where all are -inf, or any is no number."""
+    m_nan = b_mass != b_mass
+    b_mass = tl.where(m_nan, float("-inf"), b_mass)
     top = tl.max(b_mass, 0)
     b_e = tl.exp(b_mass - tl.where(top == float("-inf"), 0.0, top))
-    return b_e / tl.maximum(total(b_e), 1e-30)
+    return tl.where(tl.sum(m_nan.to(tl.int32), 0) > 0, 0.0, b_e / tl.maximum(total(b_e), 1e-30))
+
+
+@triton.jit
+def rank_of(b_share, m_free):
+    """Whole numbers from 1 on that order shares, floats that are never negative, as their bits do; 0: not free."""
+    return tl.where(m_free, b_share.to(tl.int32, bitcast=True) + 1, 0)
+
+
+@triton.jit
+def share_of(rank):
+    """The share of this rank; 0 where there is none."""
+    return (tl.maximum(rank, 1) - 1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def take(b_rank, b_weight, budget, limit, WEIGHED: tl.constexpr):
+    """The highest ranks until there are `budget`, or their weights reach `limit`; of equal pages the lower one first.
+
+    The lowest rank to take is found in 30 halvings of the range of ranks, each with one sum over all pages. Without
+    WEIGHED nothing but the budget counts.
+    """
+    b_each = tl.full(b_rank.shape, 1, tl.int32)
+    if WEIGHED:  # sums to how many in the high bits, and their weights in the low ones
+        b_each = b_weight.to(tl.int64) | (1 << 40)
+    below = 0  # pages of this rank and less would be too many
+    rank = 1 << 30  # those above are not enough, or just enough
+    for _ in range(30):
+        middle = (below + rank) // 2
+        enough = reached(tl.sum(tl.where(b_rank > middle, b_each, 0), 0), budget, limit, WEIGHED)
+        below = tl.where(enough, middle, below)
+        rank = tl.where(enough, rank, middle)
+    above = tl.sum(tl.where(b_rank > rank, b_each, 0), 0)
+    m_equal = b_rank == rank
+    b_before = tl.cumsum(m_equal.to(tl.int32), 0) - 1
+    m_some = b_before < budget - count_of(above, WEIGHED)
+    if WEIGHED:
+        m_some = m_some & (b_before * b_weight.to(tl.int32) < limit - weight_of(above))
+    return (b_rank > rank) | (m_equal & m_some)
+
+
+@triton.jit
+def count_of(above, WEIGHED: tl.constexpr):
+    return (above >> 40).to(tl.int32) if WEIGHED else above
+
+
+@triton.jit
+def weight_of(above):
+    return (above & ((1 << 40) - 1)).to(tl.int32)
+
+
+@triton.jit
+def reached(above, budget, limit, WEIGHED: tl.constexpr):
+    """Whether so many pages, and their weights, suffice."""
+    enough = count_of(above, WEIGHED) >= budget
+    return enough | (weight_of(above) >= limit) if WEIGHED else enough
+
+
+@triton.jit
+def store_list(p_list, m_listed, o_f, width):
+    """The listed pages in ascending order, and -1 behind them, `width` numbers in all."""
+    b_place = tl.cumsum(m_listed.to(tl.int32), 0) - 1
+    tl.store(p_list + b_place, o_f, mask=m_listed & (b_place < width))
+    tl.store(p_list + o_f, -1, mask=(o_f >= tl.sum(m_listed.to(tl.int32), 0)) & (o_f < width))
 
 
 @triton.jit(do_not_specialize=["F", "P", "sinks", "budget", "spare"])
@@ -42,9 +107,6 @@ def heaviest_kernel(
     """One list of a row, for G heads: see `top_pages`. Without ZONES it has neither zones nor a last page.
 
     `spare` is what may be left out, of SHARE; -1: the budget is spent anyhow.
-
-    A page's share, a float that is never negative, orders like its bits do as a whole number. So the lightest page to
-    take is found in 30 halvings of the range of those numbers, each with one sum over all pages.
     """
     i_l = tl.program_id(0).to(tl.int64)
     o_f = tl.arange(0, BLOCK_F)
@@ -54,51 +116,28 @@ def heaviest_kernel(
         m_seen = m_seen & (o_f <= tl.load(lasts + i_l // H))
         m_zone = ((o_f < sinks) | (o_f >= tl.load(firsts + i_l // H))) & m_seen
 
-    p_m = masses + i_l * G * F + o_f
     b_group = tl.full([BLOCK_F], -1.0, tl.float32)  # nobody found it; a share may be 0 by rounding
-    for _ in range(G):
-        b_mass = tl.load(p_m, mask=m_seen, other=float("-inf"))
+    for i_g in range(G):
+        b_mass = tl.load(masses + (i_l * G + i_g) * F + o_f, mask=m_seen, other=float("-inf"))
         b_group = tl.where(b_mass > float("-inf"), tl.maximum(b_group, 0.0) + shares_of(b_mass), b_group)
-        p_m += F
     b_group = b_group / G
     m_free = (b_group >= 0.0) & ~m_zone
 
-    b_rank = tl.where(m_free, b_group.to(tl.int32, bitcast=True) + 1, 0)
-    b_share = tl.where(m_free, (b_group * SHARE + 0.5).to(tl.uint32), 0)
-    b_pair = b_share.to(tl.int64) | (1 << 40)  # sums to how many in the high bits, and their shares in the low ones
-    ALL: tl.constexpr = (1 << 40) - 1
-    limit = tl.where(spare < 0, 2**31 - 1, tl.sum(b_share.to(tl.int32), 0) - spare)
-    below = 0  # pages of this rank and less would be too many
-    rank = 1 << 30  # those above are not enough, or just enough
-    for _ in range(30):
-        middle = (below + rank) // 2
-        above = tl.sum(tl.where(b_rank > middle, b_pair, 0), 0)
-        enough = ((above >> 40) >= budget) | ((above & ALL) >= limit)
-        below = tl.where(enough, middle, below)
-        rank = tl.where(enough, rank, middle)
-
-    above = tl.sum(tl.where(b_rank > rank, b_pair, 0), 0)
-    m_equal = b_rank == rank
-    b_before = tl.cumsum(m_equal.to(tl.int32), 0) - 1  # of equal pages the lower one is taken first
-    m_some = b_before < budget - (above >> 40).to(tl.int32)
-    m_some = m_some & (b_before * b_share.to(tl.int32) < limit - (above & ALL).to(tl.int32))
-    m_taken = m_zone | (b_rank > rank) | (m_equal & m_some)
-    b_place = tl.cumsum(m_taken.to(tl.int32), 0) - 1
-    tl.store(pages + i_l * P + b_place, o_f, mask=m_taken & (b_place < P))
-    tl.store(pages + i_l * P + o_f, -1, mask=(o_f >= tl.sum(m_taken.to(tl.int32), 0)) & (o_f < P))
+    b_weight = tl.where(m_free, (b_group * SHARE + 0.5).to(tl.uint32), 0)
+    limit = tl.where(spare < 0, 2**31 - 1, tl.sum(b_weight.to(tl.int32), 0) - spare)
+    m_taken = m_zone | take(rank_of(b_group, m_free), b_weight, budget, limit, WEIGHED=True)
+    store_list(pages + i_l * P, m_taken, o_f, P)
 
     if ZONES:
-        p_m = masses + i_l * G * F + o_f
         for i_g in range(G):
-            b_mass = tl.load(p_m, mask=m_seen, other=float("-inf"))
+            b_mass = tl.load(masses + (i_l * G + i_g) * F + o_f, mask=m_seen, other=float("-inf"))
             tl.store(kept + i_l * G + i_g, total(tl.where(m_taken, shares_of(b_mass), 0.0)))
-            p_m += F
 
 
 def config(max_pages: int) -> dict[str, int]:
-    """The block of a list of `max_pages` pages, and its warps; those of AMD have 64 threads."""
+    """The block of a list of `max_pages` pages, and warps with which no target spills registers."""
     block = max(128, triton.next_power_of_2(max_pages))
-    return {"BLOCK_F": block, "num_warps": min(8, max(1, block // 256))}
+    return {"BLOCK_F": block, "num_warps": 8 if block > 512 else 1}
 
 
 def heaviest(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,10 @@ from .test_top_pages import as_lists
 
 BUILT = built("keysift.attention.native.steady_pages")
 NATIVE = pytest.mark.skipif(not BUILT, reason="not built")
-BACKENDS = pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=NATIVE)])
+COMPILED = importlib.util.find_spec("triton") is not None
+TRITON = pytest.mark.skipif(not COMPILED, reason="no Triton")
+TWINS = [pytest.param("native", marks=NATIVE), pytest.param("triton", marks=TRITON)]
+BACKENDS = pytest.mark.parametrize("backend", ["reference", *TWINS])
 BOTH: tuple[Backend, ...] = ("reference", "native") if BUILT else ("reference",)
 
 
@@ -28,8 +32,10 @@ EACH_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def run(backend: Backend, case: Case, inputs: Inputs) -> SteadyPages:
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     with use_backend(backend):
-        got = steady_pages(*inputs, **case.options)  # type: ignore[arg-type]
+        got = steady_pages(*(each.to(device) for each in inputs), **case.options)  # type: ignore[arg-type]
+    got = SteadyPages(*(each.cpu() for each in got))
     lists = (len(case.lasts), case.lists)
     assert got.pages.dtype == got.refused.dtype == torch.int32
     assert got.pages.shape == (*lists, min(case.pages, case.sinks + case.window + case.budget))
@@ -110,29 +116,39 @@ def cases(draw: st.DrawFn) -> Case:
 @given(case=cases(), seed=st.integers(0, 99))
 def test_the_laws(case: Case, seed: int) -> None:
     """What a list holds, how little of it changes, how little is refused; chosen and refused are disjoint."""
-    inputs = make_inputs(case, seed)
-    known, read = inputs[3], inputs[4]
     for backend in BOTH:
-        got = run(backend, case, inputs)
-        lists, refused = as_lists(got.pages), as_lists(got.refused)
-        for number, (pages, rest) in enumerate(zip(lists, refused, strict=True)):
-            row, index = divmod(number, case.lists)
-            last, first = case.lasts[row], int(case.firsts[row])
-            forced = {page for page in range(last + 1) if page < case.sinks or page >= first}
-            assert forced <= set(pages) <= set(range(last + 1))
-            assert len(set(pages) - forced) <= case.budget
-            assert not set(rest) & set(pages)
-            assert all(page < first for page in rest), "only full pages stand in by their means"
-            if not known[row]:
-                assert not rest
-                assert not got.valve[row, index]
-                continue
-            new = len(set(pages) - set(read[row, index].nonzero().flatten().tolist()))
-            if case.most >= 0 and not got.valve[row, index]:
-                assert new <= case.most + 1, "those that came in, and the row's own page"
-                assert float(got.overlap[row, index]) >= 1 - (case.most + 1) / len(pages) - 1e-6
-            shares = inputs[0][row, index * case.group : (index + 1) * case.group, : last + 1].softmax(-1).mean(0)
-            assert float(shares[rest].sum()) <= case.epsilon + 1e-6
+        check_laws(backend, case, make_inputs(case, seed))
+
+
+@TRITON
+@settings(max_examples=20)
+@given(case=cases(), seed=st.integers(0, 99))
+def test_the_laws_of_the_kernel(case: Case, seed: int) -> None:
+    check_laws("triton", case, make_inputs(case, seed))
+
+
+def check_laws(backend: Backend, case: Case, inputs: Inputs) -> None:
+    known, read = inputs[3], inputs[4]
+    got = run(backend, case, inputs)
+    lists, refused = as_lists(got.pages), as_lists(got.refused)
+    for number, (pages, rest) in enumerate(zip(lists, refused, strict=True)):
+        row, index = divmod(number, case.lists)
+        last, first = case.lasts[row], int(case.firsts[row])
+        forced = {page for page in range(last + 1) if page < case.sinks or page >= first}
+        assert forced <= set(pages) <= set(range(last + 1))
+        assert len(set(pages) - forced) <= case.budget
+        assert not set(rest) & set(pages)
+        assert all(page < first for page in rest), "only full pages stand in by their means"
+        if not known[row]:
+            assert not rest
+            assert not got.valve[row, index]
+            continue
+        new = len(set(pages) - set(read[row, index].nonzero().flatten().tolist()))
+        if case.most >= 0 and not got.valve[row, index]:
+            assert new <= case.most + 1, "those that came in, and the row's own page"
+            assert float(got.overlap[row, index]) >= 1 - (case.most + 1) / len(pages) - 1e-6
+        shares = inputs[0][row, index * case.group : (index + 1) * case.group, : last + 1].softmax(-1).mean(0)
+        assert float(shares[rest].sum()) <= case.epsilon + 1e-6
 
 
 @BACKENDS
@@ -167,28 +183,56 @@ def test_a_head_without_a_share(backend: Backend, value: float) -> None:
     assert int((got.pages[0, 0] >= 0).sum()) == case.sinks + case.window + case.budget
 
 
-@NATIVE
+@pytest.mark.parametrize("backend", TWINS)
 @pytest.mark.parametrize("name", ["ragged", "equal-pages", "long"])
-def test_neither_company_nor_spare_pages_nor_threads_change_a_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neither_company_nor_spare_pages_nor_threads_change_a_bit(
+    name: str, backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = CASES[name]
     inputs = make_inputs(case)
-    together = run("native", case, inputs)
+    together = run(backend, case, inputs)
     for row, last in enumerate(case.lasts):
         alone = replace(case, lasts=(last,), pages=last + 1)
-        monkeypatch.setattr("keysift.attention.native.steady_pages.num_threads", lambda row=row: row + 1)
+        if backend == "native":
+            monkeypatch.setattr("keysift.attention.native.steady_pages.num_threads", lambda row=row: row + 1)
         mine = [tensor[row : row + 1] for tensor in inputs]
         cut = (mine[0][..., : last + 1], *mine[1:4], mine[4][..., : last + 1], mine[5][..., : last + 1])
-        got = run("native", alone, tuple(tensor.contiguous() for tensor in cut))  # type: ignore[arg-type]
+        got = run(backend, alone, tuple(tensor.contiguous() for tensor in cut))  # type: ignore[arg-type]
         assert torch.equal(got.kept[0], together.kept[row])
         assert torch.equal(got.averages[0], together.averages[row, :, : last + 1])
         assert as_lists(got.pages) == as_lists(together.pages[row : row + 1])
         assert as_lists(got.refused) == as_lists(together.refused[row : row + 1])
 
 
-@NATIVE
-def test_what_native_cannot_do_is_left_to_the_reference() -> None:
+@BACKENDS
+@pytest.mark.parametrize("name", ["ragged", "valve", "equal-pages"])
+def test_nothing_is_known_of_pages_behind_the_rows_own(backend: Backend, name: str) -> None:
+    """Whatever memory holds there."""
+    case = CASES[name]
+    masses, firsts, lasts, known, read, averages = make_inputs(case)
+    behind = torch.arange(case.pages) > lasts[:, None, None]
+    dirty = masses, firsts, lasts, known, read | behind, averages.masked_fill(behind, torch.nan)
+    for got, clean in zip(run(backend, case, dirty), run(backend, case, make_inputs(case)), strict=True):
+        torch.testing.assert_close(got, clean, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", TWINS)
+def test_what_a_twin_cannot_do_is_left_to_the_reference(backend: Backend) -> None:
     case = CASES["ragged"]
     masses, *rest, averages = make_inputs(case)
     for odd in ((masses.double(), *rest, averages), (masses, *rest, averages.double())):
         with pytest.raises(BackendUnavailable, match="steady_pages"):
-            run("native", case, odd)
+            run(backend, case, odd)
+
+
+@TRITON
+def test_as_many_pages_as_a_program_holds() -> None:
+    case = Case((8191, 4000), 8192, lists=1, group=2, budget=64, queried=32, most=4, epsilon=0.02)
+    inputs = make_inputs(case)
+    got, expected = run("triton", case, inputs), run("reference", case, inputs)
+    assert all(
+        torch.equal(getattr(got, name), getattr(expected, name)) for name in ("pages", "refused", "read", "valve")
+    )
+    longer = replace(case, pages=8193, lasts=(8192, 4000))
+    with pytest.raises(BackendUnavailable, match="steady_pages"):
+        run("triton", longer, make_inputs(longer))
