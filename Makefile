@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
 NATIVE := $(wildcard attention/native/*.cpp attention/native/*.h)
 TYPES := .types/keysift
-# As `keysift` itself does (server/cli.py tells the measurement): it bounds how long busy neighbours can stall a barrier.
+# As `keysift` itself does (server/__main__.py tells the measurement): it bounds how long busy neighbours can stall a barrier.
 export GOMP_SPINCOUNT ?= 20000
 
 # Processes that share the tests: most of them keep one core busy.

@@ -16,18 +16,10 @@ from keysift.engine.errors import InvalidRequest, KeysiftError, ModelNotFound, U
 from keysift.engine.version import keysift_version
 
 from .flags import Config, Json, from_fields, given, read_config_later, refuse_config
+from .interrupts import importing
 from .measuring import measuring
 from .options import Document, Remote, Sampling, ServerConfig
 
-SPINS = "20000"
-"""How long an idle OpenMP thread spins before it sleeps; libgomp's own default is 300,000.
-
-A thread that spins keeps its core from the one that it waits for, once something else is running too. TPOT of
-``keysift generate --prompt 'The capital of France is' --max-new-tokens 12 --json`` on two cores (AMD EPYC, 2026-11-22,
-three runs each), the default against this setting: alone (16 tokens) 25-27 against 26-27 ms; beside one endless Python
-loop 49-92 against 115-134; beside two 102-1,985 against 58-65; beside three 270-361 against 137-172. It bounds the
-worst case and costs a little beside a single neighbour.
-"""
 CALIBRATED_FOR = {
     "page_size",
     "dtype",
@@ -56,8 +48,7 @@ app.add_typer(measuring)
 
 
 def main() -> None:
-    """Entry point: an error that Keysift raises on purpose is one line, not a traceback."""
-    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    """An error that Keysift raises on purpose is one line, not a traceback."""
     try:
         app(prog_name="keysift")
     except KeysiftError as error:
@@ -87,9 +78,10 @@ def serve(server: ServerConfig, engine: EngineConfig, config: Config = None) -> 
     """
     import asyncio
 
-    from keysift.engine.engine import Engine
+    with importing():
+        from keysift.engine.engine import Engine
 
-    from .server import Server
+        from .server import Server
 
     _log_to_stderr()
     if server.metrics_port:
@@ -225,7 +217,8 @@ def doctor(
     if calibrate and forget:
         raise InvalidRequest("forget", "either --calibrate or --forget, got both")
     if calibrate:
-        from .calibrate import run
+        with importing():
+            from .calibrate import run
 
         refuse_config(context)
         run(calibration().model_copy(update={"model": model}), as_json=json)

@@ -22,8 +22,8 @@ from keysift.engine.evaluation.settings import Evaluation
 from keysift.engine.evaluation.tasks import TASKS
 
 from .generate import report
+from .interrupts import INTERRUPTED, importing
 
-INTERRUPTED = 130
 WIDTH = 140
 """Columns of a table that nobody's terminal bounds."""
 
@@ -46,7 +46,8 @@ def harness(settings: Evaluation, config: EngineConfig, *, as_json: bool) -> Non
     What is known is written after every length. Raises `InvalidRequest` for tasks that the harness does not know, and
     for lengths beyond the model's.
     """
-    from keysift.engine.lm_eval_model import check_tasks
+    with importing():
+        from keysift.engine.lm_eval_model import check_tasks
 
     check_tasks(settings.lm_eval)
     path = settings.output_dir / "lm_eval.json"

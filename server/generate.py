@@ -17,12 +17,14 @@ from keysift.engine.request import Finish, FinishReason, Output, PrefillProgress
 
 from .client import connect
 from .errors import Cancelled, failure
+from .interrupts import importing
 from .options import Prompt, Remote, pair
 
 
 def run_here(config: EngineConfig, prompt: Prompt, params: SamplingParams) -> Iterator[Output]:
     """The outputs of an engine of our own."""
-    from keysift.engine.engine import Engine
+    with importing():
+        from keysift.engine.engine import Engine
 
     engine = Engine(config, report)
     tokens = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else engine.tokenizer.chat(prompt)  # type: ignore[arg-type]

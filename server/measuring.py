@@ -14,6 +14,7 @@ from keysift.engine.evaluation.settings import Evaluation
 from keysift.engine.profiling.settings import Profile
 
 from .flags import Config, Json, from_fields, given
+from .interrupts import importing
 from .load import Load
 
 PROFILES = ("input_lens", "output_len", "strategy", "strategy_args", "seed")
@@ -52,7 +53,8 @@ def evaluate(
 
       keysift eval --lm-eval niah_single_1 --lengths 4096 --samples 50
     """
-    from .evaluation import evaluate, harness, print_tasks
+    with importing():
+        from .evaluation import evaluate, harness, print_tasks
 
     if list_tasks:
         print_tasks(as_json=json)
@@ -99,7 +101,8 @@ def profile(
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler says when it starts, on standard error
     if load.address is not None:
-        from .profiling import put_under_load
+        with importing():
+            from .profiling import put_under_load
 
         _refuse(
             context, (*NOT_OF_A_LOAD, *EngineConfig.model_fields), "is for an engine of this process, not for --address"
@@ -110,7 +113,8 @@ def profile(
             raise typer.Exit(status)
         return
     _refuse(context, set(Load.model_fields) - {*PROFILES, "address"}, "is for a server at --address")
-    from .profiling import profile
+    with importing():
+        from .profiling import profile
 
     if status := profile(profiling, engine, compare=compare, as_json=json):
         raise typer.Exit(status)

@@ -22,10 +22,10 @@ from keysift.engine.profiling.report import write_comparison, write_report
 from keysift.engine.profiling.settings import Profile
 
 from .generate import report
+from .interrupts import INTERRUPTED
 from .load import Load, load
 from .options import Remote
 
-INTERRUPTED = 130
 PAGE, COMPARISON = "report.html", "comparison.html"
 
 
