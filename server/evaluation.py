@@ -17,6 +17,7 @@ from keysift.engine.engine import Engine
 from keysift.engine.errors import InvalidRequest
 from keysift.engine.evaluation.journal import writing
 from keysift.engine.evaluation.output import write_page, write_results
+from keysift.engine.evaluation.reader import check_ranks
 from keysift.engine.evaluation.runner import Run
 from keysift.engine.evaluation.settings import Evaluation
 from keysift.engine.evaluation.tasks import TASKS
@@ -43,9 +44,10 @@ def print_tasks(*, as_json: bool) -> None:
 def harness(settings: Evaluation, config: EngineConfig, *, as_json: bool) -> None:
     """Tasks of lm-evaluation-harness under every strategy, at every length that its tasks can be made for.
 
-    What is known is written after every length. Raises `InvalidRequest` for tasks that the harness does not know, and
-    for lengths beyond the model's.
+    What is known is written after every length. Raises `InvalidRequest` for several processes, for tasks that the
+    harness does not know, and for lengths beyond the model's.
     """
+    check_ranks(config)
     with importing():
         from keysift.engine.lm_eval_model import check_tasks
 
@@ -90,6 +92,7 @@ def _show_harness(rows: list[dict[str, Any]]) -> None:
 
 def evaluate(settings: Evaluation, config: EngineConfig, *, as_json: bool) -> int:
     """Runs what is missing in the output folder; the exit status. Progress on standard error, results on output."""
+    check_ranks(config)
     run = Run.open(settings, Engine(config, report))
     interrupted = _go(run)
     found = write_results(run)

@@ -14,6 +14,7 @@ from torch import Tensor
 from keysift.attention import Coverage, Reads, Strategy
 from keysift.kvcache import DeviceTier, Phase, Span
 
+from ..config import EngineConfig
 from ..engine import Engine
 from ..errors import InvalidRequest, ResourceExhausted
 from ..request import Request, Sparsity
@@ -60,6 +61,12 @@ class Reading:
         return reads.density if reads.possible else None
 
 
+def check_ranks(config: EngineConfig) -> None:
+    """Raises `InvalidRequest` for an engine that no `Reader` can drive, which need not be loaded to know it."""
+    if (ranks := config.tensor_parallel_size) > 1:
+        raise InvalidRequest("tensor_parallel_size", f"1 where all heads are looked at by one process, got {ranks}")
+
+
 class Reader:
     """Drives an engine's model and cache step by step, where an `Engine` would serve: it hears every logit.
 
@@ -68,8 +75,7 @@ class Reader:
     """
 
     def __init__(self, engine: Engine) -> None:
-        if (ranks := engine.config.tensor_parallel_size) > 1:
-            raise InvalidRequest("tensor_parallel_size", f"1 where all heads are looked at by one process, got {ranks}")
+        check_ranks(engine.config)
         self.engine = engine
         self._cache = engine.cache
         self._ledger: Ledger | None = None

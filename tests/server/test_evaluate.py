@@ -71,6 +71,13 @@ def test_tasks_are_listed_without_a_model(run: Run) -> None:
     assert "niah_single_1" in json.loads(out)
 
 
+@pytest.mark.parametrize("kind", [(), ("--lm-eval", "niah_single_1")], ids=["built-in", "lm-eval"])
+def test_several_processes_are_refused_before_a_model_is_looked_for(run: Run, kind: tuple[str, ...]) -> None:
+    status, out, err = run("eval", "/no/such/model", "--tensor-parallel-size", "2", *kind)
+    assert (status, out) == (2, "")
+    assert err == "keysift: tensor_parallel_size: 1 where all heads are looked at by one process, got 2\n"
+
+
 def test_what_cannot_be_asked_is_one_line(run: Run, model_folder: Path, questions: Path, tmp_path: Path) -> None:
     small = ("--prefill-chunk", "64", "--output-dir", tmp_path / "out")
     for arguments, words in (
