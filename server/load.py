@@ -28,10 +28,12 @@ from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from keysift.engine.errors import KeysiftError
 from keysift.engine.request import SamplingParams
 
 from . import load_prompts
 from .client import Client, connect
+from .generate import report as say
 from .load_prompts import Ask
 from .load_report import Record, parse_targets, report
 from .options import Remote, pair
@@ -95,9 +97,9 @@ def arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[floa
 def load(config: Load, hear: Hear | None = None) -> dict[str, Any]:
     """Run the load and report it; `hear` is told how far it is, else a progress bar on standard error is.
 
-    A request that fails is counted with its error and the others go on. Ctrl-C ends the run, and what came back by then
-    is reported. Raises `InvalidRequest` for a bad field, `Unavailable` where no server answers at all, and what else
-    `Client.info` raises.
+    A request that fails is counted with its error and the others go on; those of the warm-up go to standard error.
+    Ctrl-C ends the run, and what came back by then is reported. Raises `InvalidRequest` for a bad field, `Unavailable`
+    where no server answers at all, `KeysiftError` where the whole warm-up fails, and what else `Client.info` raises.
     """
     begun = datetime.now()
     with connect(config) as client:
@@ -108,6 +110,7 @@ def load(config: Load, hear: Hear | None = None) -> dict[str, Any]:
         with _Bar(len(real)) if hear is None else nullcontext(hear) as tell:
             run.go(warm, [0.0] * len(warm))
             if not run.interrupted:
+                _check_warm_up(run.records)
                 run = _Run(client, config, tell)
                 run.go(real, offsets)
             else:
@@ -126,6 +129,17 @@ def _asks(config: Load, client: Client, max_model_len: int) -> tuple[list[Ask], 
     lengths = [length for count in counts for length in islice(cycle(config.input_lens), count)]
     asks = load_prompts.cut(lengths, config.seed, load_prompts.token_size(client, max_model_len))
     return asks[: config.num_prompts], asks[config.num_prompts :]
+
+
+def _check_warm_up(records: Sequence[Record]) -> None:
+    """Tells what failed; raises it where nothing came back, as the requests that count are no better."""
+    errors = [record.error for record in records if record.error]
+    if not errors:
+        return
+    problem = f"{len(errors)} of {len(records)} warm-up requests failed: {'; '.join(dict.fromkeys(errors))}"
+    if len(errors) == len(records):
+        raise KeysiftError(problem)
+    say(problem)
 
 
 def _settings(config: Load) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import signal
 import statistics
 import threading
@@ -22,6 +23,7 @@ from keysift.engine import (
     Finish,
     FinishReason,
     InvalidRequest,
+    KeysiftError,
     PromptInfo,
     SamplingParams,
     Sparsity,
@@ -253,9 +255,21 @@ def test_those_that_fail_are_counted_and_the_others_go_on(measure: Measure) -> N
 
 
 def test_where_all_fail_nothing_was_measured(measure: Measure) -> None:
-    result = measure(strategy="no-such", num_prompts=2)
+    result = measure(strategy="no-such", num_prompts=2, num_warmups=0)
     assert (result["completed"], result["failed"], result["mean_ttft_ms"]) == (0, 2, None)
     assert "no-such" in result["errors"][0]
+
+
+def test_a_warm_up_that_fails_is_told_once(measure: Measure, capsys: pytest.CaptureFixture[str]) -> None:
+    result = measure(input_lens=(40, MAX_LEN + 5), num_warmups=5, num_prompts=1)
+    assert (result["completed"], result["failed"]) == (1, 0)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"2 of 5 warm-up requests failed: \w+: .*max_model_len.*", line)
+
+
+def test_a_warm_up_of_which_nothing_comes_back_ends_it(measure: Measure) -> None:
+    with pytest.raises(KeysiftError, match=r"^3 of 3 warm-up requests failed: \w+: .*no-such"):
+        measure(strategy="no-such", num_prompts=2, num_warmups=3)
 
 
 @pytest.mark.parametrize("most", [1, 3])
