@@ -147,17 +147,15 @@ def _statistics(done: Sequence[Record]) -> dict[str, float | None]:
 
 
 def _sparsity(done: Sequence[Record]) -> dict[str, Any]:
-    """Mean densities and summed bytes, as the server measured them."""
+    """Mean densities and summed bytes, as the server measured them; the first token comes from the prompt."""
     told = [record.finish for record in done if record.finish is not None]
     sparsities = [finish.sparsity for finish in told]
-    density = {
-        name: statistics.fmean(getattr(each, name) for each in sparsities) if sparsities else None
-        for name in ("prefill_density", "decode_density")
-    }
+    decoded = [finish.sparsity for finish in told if finish.usage.completion_tokens > 1]
     moved = {name: sum(getattr(each, name) for each in sparsities) for name in ("kv_bytes_read", "kv_bytes_moved")}
     return {
         "strategy": "/".join(sorted({each.strategy for each in sparsities})),
-        **density,
+        "prefill_density": statistics.fmean(each.prefill_density for each in sparsities) if sparsities else None,
+        "decode_density": statistics.fmean(each.decode_density for each in decoded) if decoded else None,
         **moved,
         "dense_fallbacks": sum(each.dense_fallback for each in sparsities),
         "total_cached_tokens": sum(finish.usage.cached_tokens for finish in told),

@@ -31,10 +31,12 @@ Progress = Callable[[int, int, str], None]
 
 
 def make_engine(settings: Profile, config: EngineConfig, report: Callable[[str], None]) -> Engine:
-    """One engine for all cells; a wrong strategy need not wait for the model.
+    """One engine for all cells; what is wrong with the settings need not wait for the model.
 
     Its own strategy is dense: it would keep another one's index up to date in the cells of all others.
     """
+    if settings.output_len < 2:
+        raise InvalidRequest("output_len", f"at least 2, for a time between two tokens, got {settings.output_len}")
     for each in settings.variants:
         try:
             parse(each.name, each.args)

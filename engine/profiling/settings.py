@@ -38,7 +38,7 @@ class Profile(Checked):
         (), description="NAME.FIELD=VALUE for every strategy with that part, FIELD=VALUE for all that have it"
     )
     input_lens: Counts = Field((2000, 8000), min_length=1, description="tokens of each prompt, such as 2000,8000")
-    output_len: int = Field(32, ge=2, description="tokens to generate after each prompt")
+    output_len: int = Field(32, ge=1, description="tokens to generate after each prompt")
     batch_sizes: Counts = Field((1,), min_length=1, description="prompts that start at once, such as 1,4")
     runs: int = Field(3, ge=1, description="undisturbed runs of each cell, of which medians are taken")
     warmup: int = Field(1, ge=0, description="runs of each cell before those that count")

@@ -244,6 +244,15 @@ def test_every_request_is_counted_and_timed(measure: Measure) -> None:
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
+def test_answers_of_one_token_have_no_time_between_tokens(measure: Measure) -> None:
+    result = measure(output_len=1, goodput=("tpot:1",))
+    assert (result["completed"], result["output_lens"], result["itls"]) == (6, [1] * 6, [[]] * 6)
+    absent = {f"{kind}_{metric}_ms" for kind in ("mean", "median", "std", "p99") for metric in ("tpot", "itl")}
+    assert {name for name, value in result.items() if value is None} == absent | {"max_concurrency", "decode_density"}
+    assert result["mean_e2el_ms"] == result["mean_ttft_ms"] > 0
+    assert result["request_goodput"] == result["output_throughput"] == result["request_throughput"]
+
+
 def test_those_that_fail_are_counted_and_the_others_go_on(measure: Measure) -> None:
     result = measure(input_lens=(40, MAX_LEN + 5), num_warmups=0)
     assert (result["completed"], result["failed"]) == (3, 3)

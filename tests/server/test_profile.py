@@ -77,6 +77,18 @@ def test_a_load_says_who_met_the_target_and_fails_if_nobody_came_back(
     assert "0 completed, 2 failed" in out
 
 
+def test_a_load_may_have_answers_of_one_token(run: Run, running: Running, tmp_path: Path) -> None:
+    server = ("--address", running.address, "--num-prompts", "2", "--input-len", "40", "--output-len", "1")
+    status, out, err = run("profile", *server, "--output-dir", tmp_path)
+    assert status == 0, err
+    rows = {words[0]: words[1:] for line in out.splitlines() if len(words := line.replace("│", " ").split()) == 4}
+    assert rows["TPOT"] == rows["ITL"] == ["-"] * 3
+    assert "-" not in rows["TTFT"] + rows["E2EL"]
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Distribution of TTFT" in page
+    assert "Distribution of ITL" not in page
+
+
 def test_an_output_folder_that_cannot_be_is_told_before_the_work(
     run: Run, running: Running, model_folder: Path, tmp_path: Path
 ) -> None:
