@@ -20,6 +20,7 @@ from keysift.engine.errors import InvalidRequest
 from keysift.engine.profiling.profiler import SCHEMA, Profiler, Results, make_engine
 from keysift.engine.profiling.report import write_comparison, write_report
 from keysift.engine.profiling.settings import Profile
+from keysift.engine.reports.latency import tpot
 
 from .generate import report
 from .interrupts import INTERRUPTED
@@ -187,7 +188,7 @@ def _latencies(cells: list[dict[str, Any]]) -> Table:
             cell["strategy"],
             _prompts(cell),
             f"{'* ' if cell['disturbed'] else ''}{cell['ttft_ms']['median'] / 1e3:.2f}{_around(cell, 'ttft_ms')}",
-            f"{cell['tpot_ms']['median']:.1f}{_around(cell, 'tpot_ms')}",
+            f"{tpot(cell):.1f}{_around(cell, 'tpot_ms')}",
             f"{1e3 * cell['decode_latency']:.1f}",
             f"{cell['output_throughput']:.1f}",
             f"{cell['prefill_density']:.2f}/{cell['decode_density']:.2f}",

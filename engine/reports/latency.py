@@ -44,15 +44,20 @@ def of_dense(cells: Sequence[Json]) -> dict[Place, Json]:
 
 
 def ttft(cell: Json) -> float | None:
-    """The median time to the first token, ms."""
-    given = known((cell.get("ttft_ms") or {}).get("median"))
-    return known(cell.get("median_ttft_ms")) if given is None else given
+    """Time to the first token, ms."""
+    return _of_runs(cell, "ttft")
 
 
 def tpot(cell: Json) -> float | None:
-    """The median time per output token, ms."""
-    given = known(cell.get("median_tpot_ms"))
+    """Time per output token, ms."""
+    given = _of_runs(cell, "tpot")
     return step_time(cell) if given is None else given
+
+
+def _of_runs(cell: Json, metric: str) -> float | None:
+    """The median of the runs, each the median of its requests; where it is not told, that of all requests, ms."""
+    given = known((cell.get(f"{metric}_ms") or {}).get("median"))
+    return known(cell.get(f"median_{metric}_ms")) if given is None else given
 
 
 def step_time(cell: Json) -> float | None:

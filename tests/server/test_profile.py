@@ -5,6 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from keysift.engine.profiling.report import write_report
+from keysift.server.profiling import show
+from tests.engine.reports.document import Document
+from tests.engine.reports.results import profile
+
 from .conftest import Run, Running
 
 SMALL = ("--output-len", "4", "--runs", "1", "--attempts", "1", "--warmup", "0", "--prefill-chunk", "64")
@@ -28,6 +35,23 @@ def test_a_profile_is_printed_kept_and_compared(run: Run, model_folder: Path, tm
     assert "<svg" in (second / "comparison.html").read_text(encoding="utf-8")
     assert "TTFT s" in out
     assert "selection" in out
+
+
+def test_the_terminal_and_the_page_tell_the_same_medians(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = profile(("dense",), (1024,), (1,))
+    (cell,) = found["cells"]
+    cell |= {"ttft_ms": {"median": 5120.0, "min": 5000.0, "max": 6000.0}, "median_ttft_ms": 7300.0}
+    cell |= {"tpot_ms": {"median": 41.5, "min": 40.0, "max": 42.0}, "median_tpot_ms": 63.7}
+    monkeypatch.setenv("COLUMNS", "200")
+    show(found)
+    write_report(found, tmp_path / "report.html")
+    terminal, page = capsys.readouterr().out, Document(tmp_path / "report.html").sections["cells"]
+    assert "5.12 ±10%" in terminal
+    assert "5.12 s" in page
+    assert "41.5 ±2%" in terminal
+    assert "41.5 ms" in page
 
 
 def test_what_cannot_be_measured_or_compared_is_one_line(run: Run, model_folder: Path, tmp_path: Path) -> None:
