@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from contextlib import suppress
 
@@ -9,6 +11,7 @@ import psutil
 
 from keysift.attention.native.cores import num_threads
 
+from ..memory import CGROUP
 from .drive import Run
 
 QUIET = 0.95
@@ -22,15 +25,32 @@ class Watch:
         self._busy, self._own, self._wall = _busy(), _own(), time.perf_counter()
 
     def others(self) -> float:
-        """Share of the machine's cores that other processes have had since the start."""
-        cores = (time.perf_counter() - self._wall) * (psutil.cpu_count() or 1)
-        return max(0.0, (_busy() - self._busy - (_own() - self._own)) / cores)
+        """Share that other processes have had since the start of the cores that this one may use."""
+        ours = (time.perf_counter() - self._wall) * min(len(_cores()), _quota())
+        return max(0.0, (_busy() - self._busy - (_own() - self._own)) / ours)
+
+
+def _cores() -> set[int]:
+    """Those that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _quota() -> float:
+    """As many cores' time the control group of this process may use; infinite where it has no limit."""
+    try:
+        limit, period = (CGROUP / "cpu.max").read_text().split()
+    except OSError:
+        return math.inf
+    return math.inf if limit == "max" else int(limit) / int(period)
 
 
 def _busy() -> float:
-    """CPU seconds that all processes of the machine have used."""
-    spent = psutil.cpu_times()
-    return float(spent.user + spent.nice + spent.system)
+    """CPU seconds that all processes have used on these cores; under a quota those that share it, wherever they ran."""
+    if _quota() < len(cores := _cores()):
+        lines = (CGROUP / "cpu.stat").read_text().splitlines()
+        return 1e-6 * int(next(line for line in lines if line.startswith("usage_usec")).split()[1])
+    times = psutil.cpu_times(percpu=True)
+    return float(sum(spent.user + spent.nice + spent.system for core, spent in enumerate(times) if core in cores))
 
 
 def _own() -> float:

@@ -41,7 +41,8 @@ TERMS = (
     (
         "CPU share, disturbed",
         "CPU time of the process against wall time x threads, during prefill on a CPU. Where it is below 95 %, or "
-        "others had more than 5 % of the machine's cores, the run was done again, or the cell is marked as disturbed.",
+        "others had more than 5 % of the cores that it may use, the run was done again, or the cell is marked as "
+        "disturbed.",
     ),
     ("Goodput", "Requests per second that came back whole and met every target that was set for them."),
     (

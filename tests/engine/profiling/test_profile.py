@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -208,6 +212,46 @@ def test_who_shares_the_cores_disturbs() -> None:
     assert disturbed(0.99, 0.06, on_cpu=True)
     assert not disturbed(0.96, 0.04, on_cpu=True)
     assert not disturbed(0.1, 0.04, on_cpu=False)
+
+
+def test_others_count_where_this_process_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = [SimpleNamespace(user=100.0 * core, nice=20.0, system=3.0, idle=7.0) for core in range(4)]
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: seconds)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 3})
+    assert quiet._busy() == 123.0 + 323.0
+
+
+@pytest.mark.parametrize(("limit", "cores"), [("150000 100000", 1.5), ("100000 200000", 0.5)])
+def test_others_count_within_a_containers_quota(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str, cores: float
+) -> None:
+    def use(seconds: int) -> None:
+        (tmp_path / "cpu.stat").write_text(f"usage_usec {seconds * 10**6}\nuser_usec 1\nsystem_usec 1\n")
+
+    monkeypatch.setattr(quiet, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(64)))
+    (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    use(500)
+    begun = time.perf_counter()
+    watch = Watch()
+    inner = time.perf_counter()
+    use(1500)
+    least = time.perf_counter() - inner
+    others = watch.others()
+    most = time.perf_counter() - begun
+    assert 0.99 * 1000 / (most * cores) <= others <= 1000 / (least * cores)
+
+
+@pytest.mark.parametrize("limit", ["max 100000", "6400000 100000", None])
+def test_a_quota_that_bounds_nothing_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit: str | None
+) -> None:
+    """There is no cpu.stat in the folder."""
+    monkeypatch.setattr(quiet, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(limit)
+    assert Watch().others() >= 0
 
 
 BURN = "import sys, time\nwhile time.process_time() < 0.5: pass\nprint(flush=True)\nsys.stdin.read()"
