@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,19 @@ def test_several_processes_are_refused_before_a_model_is_looked_for(run: Run, ki
     status, out, err = run("eval", "/no/such/model", "--tensor-parallel-size", "2", *kind)
     assert (status, out) == (2, "")
     assert err == "keysift: tensor_parallel_size: 1 where all heads are looked at by one process, got 2\n"
+
+
+def test_without_the_harness_its_extra_is_named(
+    run: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "keysift.engine.lm_eval_model", raising=False)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    asked = ("--lm-eval", "niah_single_1", "--lengths", "64", "--output-dir", tmp_path / "out")
+    status, out, err = run("eval", model_folder, *asked)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("keysift: lm-evaluation-harness is not installed (")
+    assert err.endswith("): pip install 'keysift[lm-eval]'\n")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_asked_is_one_line(run: Run, model_folder: Path, questions: Path, tmp_path: Path) -> None:
