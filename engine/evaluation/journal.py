@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ..checked import ready
 from ..errors import InvalidRequest, KeysiftError
@@ -36,10 +36,10 @@ class Journal:
         journal = cls(folder / NAME)
         ready(folder)
         try:
-            lines = [] if restart else list(journal._lines())
-            if lines:
-                _compare(lines[0].get("run", {}), identity, folder)
-                for line in (line for line in lines[1:] if line.keys() == FIELDS):
+            lines = iter(()) if restart else journal._lines()
+            if (first := next(lines, None)) is not None:
+                _compare(first.get("run", {}), identity, folder)
+                for line in (line for line in lines if line.keys() == FIELDS):
                     journal._take(tuple(line["key"]), line["value"], line["seconds"])
             journal._rewrite(identity)
         except OSError as error:
@@ -59,21 +59,33 @@ class Journal:
 
     def _lines(self) -> Iterator[dict[str, Any]]:
         """Whatever is no object says nothing: the half line that a kill leaves, and a file that is not ours."""
-        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
-        for line in text.splitlines():
-            try:
-                found = json.loads(line)
-            except ValueError:
-                found = None
-            yield found if isinstance(found, dict) else {}
+        if not self.path.exists():
+            return
+        with self.path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    found = json.loads(line)
+                except ValueError:
+                    found = None
+                yield found if isinstance(found, dict) else {}
 
     def _rewrite(self, identity: dict[str, Any]) -> None:
-        """Without the half line; through a second file, so that a kill here loses nothing either."""
-        found = (_line(key, value, self.seconds[key]) for key, value in self.found.items())
-        lines = [json.dumps({"run": identity}) + "\n", *found]
-        unfinished = self.path.with_suffix(".new")
-        unfinished.write_text("".join(lines), encoding="utf-8")
-        unfinished.replace(self.path)
+        """Without the half line."""
+        with replacing(self.path) as file:
+            file.write(json.dumps({"run": identity}) + "\n")
+            file.writelines(_line(key, value, self.seconds[key]) for key, value in self.found.items())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[TextIO]:
+    """Writes a second file that then takes the place of `path`: a kill loses nothing.
+
+    It is written piece by piece, as its text would take as much memory as what it tells once more.
+    """
+    unfinished = path.with_suffix(".new")
+    with unfinished.open("w", encoding="utf-8") as file:
+        yield file
+    unfinished.replace(path)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import about, chosen, environment
-from .journal import writing
+from .journal import replacing, writing
 from .results import tables
 from .runner import Run
 
@@ -34,10 +34,8 @@ def write_results(run: Run) -> dict[str, Any]:
     """Writes and returns them."""
     found = results(run)
     path = run.settings.output_dir / "results.json"
-    unfinished = path.with_suffix(".new")
-    with writing(path):
-        unfinished.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
-        unfinished.replace(path)
+    with writing(path), replacing(path) as file:
+        json.dump(found, file, indent=1, ensure_ascii=False)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,22 @@ def test_a_page_is_written_of_what_there_is(make: Make, questions: Path, tmp_pat
     page = write_page(run, write_results(run)).read_text(encoding="utf-8")
     assert "streaming" in page
     assert "Question 3" in page
+
+
+def test_results_are_written_without_being_held_as_text(make: Make, questions: Path, tmp_path: Path) -> None:
+    run = Run.open(Evaluation(output_dir=tmp_path, **own(questions)), make())
+    run.go(quiet, quiet)
+    said = "x" * 10**6
+    for rows in run.found.values():
+        for row in rows:
+            row["text"] = said
+    tracemalloc.start()
+    try:
+        found = write_results(run)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (tmp_path / "results.json").stat().st_size > len(found["samples"]) * len(said) > 2 * peak
 
 
 def test_what_cannot_run_is_refused_before_it_takes_time(make: Make, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,20 @@ def test_a_folder_that_cannot_be_one_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidRequest, match="output_dir: a folder that can be written to"):
         Journal.open(tmp_path / "file", RUN, restart=False)
+
+
+def test_what_was_found_is_in_memory_once(tmp_path: Path) -> None:
+    text, count = "x" * 100_000, 40
+    journal = Journal.open(tmp_path, RUN, restart=False)
+    for number in range(count):
+        journal.add(("samples", number), [{"text": text}])
+    tracemalloc.start()
+    try:
+        again = Journal.open(tmp_path, RUN, restart=False)
+        assert len(again.found) == count
+        assert tracemalloc.get_traced_memory()[1] < 1.3 * count * len(text)
+    finally:
+        tracemalloc.stop()
 
 
 def test_variants_are_dense_and_each_asked_for_once() -> None:
