@@ -97,7 +97,7 @@ class OffloadTier:
     def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
         if self._pooled(layer, selection, step):
             return self._from_pool(layer, selection, step)
-        return self._from_stage(layer, _named(selection, step), step)
+        return self._from_stage(layer, selection.frames(step), step)
 
     def own(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
         if step.phase is Phase.PREFILL:
@@ -108,11 +108,11 @@ class OffloadTier:
     def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
         if self._pooled(layer, selection, step):
             yield selection, self._from_pool(layer, selection, step)
-        elif len(named := _named(selection, step)) <= self.size.staged:
+        elif len(named := selection.frames(step)) <= self.size.staged:
             yield selection, self._from_stage(layer, named, step)
         else:
             for part in self._cut(selection, step):
-                if len(named := _named(part, step)):
+                if len(named := part.frames(step)):
                     yield part, self._from_stage(layer, named, step)
 
     def foresee(self, layer: int, pages: Tensor, step: Step) -> None:
@@ -292,11 +292,3 @@ def _check_alone(step: Step) -> None:
 def _close(beside: Ahead, home: Home) -> None:
     beside.close()
     home.close()
-
-
-def _named(selection: Selection, step: Step) -> Tensor:
-    """[n] int32, the home frames that a selection names, ascending; waits for the device."""
-    pages = selection.pages.flatten(1)
-    frames = step.table[:, 0].gather(1, pages.clamp(min=0).long())
-    named: Tensor = frames[pages >= 0].unique()  # type: ignore[no-untyped-call]
-    return named

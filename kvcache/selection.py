@@ -89,6 +89,13 @@ class Selection:
         """[R, H] int64, pages chosen."""
         return (self.pages >= 0).sum(-1)
 
+    def frames(self, step: Step) -> Tensor:
+        """[n] int32, where its pages are by a table that heads share, ascending and unique; waits for the device."""
+        pages = self.pages.flatten(1)
+        frames = step.table[:, 0].gather(1, pages.clamp(min=0).long())
+        named: Tensor = frames[pages >= 0].unique()  # type: ignore[no-untyped-call]
+        return named
+
     def density(self, step: Step) -> Tensor:
         """[R, H] fp32: chosen share of the (query, key) pairs that causality allows each row."""
         chosen, causal = pairs(step, self.counts())

@@ -78,6 +78,13 @@ def test_from_mask_and_mask_are_inverse(rows: int, pages: int, seed: int) -> Non
     assert torch.equal(Selection.from_mask(mask).mask(pages), mask)
 
 
+def test_frames_are_those_of_all_rows_once() -> None:
+    step = CACHE.prefill(Span(SEQUENCE, 8, 24), 8)
+    pages = torch.tensor([[[0, 2, -1], [1, 2, 3]], [[5, -1, -1], [0, 1, 5]], [[7, -1, -1], [-1, -1, -1]]])
+    held = step.held[0]
+    assert Selection(pages.int()).frames(step).tolist() == sorted(held[page] for page in (0, 1, 2, 3, 5, 7))
+
+
 def test_top_breaks_ties_towards_the_lower_page_and_skips_minus_infinity() -> None:
     scores = torch.tensor([[[1.0, 3.0, 3.0, 3.0, 2.0]], [[float("-inf"), 0.0, float("-inf"), -1.0, float("-inf")]]])
     assert Selection.top(scores, 2).pages[..., :3].tolist() == [[[1, 2, -1]], [[1, 3, -1]]]
