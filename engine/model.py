@@ -18,6 +18,7 @@ from keysift.attention import Attend
 from . import key_bias, placement, quantized, seam
 from .config import EngineConfig
 from .errors import InvalidRequest, ModelNotFound, Unsupported
+from .heap import give_back
 from .linear import native_kernel, swap_linears
 from .parallel import group
 from .parallel.shards import check_split, own
@@ -264,6 +265,7 @@ def _swap(module: nn.Module, device: torch.device, quantization: str, *, layers:
         return
     if quantization == "int8":
         quantized.swap_linears(module)
+        give_back()  # the weights as they were, unless they lie in a file
     if (kernel := native_kernel()) is None:
         return
     swap_linears(module, kernel)

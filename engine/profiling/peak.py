@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import torch
+
+from ..heap import give_back
 
 PROCESS = Path("/proc/self")
 
@@ -35,8 +36,7 @@ class PeakMemory:
 
 def _reset() -> bool:
     """Whether Linux has forgotten the process' peak: 5 is its word for that."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed before is no part of what comes; glibc's
+    give_back()  # what was freed before is no part of what comes
     with suppress(OSError):
         (PROCESS / "clear_refs").write_text("5")
         return (PROCESS / "status").exists()

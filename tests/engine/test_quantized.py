@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from keysift.engine import Engine, EngineConfig, InvalidRequest, Request
+from keysift.engine.heap import give_back
+from keysift.engine.model import _swap
 from keysift.engine.quantized import GROUP, Int8Linear, quantize, swap_linears
 from tests.engine.driver import drain, greedy, said, tokens
 from tests.models import llama, save
@@ -116,6 +120,17 @@ def test_takes_half_of_the_memory_and_another_name(folder: Path) -> None:
     assert len(linears) == 2 * 7 + 1
     assert all(m.weight.dtype == torch.int8 and m.weight.numel() / 16 >= m.scales.numel() for m in linears)
     assert not any(p.shape[0] > 259 and p.dtype == torch.bfloat16 for p in small.model.module.parameters())
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another allocator than glibc's")
+def test_the_weights_as_they_were_go_back_to_the_system() -> None:
+    """Weights of 1 MiB, which come from the heap as those of a model of this size do."""
+    give_back()
+    model = nn.Sequential(*(nn.Linear(1024, 512, bias=False, dtype=torch.bfloat16) for _ in range(128)))
+    _swap(model, torch.device("cpu"), "int8", layers=False)
+    kept = psutil.Process().memory_info().rss
+    give_back()
+    assert kept - psutil.Process().memory_info().rss < 2**24
 
 
 def test_an_unknown_kind_is_refused() -> None:
