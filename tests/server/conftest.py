@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import sys
 import threading
 import time
@@ -22,6 +23,14 @@ from tests.models import llama, save
 MAX_LEN = 2048
 Run = Callable[..., tuple[int, str, str]]
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """A process that was started in the background of a shell ignores what a terminal would send."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -58,14 +58,6 @@ def measure(running: Running) -> Measure:
         return load(Load(**small | fields), quiet)
 
     return call
-
-
-@pytest.fixture
-def terminal() -> Iterator[None]:
-    """A process that was started in the background of a shell ignores what a terminal would send."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def press_ctrl_c() -> None:

@@ -31,6 +31,7 @@ def test_the_spins_are_set_before_openmp_looks() -> None:
     assert f"GOMP_SPINCOUNT = '{SPINS}'" in said.stderr
 
 
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize("module", ["torch._C", "transformers.utils"])
 def test_ctrl_c_during_the_imports_is_quiet(module: str) -> None:
     command = [sys.executable, "-X", "importtime", *MODULE, "generate", "--prompt", "x"]
