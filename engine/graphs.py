@@ -54,10 +54,12 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A step over memory that stays where it is."""
+    """A step over memory that stays where it is: whatever it takes from outside is kept here, or a graph reads on."""
 
     step: Step
     tokens: Tensor
+    """[R]"""
+    last: Tensor
     """[R]"""
     logits: Tensor
     """[R, V] fp32"""
@@ -169,7 +171,7 @@ class Graphs:
     def _new(self, strategy: Strategy, step: Step, tokens: Tensor) -> Recorded:
         last = torch.arange(step.num_rows, device=tokens.device)
         (logits, telemetry), replay = self._record(lambda: self._compute(strategy, step, tokens, last))
-        return Recorded(step, tokens, logits, telemetry, replay)
+        return Recorded(step, tokens, last, logits, telemetry, replay)
 
 
 def _power_of_two(number: int) -> int:

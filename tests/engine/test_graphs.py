@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, PreTrainedConfig, Qwen3Config, masking_utils
 
-from keysift.attention import Strategy
+from keysift.attention import Strategy, Telemetry
 from keysift.engine import Engine, InvalidRequest, Output, Request, TokenOutput, graphs, model
 from keysift.engine.runner import Pass
-from keysift.kvcache import Context, DeviceTier, Phase, Selection, Span
+from keysift.kvcache import Context, DeviceTier, Phase, Selection, Span, Step
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 from tests.models import llama
 from tests.replaying import Recorder
@@ -232,6 +234,28 @@ def test_a_kind_of_step_is_recorded_when_it_comes_for_the_third_time(make: Make)
     while not recorder.replayed:
         engine.step()
     assert len(engine._jobs["r0"].sequence.tokens) == 20 + 1 + graphs.USES
+
+
+def test_what_a_recorded_step_takes_is_kept_for_its_replays(make: Make) -> None:
+    """The stand-in keeps everything alive; a graph reads on where it read, whoever has that memory by then."""
+    engine = make(backend="reference", **arguments(NOSA))
+    engine.runner.record(lambda work: (work(), lambda: None))
+    recordings = engine.runner.graphs
+    assert recordings is not None
+    compute, taken = recordings._compute, list[weakref.ref[Tensor]]()
+
+    def noted(strategy: Strategy, step: Step, tokens: Tensor, last: Tensor) -> tuple[Tensor, Telemetry]:
+        every = [tokens, last, *(getattr(step, field.name) for field in fields(step))]
+        taken.extend(weakref.ref(each) for each in every if isinstance(each, Tensor))
+        return compute(strategy, step, tokens, last)
+
+    recordings._compute = noted
+    start(engine, prompts=[20], count=8)
+    while not recordings._recorded:
+        engine.step()
+    gc.collect()
+    assert len(taken) == 10
+    assert all(each() is not None for each in taken)
 
 
 def test_several_tokens_of_one_sequence_run_op_by_op(make: Make) -> None:
