@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -166,7 +167,7 @@ class Graphs:
             self._recorded.clear()
             self._broken = True
             extent = "steps run kernel by kernel from now on, recording one failed"
-        logger.warning("cuda_graphs: %s: %s", extent, error)
+        logger.warning("cuda_graphs: %s: %s", extent, str(error))  # a log that keeps the error would keep its tensors
 
     def _new(self, strategy: Strategy, step: Step, tokens: Tensor) -> Recorded:
         last = torch.arange(step.num_rows, device=tokens.device)
@@ -187,6 +188,7 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._graphs = weakref.WeakSet[torch.cuda.CUDAGraph]()
         with torch.cuda.device(device):
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # libraries keep room for each
@@ -203,17 +205,22 @@ class CudaRecorder:
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
             with torch.cuda.stream(self._stream):
-                work()
-                never_waiting(work)
-            current.wait_stream(self._stream)
+                try:
+                    work()
+                    never_waiting(work)
+                finally:  # what has begun may still read memory that its caller gives up
+                    current.wait_stream(self._stream)
             return self._capture(work)
 
     def _capture(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        if not self._graphs:  # a pool ends with the last of its graphs
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(torch.cuda.current_stream()), warnings.catch_warnings():  # a failure leaves its stream
             warnings.filterwarnings("error", message=".*graph is empty.*")
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = work()
+        self._graphs.add(graph)
         return result, graph.replay
 
 
@@ -226,9 +233,9 @@ def never_waiting(work: Callable[[], object]) -> None:
     """Raises `WaitsForDevice` once the work is done, naming the places at which it has waited for the device."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", message=f".*{WAITED}.*")
-        torch.cuda.set_sync_debug_mode("warn")
+        warnings.simplefilter("always")  # the mode itself is worth a warning to torch
         try:
+            torch.cuda.set_sync_debug_mode("warn")
             work()
         finally:
             torch.cuda.set_sync_debug_mode(before)

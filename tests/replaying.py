@@ -1,8 +1,9 @@
 """As much of a CUDA graph as any device can do: the ops that some work ran, run again over the same tensors.
 
 It shows what a recording takes from the host, and that a replay reads nothing that it has not written: before each, the
-memory that the recording made is filled with what no op can use. It keeps every tensor alive and knows no streams, so
-it shows nothing of how a graph shares memory, nor of kernels that are no ops of torch.
+memory that the recording made is filled with what no op can use, and memory that it took has to be kept by somebody
+else. It keeps all that the recording made and knows no streams, so it shows nothing of how graphs share memory, nor of
+kernels that are no ops of torch.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from keysift.engine.graphs import WaitsForDevice
 
@@ -39,12 +41,26 @@ def waits(name: str) -> WaitsForDevice:
     return WaitsForDevice(f"{name}: a step that is recorded may not wait for the device")
 
 
+class Taken:
+    """A tensor over memory of others, which this does not keep."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._memory = StorageWeakRef(tensor.untyped_storage())
+        self._dtype, self._place = tensor.dtype, (tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    def again(self) -> Tensor:
+        memory = torch.UntypedStorage._new_with_weak_ptr(self._memory.cdata)
+        assert memory is not None, "a replay would read memory that nobody has kept"
+        return torch.empty(0, dtype=self._dtype).set_(memory, *self._place)  # type: ignore[call-overload,no-any-return]
+
+
 class Replayer(TorchDispatchMode):
-    """Notes every op with the very tensors that it took and gave. Only ops of torch: no native code, no Triton."""
+    """Notes every op with the memory that it took and gave. Only ops of torch: no native code, no Triton."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._calls: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
+        self._calls: list[tuple[Callable[..., Any], Any, Any]] = []
+        """Ops, their arguments and what they gave, each tensor among these the recording's own or `Taken`."""
         self._made: dict[int, torch.UntypedStorage] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,8 +70,12 @@ class Replayer(TorchDispatchMode):
         given = func(*args, **(kwargs or {}))
         self._note_made((args, kwargs), given)
         if "empty" not in name:  # a graph's memory is there already
-            self._calls.append((func, args, kwargs or {}, given))
+            self._calls.append((func, *tree_map(self._noted, ((args, kwargs or {}), given))))
         return given
+
+    def _noted(self, each: Any) -> Any:
+        foreign = isinstance(each, Tensor) and each.untyped_storage().data_ptr() not in {0, *self._made}
+        return Taken(each) if foreign else each
 
     def _note_made(self, taken: Any, given: Any) -> None:
         """Memory of what an op gave, but where it took that memory."""
@@ -67,7 +87,8 @@ class Replayer(TorchDispatchMode):
     def replay(self) -> None:
         for storage in self._made.values():
             torch.empty(0, dtype=torch.uint8).set_(storage).fill_(0xFF)  # type: ignore[call-overload]  # NaN, -1, true
-        for func, args, kwargs, given in self._calls:
+        for func, taken, given in self._calls:
+            args, kwargs = tree_map(lambda each: each.again() if isinstance(each, Taken) else each, taken)
             for old, new in zip(tree_leaves(given), tree_leaves(func(*args, **kwargs)), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)

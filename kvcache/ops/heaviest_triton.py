@@ -123,8 +123,9 @@ def heaviest_kernel(
     b_group = b_group / G
     m_free = (b_group >= 0.0) & ~m_zone
 
-    b_weight = tl.where(m_free, (b_group * SHARE + 0.5).to(tl.uint32), 0)
-    limit = tl.where(spare < 0, 2**31 - 1, tl.sum(b_weight.to(tl.int32), 0) - spare)
+    b_weight = (tl.maximum(b_group, 0.0) * SHARE + 0.5).to(tl.uint32)
+    left = SHARE - tl.sum(tl.where(m_zone, b_weight, 0).to(tl.int32), 0)  # the part of a head without a share is in it
+    limit = tl.where(spare < 0, 2**31 - 1, left - spare)
     m_taken = m_zone | take(rank_of(b_group, m_free), b_weight, budget, limit, WEIGHED=True)
     store_list(pages + i_l * P, m_taken, o_f, P)
 

@@ -114,6 +114,15 @@ def test_nothing_found_leaves_the_zones() -> None:
     assert not chosen.kept.any()
 
 
+@pytest.mark.parametrize("epsilon", [0.2, 0.5, 0.7])
+def test_a_head_without_a_share_leaves_its_part_out(epsilon: float) -> None:
+    """What is left out is a mean over the heads of a group, whatever they found."""
+    case = Case(200, heads=(4, 2), budget=150, epsilon=epsilon)
+    masses = torch.randn(3, 4, 200)
+    masses[:, 1] = masses[1, 2:] = -torch.inf
+    assert_same(case, masses, zones_of(case))
+
+
 def test_neither_company_nor_longer_lists_change_a_bit() -> None:
     case = Case(700, rows=3, epsilon=0.2, budget=80)
     masses, zones = masses_of(case), (torch.tensor([60, 690, 300]).int(), torch.tensor([63, 699, 301]).int())

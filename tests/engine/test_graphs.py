@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import warnings
-import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,10 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, PreTrainedConfig, Qwen3Config, masking_utils
 
-from keysift.attention import Strategy, Telemetry
+from keysift.attention import Strategy
 from keysift.engine import Engine, InvalidRequest, Output, Request, TokenOutput, graphs, model
 from keysift.engine.runner import Pass
-from keysift.kvcache import Context, DeviceTier, Phase, Selection, Span, Step
+from keysift.kvcache import Context, DeviceTier, Phase, Selection, Span
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 from tests.models import llama
 from tests.replaying import Recorder
@@ -227,6 +225,21 @@ def test_a_recording_serves_later_requests(make: Make) -> None:
     assert counts[2][1] > 2 * counts[0][1]
 
 
+def test_a_sequence_that_was_only_replayed_is_forgotten_too(make: Make) -> None:
+    """One of the same number begins where it would find what that one has left."""
+    fields = {"backend": "reference", "page_size": 8, **arguments(f"{NOSA} epsilon=1")}
+    plain, replaying = make(**fields), make(**fields)
+    recorder, outputs = recorded(replaying), []
+    for engine in (plain, replaying):
+        outputs.append([])
+        for i, length in enumerate((90, 90, 90, 101)):
+            params = greedy(12, logprobs=2)
+            engine.add(Request(f"r{i}", tokens(length, seed=i), params, bypass_prefix_cache=True))
+            outputs[-1] += drain(engine)
+    assert recorder.replayed
+    assert_same(outputs[1], outputs[0], ["r0", "r1", "r2", "r3"])
+
+
 def test_a_kind_of_step_is_recorded_when_it_comes_for_the_third_time(make: Make) -> None:
     engine = make(backend="reference")
     recorder = recorded(engine)
@@ -234,28 +247,6 @@ def test_a_kind_of_step_is_recorded_when_it_comes_for_the_third_time(make: Make)
     while not recorder.replayed:
         engine.step()
     assert len(engine._jobs["r0"].sequence.tokens) == 20 + 1 + graphs.USES
-
-
-def test_what_a_recorded_step_takes_is_kept_for_its_replays(make: Make) -> None:
-    """The stand-in keeps everything alive; a graph reads on where it read, whoever has that memory by then."""
-    engine = make(backend="reference", **arguments(NOSA))
-    engine.runner.record(lambda work: (work(), lambda: None))
-    recordings = engine.runner.graphs
-    assert recordings is not None
-    compute, taken = recordings._compute, list[weakref.ref[Tensor]]()
-
-    def noted(strategy: Strategy, step: Step, tokens: Tensor, last: Tensor) -> tuple[Tensor, Telemetry]:
-        every = [tokens, last, *(getattr(step, field.name) for field in fields(step))]
-        taken.extend(weakref.ref(each) for each in every if isinstance(each, Tensor))
-        return compute(strategy, step, tokens, last)
-
-    recordings._compute = noted
-    start(engine, prompts=[20], count=8)
-    while not recordings._recorded:
-        engine.step()
-    gc.collect()
-    assert len(taken) == 10
-    assert all(each() is not None for each in taken)
 
 
 def test_several_tokens_of_one_sequence_run_op_by_op(make: Make) -> None:
@@ -355,8 +346,13 @@ def test_the_recordings_that_are_kept_are_few(make: Make, monkeypatch: pytest.Mo
 def modes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """How CUDA, which is not needed for it, was told to treat waits, one after the other."""
     told = ["default"]
+
+    def tell(mode: str) -> None:
+        told.append(mode)
+        warnings.warn_explicit("Synchronization debug mode is a prototype feature", UserWarning, "torch.py", 1)
+
     monkeypatch.setattr("torch.cuda.get_sync_debug_mode", lambda: told[-1])
-    monkeypatch.setattr("torch.cuda.set_sync_debug_mode", told.append)
+    monkeypatch.setattr("torch.cuda.set_sync_debug_mode", tell)
     return told
 
 
@@ -379,6 +375,34 @@ def test_waits_are_found_and_told_where_they_are(modes: list[str]) -> None:
 def test_what_models_do_outside_of_a_recording_alone_is_no_wait(modes: list[str]) -> None:
     graphs.never_waiting(lambda: wait_in(str(Path(masking_utils.__file__)), 776))
     assert modes[-1] == "default"
+
+
+class Stream:
+    """As much of a CUDA stream as orders work."""
+
+    def __init__(self, log: list[tuple[str, str]], name: str) -> None:
+        self._log, self.name = log, name
+
+    def wait_stream(self, other: Stream) -> None:
+        self._log.append((self.name, other.name))
+
+
+@pytest.mark.parametrize("error", [graphs.WaitsForDevice, torch.OutOfMemoryError])
+def test_a_warm_up_that_fails_is_waited_for(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    """What it has begun may still read tensors that are freed next."""
+    log: list[tuple[str, str]] = []
+    monkeypatch.setattr("torch.cuda.Stream", lambda _: Stream(log, "beside"))
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: Stream(log, "current"))
+    for name in ("device", "stream"):
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda _: nullcontext())
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", object)
+
+    def work() -> None:
+        raise error("not here")
+
+    with pytest.raises(error):
+        graphs.CudaRecorder(torch.device("cuda"))(work)
+    assert log == [("beside", "current"), ("current", "beside")]
 
 
 @pytest.mark.parametrize(

@@ -54,3 +54,14 @@ def test_what_a_replay_has_not_written_is_no_number() -> None:
         replay()
         assert kept[-1][:2].tolist() == [0.0, 0.0]
         assert kept[-1][2:].isnan().all()
+
+
+def test_memory_that_nobody_keeps_is_not_read_again() -> None:
+    kept, lost = torch.ones(4), [torch.ones(4)]
+    with torch.inference_mode():
+        _, fine = Recorder()(lambda: kept + 1)
+        _, broken = Recorder()(lambda: lost[0] + 1)
+        lost.clear()
+        fine()
+        with pytest.raises(AssertionError, match="nobody has kept"):
+            broken()
