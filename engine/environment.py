@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 
-from keysift.attention.native.cores import num_threads
+from keysift.attention.native.cores import num_threads, usable
 
 from .calibration import processor
 from .config import EngineConfig
@@ -27,7 +26,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "transformers": importlib.metadata.version("transformers"),
         "python": platform.python_version(),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(usable()),
         "threads": num_threads(),
         "commit": commit(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,

@@ -1,4 +1,4 @@
-"""How many threads compute. Needs no compiled library, so that it can be asked where there is none."""
+"""Which cores there are to compute on. Needs no compiled library, so that it can be asked where there is none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import os
 import torch
 
 
+def usable() -> set[int]:
+    """The cores that this process may run on."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def num_threads() -> int:
-    """The cores that this process may use, but no more than torch uses."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, torch.get_num_threads())
+    """As many threads as there are usable cores, but no more than torch uses."""
+    return min(len(usable()), torch.get_num_threads())

@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from keysift.kvcache.ops.heaviest_triton import MAX_PAGES, fixed, rank_of, share_of, shares_of, store_list, take, total
+from keysift.kvcache.ops.heaviest_triton import (
+    MAX_PAGES,
+    block_of,
+    fixed,
+    rank_of,
+    share_of,
+    shares_of,
+    store_list,
+    take,
+    total,
+)
 
 from .steady_pages import ONE, SteadyPages
 from .tiles import INTERPRETED
@@ -124,9 +134,9 @@ def steady_kernel(
         tl.store(kept + i_l * G + i_g, total(tl.where(m_chosen, shares_of(b_mass), 0.0)))
 
 
-def config(max_pages: int, amd: bool) -> dict[str, int]:
+def config(max_pages: int, amd: bool = torch.version.hip is not None) -> dict[str, int]:
     """The block of a list of `max_pages` pages, and warps with which no target spills registers; AMD's are wider."""
-    block = max(128, triton.next_power_of_2(max_pages))
+    block = block_of(max_pages)
     return {"BLOCK_F": block, "num_warps": min(8 if amd else 16, max(1, block // 512))}
 
 
@@ -168,7 +178,7 @@ def steady_pages(
                 *(each.view(torch.int8) if each.dtype == torch.bool else each for each in made),
                 *(count, *widths, *numbers),
                 **{"H": heads, "G": query_heads // heads},
-                **config(count, torch.version.hip is not None),
+                **config(count),
             )
     return made
 

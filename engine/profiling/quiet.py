@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from contextlib import suppress
 
 import psutil
 
-from keysift.attention.native.cores import num_threads
+from keysift.attention.native.cores import num_threads, usable
 
 from ..memory import CGROUP
 from .drive import Run
@@ -26,13 +25,8 @@ class Watch:
 
     def others(self) -> float:
         """Share that other processes have had since the start of the cores that this one may use."""
-        ours = (time.perf_counter() - self._wall) * min(len(_cores()), _quota())
+        ours = (time.perf_counter() - self._wall) * min(len(usable()), _quota())
         return max(0.0, (_busy() - self._busy - (_own() - self._own)) / ours)
-
-
-def _cores() -> set[int]:
-    """Those that this process may run on."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _quota() -> float:
@@ -46,7 +40,7 @@ def _quota() -> float:
 
 def _busy() -> float:
     """CPU seconds that all processes have used on these cores; under a quota those that share it, wherever they ran."""
-    if _quota() < len(cores := _cores()):
+    if _quota() < len(cores := usable()):
         lines = (CGROUP / "cpu.stat").read_text().splitlines()
         return 1e-6 * int(next(line for line in lines if line.startswith("usage_usec")).split()[1])
     times = psutil.cpu_times(percpu=True)

@@ -135,9 +135,14 @@ def heaviest_kernel(
             tl.store(kept + i_l * G + i_g, total(tl.where(m_taken, shares_of(b_mass), 0.0)))
 
 
+def block_of(max_pages: int) -> int:
+    """What a program holds of a list of `max_pages` pages."""
+    return max(128, triton.next_power_of_2(max_pages))  # type: ignore[no-any-return]
+
+
 def config(max_pages: int) -> dict[str, int]:
     """The block of a list of `max_pages` pages, and warps with which no target spills registers."""
-    block = max(128, triton.next_power_of_2(max_pages))
+    block = block_of(max_pages)
     return {"BLOCK_F": block, "num_warps": 8 if block > 512 else 1}
 
 
