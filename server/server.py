@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 STOP_GRACE_S = 2.0
-"""What handlers get to send their last message after the drain."""
+"""What handlers get to send their last message after the drain, and a model that is being loaded."""
+ENGINE_GRACE_S = 10.0
+"""What an engine gets to end: its last step, and the other processes of a team, which get half of it."""
 
 
 class Server:
@@ -75,7 +77,7 @@ class Server:
 
     async def stop(self) -> None:
         await self._grpc.stop(STOP_GRACE_S)
-        await self.worker.close(STOP_GRACE_S)
+        await self.worker.close(ENGINE_GRACE_S if self.worker.loaded.done() else STOP_GRACE_S)
         self._health_task.cancel()
         await asyncio.gather(self._health_task, return_exceptions=True)
         logger.info("stopped")

@@ -38,6 +38,16 @@ def test_a_signal_ends_both(model_folder: Path) -> None:
         assert not follower.is_running()
 
 
+def test_one_that_hangs_is_ended_before_its_leader(model_folder: Path, tmp_path: Path) -> None:
+    with serving(PLAIN, model_folder, TMPDIR=str(tmp_path), **PAIR) as (process, _):
+        (follower,) = psutil.Process(process.pid).children()
+        follower.suspend()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert not follower.is_running()
+    assert not list(tmp_path.glob("keysift-*"))
+
+
 def test_a_leader_that_is_killed_leaves_nothing_behind(model_folder: Path, tmp_path: Path) -> None:
     with serving(PLAIN, model_folder, TMPDIR=str(tmp_path), **PAIR) as (process, _):
         assert list(tmp_path.glob("keysift-*/meeting"))
