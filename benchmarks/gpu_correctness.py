@@ -21,6 +21,7 @@ from keysift.attention.ops.paged_attention import paged_attention
 from keysift.attention.ops.steady_pages import SteadyPages, steady_pages
 from keysift.attention.ops.top_pages import TopPages, top_pages
 from keysift.kvcache.ops import use_backend
+from keysift.kvcache.ops.admit import Residents, admit
 from keysift.kvcache.ops.encode import Codes, decode, encode
 from keysift.kvcache.ops.fetch import fetch
 from keysift.kvcache.ops.page_masses import code_masses, page_bounds, page_masses
@@ -221,6 +222,22 @@ def check_encode(pages: Pages) -> Found:
     return float((gap / (allowed[:, :, None] + 1e-6)).max()), 1.001
 
 
+def check_admit(pages: Pages) -> Found:
+    """Lists and tables that differ from the reference's, as a share: three tokens and a guess, in a pool too small."""
+    heads, count, device = pages.k.shape[1], len(pages.k), pages.k.device
+    empty = partial(torch.full, fill_value=-1, dtype=torch.int32, device=device)
+    ours, theirs = (Residents(empty((heads, count)), *empty((2, heads, 24)).unbind()) for _ in range(2))
+    errors = []
+    for now, before in ((2, 2), (4, 4), (5, 2), (6, 6)):
+        listed = pages.listed(pages.lasts, pages.lasts, heads)
+        found = admit(pages.frames, listed, ours, now=now, before=before)
+        expected = admit.__wrapped__(pages.frames, listed, theirs, now=now, before=before)  # type: ignore[attr-defined]
+        tables = (part.table.gather(2, listed.clamp(min=0).long()).where(listed >= 0, -1) for part in (found, expected))
+        pairs = [*zip(found[:3], expected[:3], strict=True), *zip(ours, theirs, strict=True), tuple(tables)]
+        errors += [float((one != other).double().mean()) for one, other in pairs]
+    return max(errors), 0.0
+
+
 def check_fetch(pages: Pages) -> Found:
     """Single heads of pages from host memory into a pool, and no other slot touched."""
     device, (_, kv_heads, _, dim) = pages.k.device, pages.k.shape
@@ -256,5 +273,6 @@ CHECKS: dict[str, Check] = {
     "store": check_store,
     "summarize": check_summarize,
     "encode": check_encode,
+    "admit": check_admit,
     "fetch": check_fetch,
 }

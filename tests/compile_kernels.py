@@ -35,6 +35,12 @@ INT32_POINTERS = {
     "pool",
     "loads",
     "places",
+    "where",
+    "owner",
+    "used",
+    "counts",
+    "ages",
+    "table",
 }
 FP32_POINTERS = {
     "lse",
@@ -52,8 +58,11 @@ FP32_POINTERS = {
     "now_averages",
     "overlap",
 }
-BYTE_POINTERS = {"bounds", "known", "read", "now_read", "valve"}
-INT32_SCALARS = re.compile(r"window|F|FIRST|M|N|T|P|Q|PIECES?|stride.*|sinks|budget|spare|queried|most")
+BYTE_POINTERS = {"bounds", "known", "read", "now_read", "valve", "named", "missing"}
+INT64_POINTERS = {"slots", "bases", "order", "found"}
+INT32_SCALARS = re.compile(
+    r"window|F|FIRST|M|N|T|P|Q|C|B|W|E|LP?|Hkv|PIECES?|stride.*|sinks|budget|spare|queried|most|now|before"
+)
 FP32_SCALARS = {"scale", "slack", "factor", "keep", "rest"}
 MULTIPLES_OF_16 = re.compile(r"stride_(q|k|v|ck|cv|u).*")
 TENSOR_CORES = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma")
@@ -134,6 +143,7 @@ def _cases() -> Iterator[Case]:
         for piece in (2048, 8192):
             fetch = {"Hkv": 8, "E": 64, "W": 512, "WORDS": piece // 4, "BLOCK": min(piece // 4, 1024)}
             yield Case(f"fetch {piece} bytes", "fetch_kernel", "bf16", target, fetch)
+        yield from admit_cases(target)
         yield Case("join", "join_kernel", "fp32", target, {"BLOCK": 64, "BLOCK_P": 16})
         for max_pages in (2**n for n in range(7, 14)):
             yield from (heaviest_case(target, max_pages, zones) for zones in (True, False))
@@ -199,6 +209,17 @@ def page_cases(target: Target, dtype: str, dim: int, page_size: int) -> Iterator
             yield Case(f"{label} d={dim}", kernel, dtype, target, heads | constants, options, dtype != "fp32")
 
 
+def admit_cases(target: Target) -> Iterator[Case]:
+    """Places for listed pages, among as many home frames as 64 and 1,024 programs take."""
+    from keysift.kvcache.ops.admit_triton import BLOCK
+
+    for name in ("name", "find", "tell"):
+        constants = {"BLOCK": BLOCK} if name == "find" else {"BLOCK": BLOCK, "stride_fp": 1}
+        yield Case(f"admit: {name}", f"{name}_kernel", "fp32", target, constants)
+    for blocks in (64, 1024):
+        yield Case("admit: replace", "replace_kernel", "fp32", target, {"BLOCK": BLOCK, "BLOCK_B": blocks})
+
+
 def heaviest_case(target: Target, max_pages: int, zones: bool) -> Case:
     """A choice among so many pages for the four heads of a group."""
     from keysift.kvcache.ops.heaviest_triton import config
@@ -240,6 +261,7 @@ def compile_case(case: Case) -> Report:
 def find_kernel(name: str) -> Any:
     from keysift.attention.ops import column_scores_kernels, paged_attention_triton, steady_pages_triton
     from keysift.kvcache.ops import (
+        admit_triton,
         code_masses_kernels,
         encode_triton,
         fetch_triton,
@@ -250,7 +272,7 @@ def find_kernel(name: str) -> Any:
     )
 
     modules = (paged_attention_triton, column_scores_kernels, steady_pages_triton, store_triton, summarize_triton)
-    modules += (fetch_triton, encode_triton, page_masses_kernels, code_masses_kernels, heaviest_triton)
+    modules += (admit_triton, fetch_triton, encode_triton, page_masses_kernels, code_masses_kernels, heaviest_triton)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 
@@ -260,7 +282,7 @@ def argument_type(name: str, dtype: str) -> str:
         return "fp32"
     if INT32_SCALARS.fullmatch(name):
         return "i32"
-    if name in ("slots", "bases"):
+    if name in INT64_POINTERS:
         return "*i64"
     if name in ("first", "refusable"):
         return "i64"

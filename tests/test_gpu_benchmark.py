@@ -157,7 +157,7 @@ def test_a_table_in_a_process_of_its_own_takes_no_other_with_it(
     assert in_process(parts.gpu, monkeypatch, *words) == 0
     tables = json.loads(out.read_text())["tables"]
     assert tables["decode"]["rows"] == [{"what": "all of it", "error": "its process ended with -6"}]
-    assert len(tables["correctness"]["rows"]) == 51
+    assert len(tables["correctness"]["rows"]) == 54
     assert [file.name for file in tmp_path.iterdir()] == ["gpu.json"]
 
 

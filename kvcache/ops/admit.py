@@ -34,13 +34,13 @@ class Admitted(NamedTuple):
     """[R, Hkv, F] int32, page -> slot of the listed pages; elsewhere any slot or frame number that there is."""
 
 
-@op(native="keysift.attention.native.admit:admit")
+@op(native="keysift.attention.native.admit:admit", triton="keysift.kvcache.ops.admit_triton:admit")
 def admit(frames: Tensor, pages: Tensor, residents: Residents, *, now: int, before: int) -> Admitted:
     """Give every listed page a slot, in place: those that have one keep it, the others take those read longest ago.
 
     Slots last read at `before` or later are not taken; pages that find none are left out. Misses take slots in order:
-    the lowest frame that of the oldest read, of equal ones the lowest slot. Nothing waits for the device. A GPU runs
-    this reference, whose work grows with N.
+    the lowest frame that of the oldest read, of equal ones the lowest slot. Nothing waits for the device. Off
+    the CPU the work grows with N.
 
     Args:
         frames: [R, Hkv, F] int32, page -> home frame of each row's sequence.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +22,17 @@ from keysift.kvcache.ops.dispatch import Backend
 
 FRAMES, HEADS = 40, 2
 BACKENDS: list[Backend] = ["reference", "native"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ADMITTERS = [*BACKENDS, pytest.param("triton", marks=pytest.mark.skipif(not find_spec("triton"), reason="no Triton"))]
+
+
+@contextmanager
+def admitting(backend: Backend) -> Iterator[str]:
+    """Inside, `admit` runs on this backend, Triton's in programs of few frames; yields the device."""
+    with pytest.MonkeyPatch.context() as patch, use_backend(backend):
+        if backend == "triton":
+            patch.setattr("keysift.kvcache.ops.admit_triton.BLOCK", 16)
+        yield DEVICE if backend == "triton" else "cpu"
 
 
 class Oracle:
@@ -43,9 +57,9 @@ class Oracle:
         return loads, found
 
 
-def empty(capacity: int) -> Residents:
-    where = torch.full((HEADS, FRAMES), -1, dtype=torch.int32)
-    owner, used = torch.full((2, HEADS, capacity), -1, dtype=torch.int32)
+def empty(capacity: int, device: str) -> Residents:
+    where = torch.full((HEADS, FRAMES), -1, dtype=torch.int32, device=device)
+    owner, used = torch.full((2, HEADS, capacity), -1, dtype=torch.int32, device=device)
     return Residents(where, owner, used)
 
 
@@ -59,17 +73,31 @@ asks = st.lists(st.tuples(st.booleans(), st.lists(st.lists(pages, min_size=4, ma
 @given(capacity=st.integers(1, 30), steps=asks, grouped=st.booleans())
 def test_the_pool_holds_what_the_rule_says(backend: Backend, capacity: int, steps: list[Ask], grouped: bool) -> None:
     """Two rows of two sequences that share five frames, lists for each KV head or for each of two query heads."""
-    residents, oracles = empty(capacity), [Oracle(capacity) for _ in range(HEADS)]
-    table = torch.stack([torch.arange(10), torch.arange(10) + 5]).int()[:, None].expand(-1, HEADS, -1)
-    lists = 4 if grouped else 2
+    with admitting(backend) as device:
+        follow(empty(capacity, device), steps, lists=4 if grouped else 2)
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="no Triton")
+@settings(deadline=None, max_examples=30)
+@given(capacity=st.integers(1, 30), steps=asks, grouped=st.booleans())
+def test_a_gpus_pool_does_too(capacity: int, steps: list[Ask], grouped: bool) -> None:
+    """As above, where frames and lists are several programs'."""
+    with admitting("triton") as device:
+        follow(empty(capacity, device), steps, lists=4 if grouped else 2)
+
+
+def follow(residents: Residents, steps: list[Ask], lists: int) -> None:
+    """Ask a pool and its oracles for the same pages."""
+    oracles = [Oracle(residents.owner.shape[1]) for _ in range(HEADS)]
+    frames = torch.tensor([[*range(10)], [*range(5, 10), *range(15, 18), *range(38, 40)]], dtype=torch.int32)
+    table = frames.to(residents.where.device)[:, None].expand(-1, HEADS, -1)
     for clock, (ahead, rows) in enumerate(steps, 1):
         now, before = (2 * clock - 1, 2 * clock - 2) if ahead else (2 * clock, 2 * clock)
         chosen = torch.full((2, lists, 7), -1, dtype=torch.int32)
         for row in range(2):
             for i in range(lists):
                 chosen[row, i, : len(rows[row][i])] = torch.tensor(rows[row][i], dtype=torch.int32)
-        with use_backend(backend):
-            admitted = admit(table, chosen, residents, now=now, before=before)
+        admitted = admit(table, chosen.to(table.device), residents, now=now, before=before)
         for head, oracle in enumerate(oracles):
             mine = range(head * lists // 2, (head + 1) * lists // 2)
             wanted = {int(table[row, head, page]) for row in range(2) for i in mine for page in rows[row][i]}
@@ -98,13 +126,13 @@ def check_tables(
                 assert admitted.table[row, head, page] == there[frame]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ADMITTERS)
 def test_open_pages_are_nobodys_slots(backend: Backend) -> None:
-    residents = empty(3)
-    residents.where[:, 7] = 3  # a tail behind the three slots
-    table = torch.arange(10, dtype=torch.int32)[None, None].expand(1, HEADS, -1)
-    chosen = torch.tensor([2, 7, -1], dtype=torch.int32)[None, None].expand(1, HEADS, -1)
-    with use_backend(backend):
+    with admitting(backend) as device:
+        residents = empty(3, device)
+        residents.where[:, 7] = 3  # a tail behind the three slots
+        table = torch.arange(10, dtype=torch.int32, device=device)[None, None].expand(1, HEADS, -1)
+        chosen = torch.tensor([2, 7, -1], dtype=torch.int32, device=device)[None, None].expand(1, HEADS, -1)
         admitted = admit(table, chosen, residents, now=2, before=2)
     assert admitted.loads.tolist() == [[2, -1, -1]] * HEADS
     assert admitted.table[0, :, 7].tolist() == [3, 3]
