@@ -148,10 +148,13 @@ def check_bounds(pages: Pages) -> Found:
     return worst(found, bounds(pages, summaries)), FINE
 
 
-def check_top_pages(pages: Pages) -> Found:
-    """Lists that differ in any page from those that float64 gives, as a share, and the error of what they keep."""
-    masses = torch.randn(*pages.q.shape[:2], pages.frames.shape[2], device=pages.q.device) * 3
-    lasts = pages.lasts // SIZE
+def check_top_pages(pages: Pages, times: int = 1) -> Found:
+    """Lists that differ in any page from those that float64 gives, as a share, and the error of what they keep.
+
+    Among so many times the problem's pages.
+    """
+    masses = torch.randn(*pages.q.shape[:2], pages.frames.shape[2] * times, device=pages.q.device) * 3
+    lasts = pages.lasts // SIZE * times
     given: dict[str, Any] = {"heads": pages.k.shape[1], "sinks": 1, "window": 2, "budget": 16}
     errors = []
     for epsilon in (0.0, 0.1):
@@ -269,6 +272,7 @@ CHECKS: dict[str, Check] = {
     "code_masses, candidates of many": check_many_codes,
     "page_bounds": check_bounds,
     "top_pages": check_top_pages,
+    "top_pages, more than a program holds": partial(check_top_pages, times=64),
     "steady_pages": check_steady_pages,
     "store": check_store,
     "summarize": check_summarize,

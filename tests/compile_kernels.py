@@ -41,6 +41,7 @@ INT32_POINTERS = {
     "counts",
     "ages",
     "table",
+    "found",
 }
 FP32_POINTERS = {
     "lse",
@@ -57,9 +58,10 @@ FP32_POINTERS = {
     "averages",
     "now_averages",
     "overlap",
+    "tops",
 }
 BYTE_POINTERS = {"bounds", "known", "read", "now_read", "valve", "named", "missing"}
-INT64_POINTERS = {"slots", "bases", "order", "found"}
+INT64_POINTERS = {"slots", "bases", "order", "tally", "sums"}
 INT32_SCALARS = re.compile(
     r"window|F|FIRST|M|N|T|P|Q|C|B|W|E|LP?|Hkv|PIECES?|stride.*|sinks|budget|spare|queried|most|now|before"
 )
@@ -96,7 +98,7 @@ class Case:
     kernel: str
     dtype: str
     target: Target
-    constants: dict[str, int | float]
+    constants: dict[str, int | float | None]
     options: dict[str, int] = field(default_factory=lambda: {"num_warps": 4})
     wants_tensor_cores: bool = False
 
@@ -146,8 +148,9 @@ def _cases() -> Iterator[Case]:
         yield from admit_cases(target)
         yield Case("join", "join_kernel", "fp32", target, {"BLOCK": 64, "BLOCK_P": 16})
         for max_pages in (2**n for n in range(7, 14)):
-            yield from (heaviest_case(target, max_pages, zones) for zones in (True, False))
+            yield from (case for zones in (True, False) for case in heaviest_cases(target, max_pages, zones))
             yield steady_case(target, max_pages)
+        yield from (case for zones in (True, False) for case in piece_cases(target, zones))
 
 
 def attend_case(target: Target, dtype: str, dim: int, queries_per_row: int) -> Case:
@@ -220,13 +223,28 @@ def admit_cases(target: Target) -> Iterator[Case]:
         yield Case("admit: replace", "replace_kernel", "fp32", target, {"BLOCK": BLOCK, "BLOCK_B": blocks})
 
 
-def heaviest_case(target: Target, max_pages: int, zones: bool) -> Case:
-    """A choice among so many pages for the four heads of a group."""
-    from keysift.kvcache.ops.heaviest_triton import config
+def heaviest_cases(target: Target, max_pages: int, zones: bool) -> Iterator[Case]:
+    """Choices among so many pages, or what pieces have found of more, for the four heads of a group."""
+    from keysift.kvcache.ops.heaviest_triton import Pieces, config
 
     constants = {"H": 8, "G": 4, "ZONES": zones} | config(max_pages)
     options = {"num_warps": constants.pop("num_warps")}
-    return Case(f"choose F={max_pages}", "heaviest_kernel", "fp32", target, constants, options)
+    whole = constants | Pieces()._asdict()
+    yield Case(f"choose F={max_pages}", "heaviest_kernel", "fp32", target, whole, options)
+    yield Case(f"choose C={max_pages}", "heaviest_kernel", "fp32", target, constants, options)
+    if zones:
+        told = {"G": 4, "BLOCK_F": constants["BLOCK_F"]}
+        yield Case(f"kept P={max_pages}", "kept_kernel", "fp32", target, told, options)
+
+
+def piece_cases(target: Target, zones: bool) -> Iterator[Case]:
+    """What is done to each piece of a list that no program holds whole."""
+    from keysift.kvcache.ops.heaviest_triton import MAX_PAGES, config
+
+    constants = {"ZONES": zones} | config(MAX_PAGES)
+    options = {"num_warps": constants.pop("num_warps")}
+    for name, heads in (("tops", {"HEADS": 32}), ("sums", {"HEADS": 32}), ("piece", {"H": 8, "G": 4})):
+        yield Case(name, f"{name}_kernel", "fp32", target, constants | heads, options)
 
 
 def steady_case(target: Target, max_pages: int) -> Case:
@@ -265,14 +283,14 @@ def find_kernel(name: str) -> Any:
         code_masses_kernels,
         encode_triton,
         fetch_triton,
-        heaviest_triton,
+        heaviest_kernels,
         page_masses_kernels,
         store_triton,
         summarize_triton,
     )
 
     modules = (paged_attention_triton, column_scores_kernels, steady_pages_triton, store_triton, summarize_triton)
-    modules += (admit_triton, fetch_triton, encode_triton, page_masses_kernels, code_masses_kernels, heaviest_triton)
+    modules += (admit_triton, fetch_triton, encode_triton, page_masses_kernels, code_masses_kernels, heaviest_kernels)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 

@@ -1,9 +1,9 @@
 """Make Triton's interpreter (3.6 to 3.9) compute what a GPU would.
 
 Out of the box it keeps bf16 as raw 16-bit integers and does arithmetic on those, cuts fp32 to bf16 instead of rounding
-to nearest even, and cannot read a loop bound from memory with numpy 2.4. The methods replaced here are private to
-Triton; `test_interpreter.py` fails where one of them stops taking effect. Reductions of bf16 stay wrong: the kernels
-widen what they load.
+to nearest even, takes the outcome of a comparison for a number of the kind that was compared, and cannot read a loop
+bound from memory with numpy 2.4. The methods replaced here are private to Triton; `test_interpreter.py` fails where one
+of them stops taking effect. Reductions of bf16 stay wrong: the kernels widen what they load.
 """
 
 from __future__ import annotations
@@ -41,10 +41,11 @@ def _repair_arithmetic() -> None:
         return dot(self, _widen(a), _widen(b), *rest)
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
-        if not _is_bf16(lhs):
-            return binary(self, lhs, rhs, op)
-        result = op(_widen(lhs).data, _widen(rhs).data)
-        return TensorHandle(result, tl.int1) if result.dtype == bool else _narrow(result)
+        wide = _is_bf16(lhs)
+        result = op(_widen(lhs).data, _widen(rhs).data) if wide else binary(self, lhs, rhs, op).data
+        if result.dtype == bool:
+            return TensorHandle(result, tl.int1)
+        return _narrow(result) if wide else TensorHandle(result, lhs.dtype.scalar)
 
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.binary_op = binary_op

@@ -17,6 +17,8 @@ import torch
 from .scripts import BENCHMARKS, imported
 
 TABLES = ("correctness", "prefill", "decode", "offload", "model")
+CHECKS = 19 * 3
+"""Ops and how they are called, in each dtype."""
 TIMES = ("ms", "attend_ms", "choose_ms", "us", "attend_us", "choose_us", "TTFT s", "TPOT ms")
 RATES = ("GB/s", "TFLOP/s", "attend GB/s", "of copy")
 
@@ -88,7 +90,7 @@ def test_strategies_of_each_table(smoke: tuple[Any, dict[str, Any]]) -> None:
 
 def test_checks_pass(smoke: tuple[Any, dict[str, Any]]) -> None:
     rows = smoke[1]["tables"]["correctness"]["rows"]
-    assert len(rows) == 51
+    assert len(rows) == CHECKS
     assert all(row["passed"] and 0 <= row["worst"] <= row["limit"] for row in rows)
 
 
@@ -157,7 +159,7 @@ def test_a_table_in_a_process_of_its_own_takes_no_other_with_it(
     assert in_process(parts.gpu, monkeypatch, *words) == 0
     tables = json.loads(out.read_text())["tables"]
     assert tables["decode"]["rows"] == [{"what": "all of it", "error": "its process ended with -6"}]
-    assert len(tables["correctness"]["rows"]) == 54
+    assert len(tables["correctness"]["rows"]) == CHECKS
     assert [file.name for file in tmp_path.iterdir()] == ["gpu.json"]
 
 

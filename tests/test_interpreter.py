@@ -51,3 +51,18 @@ def test_dot_adds_in_fp32() -> None:
     out = torch.empty(16, 16)
     dot_kernel[(1,)](x, y, out, BLOCK=16)
     torch.testing.assert_close(out, x.float() @ y.float())
+
+
+@triton.jit
+def outcome_kernel(x, out, BLOCK: tl.constexpr):
+    """The negative numbers, where the greatest is above 1."""
+    o = tl.arange(0, BLOCK)
+    b_x = tl.load(x + o)
+    tl.store(out + o, (b_x < 0.0) & (tl.max(b_x, 0) > 1.0))
+
+
+def test_the_outcome_of_a_comparison_is_true_or_false() -> None:
+    out = torch.empty(2, 4, dtype=torch.bool)
+    for row, x in zip(out, torch.tensor([[-1.0, 2.0, 0.0, -3.0], [-1.0, 0.5, 0.0, -3.0]]), strict=True):
+        outcome_kernel[(1,)](x, row, BLOCK=4)
+    assert out.tolist() == [[True, False, False, True], [False] * 4]

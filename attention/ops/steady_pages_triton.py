@@ -8,17 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from keysift.kvcache.ops.heaviest_triton import (
-    MAX_PAGES,
-    block_of,
-    fixed,
-    rank_of,
-    share_of,
-    shares_of,
-    store_list,
-    take,
-    total,
-)
+from keysift.kvcache.ops.heaviest_kernels import fixed, rank_of, share_of, shares_of, store_list, take, total
+from keysift.kvcache.ops.heaviest_triton import MAX_PAGES, block_of
 
 from .steady_pages import ONE, SteadyPages
 from .tiles import INTERPRETED

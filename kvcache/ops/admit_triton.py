@@ -54,7 +54,7 @@ def find_kernel(where, used, named, counts, N, C, B, now, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "C", "B", "W", "now", "before"])
 def replace_kernel(
-    where, owner, used, missing, counts, ages, order, loads, places, found, N, C, B, W, now, before,
+    where, owner, used, missing, counts, ages, order, loads, places, tally, N, C, B, W, now, before,
     BLOCK: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
     """The missing ones of a block of frames move into the slots that their turn has in `order`, and others out.
@@ -67,7 +67,7 @@ def replace_kernel(
     turn = 0
     for i_c in tl.static_range(3):
         b_count = tl.load(counts + (i_h * B + o_b) * 3 + i_c, mask=o_b < B, other=0)
-        tl.store(found + i_h * 3 + i_c, tl.sum(b_count.to(tl.int64), 0), mask=i_b == 0)
+        tl.store(tally + i_h * 3 + i_c, tl.sum(b_count, 0).to(tl.int64), mask=i_b == 0)
         turn = tl.sum(tl.where(o_b < i_b, b_count, 0), 0)  # of the first one that is missing here, after the last count
 
     o_n = i_b * BLOCK + tl.arange(0, BLOCK)
@@ -103,8 +103,7 @@ def admit(frames: Tensor, pages: Tensor, residents: Residents, *, now: int, befo
 
     Four launches, a sort of the slots and three fills for the reference's some ninety operations.
     """
-    (kv_heads, count), capacity = residents.where.shape, residents.owner.shape[1]
-    rows, lists, listed = pages.shape
+    (kv_heads, count), (rows, lists, listed) = residents.where.shape, pages.shape
     if not (pages.is_cuda or INTERPRETED) or not all(table.is_contiguous() for table in residents):
         return NotImplemented  # type: ignore[no-any-return]
     made = _empty(residents, (rows, lists, listed), frames.shape[2])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .code_masses_kernels import centres_kernel, codes_kernel
 from .encode import Codes
-from .heaviest_triton import MAX_PAGES, heaviest
+from .heaviest_triton import fits, heaviest
 from .page_masses_kernels import bounds_kernel, masses_kernel
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -121,8 +121,9 @@ def code_masses(
 ) -> Tensor:
     """The twin of the reference of the same name, which documents it.
 
-    Three launches: the bounds of all pages, the candidates, their codes. Where every page is a candidate, one; where
-    there are more pages than a program can rank, torch sorts them, which does not wait for the device either.
+    Three launches: the bounds of all pages, the candidates, their codes; six beyond 8,192 pages. Where every page is a
+    candidate, one; where there are too many candidates for a program, torch sorts the pages, which does not wait for
+    the device either.
     """
     call, max_pages = Call(q, k, frames, positions, scale), frames.shape[2]
     everything, in_rows = candidates >= max_pages, all(part.stride(-1) == 1 for part in codes)
@@ -142,7 +143,7 @@ def code_masses(
 def _candidates(promises: Tensor, lists: int, count: int) -> Tensor:
     """[R, Hkv, P] int32, the heaviest pages by promises [R, Hq, F], -1 pads the end."""
     max_pages = promises.shape[2]
-    if max_pages <= MAX_PAGES:
+    if fits(max_pages, count):
         return heaviest(promises, None, lists=lists, width=count, budget=count)[0]
     shares = torch.unflatten(promises.softmax(-1).nan_to_num(0.0), 1, (lists, -1)).sum(2)  # [R, Hkv, F]
     found = torch.unflatten(promises > -torch.inf, 1, (lists, -1)).any(2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -139,9 +139,50 @@ def test_no_rows_and_no_pages() -> None:
     assert run("triton", case, torch.empty(0, 4, 9), (none[:0], none[:0])).pages.shape == (0, 2, 9)
 
 
+PIECES = {
+    "pieces": Case(700),
+    "a share": Case(700, epsilon=0.3, spread=3.0),
+    "a share of equal pages": Case(500, epsilon=0.985, spread=0.0, budget=20),
+    "equal pages": Case(500, spread=0.0),
+    "the budget in one piece": Case(300, budget=30, spread=30.0),
+    "no budget": Case(300, budget=0),
+    "no budget and no zones": Case(300, budget=0, sinks=0, window=0),
+    "as much as one program holds": Case(700, budget=80),
+    "a group": Case(300, heads=(8, 1), epsilon=0.1),
+    "a window over two pieces": Case(260, sinks=0, window=20),
+}
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan, torch.inf])
+@pytest.mark.parametrize("case", PIECES.values(), ids=PIECES.keys())
+def test_a_list_in_pieces_has_the_bits_of_a_whole_one(
+    case: Case, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a row that has no share, a head that has none of it, and one that a single page takes it from."""
+    masses, zones = masses_of(case), zones_of(case)
+    if not case.window:
+        zones = (zones[1] + 1, zones[1])
+    masses[0, 1, 7], masses[1, 0] = value, -torch.inf
+    whole = assert_same(case, masses, zones)
+    monkeypatch.setattr("keysift.kvcache.ops.heaviest_triton.MAX_PAGES", 256)
+    pieces = run("triton", case, masses, zones)
+    assert torch.equal(pieces.pages, whole.pages)
+    assert torch.equal(pieces.kept, whole.kept)
+
+
+def test_a_row_does_not_know_of_a_longer_list_than_a_program_holds() -> None:
+    case = Case(8200, heads=(2, 1), rows=2, epsilon=0.1, budget=40)
+    masses, zones = masses_of(case), (torch.tensor([8190, 60]).int(), torch.tensor([8192, 62]).int())
+    together = assert_same(case, masses, zones)
+    alone = run("triton", replace(case, pages=63), masses[1:, :, :63], (zones[0][1:], zones[1][1:]))
+    assert torch.equal(together.kept[1:], alone.kept)
+    assert torch.equal(together.pages[1], alone.pages[0])
+
+
 @pytest.mark.parametrize("masses", [torch.zeros(1, 1, 8193), torch.zeros(1, 1, 9, dtype=torch.float64)])
 def test_calls_that_the_twin_cannot_do_are_refused(masses: Tensor) -> None:
-    case = Case(masses.shape[2], heads=(1, 1), rows=1)
+    """Two pieces that find more pages than a program holds, and another dtype."""
+    case = Case(masses.shape[2], heads=(1, 1), rows=1, budget=5000)
     with pytest.raises(BackendUnavailable, match="top_pages"):
         run("triton", case, masses, zones_of(case))
 

@@ -162,10 +162,17 @@ def test_any_number_of_candidates(candidates: int) -> None:
 
 def test_more_pages_than_a_program_can_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of many, one of few, and one without any full page."""
-    monkeypatch.setattr("keysift.kvcache.ops.page_masses_triton.MAX_PAGES", 4)
+    monkeypatch.setattr("keysift.kvcache.ops.heaviest_triton.MAX_PAGES", 4)
     problem = make_problem(Case((200, 40, 7), heads=(6, 2)), torch.float32)
     for candidates in (0, 1, 5, 11):
         assert_same(partial(coded, candidates=candidates), problem)
+
+
+def test_pages_are_ranked_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem(Case((2500, 40), heads=(2, 1), dim=16), torch.float32)
+    whole = run("triton", partial(coded, candidates=20), problem)
+    monkeypatch.setattr("keysift.kvcache.ops.heaviest_triton.MAX_PAGES", 128)
+    assert torch.equal(assert_same(partial(coded, candidates=20), problem), whole)
 
 
 def test_of_equal_pages_the_lower_ones_are_candidates() -> None:

@@ -119,6 +119,7 @@ def check_tables(
     assert residents.used[head].tolist() == oracle.read
     there = {frame: slot for slot, frame in enumerate(oracle.slots) if frame is not None}
     assert residents.where[head].tolist() == [there.get(frame, -1) for frame in range(FRAMES)]
+    assert admitted.table.min() >= 0
     for row in range(chosen.shape[0]):
         for page in chosen[row, lists].flatten().tolist():
             frame = int(table[row, head, page])
