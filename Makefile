@@ -45,7 +45,7 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python tests/compile_kernels.py
+	$(BIN)/python -m tests.compile_kernels
 
 # About four hours on two cores, most of it for the quality of prompts and tokens.
 bench: install

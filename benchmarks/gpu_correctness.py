@@ -166,13 +166,14 @@ def check_top_pages(pages: Pages, times: int = 1) -> Found:
     return max(errors), FINE
 
 
-def check_steady_pages(pages: Pages) -> Found:
+def check_steady_pages(pages: Pages, times: int = 1) -> Found:
     """Lists that differ in any page from the reference's, as a share, and the error of everything else.
 
-    Three tokens, each behind what the one before it has left; nothing is known before the first.
+    Three tokens, each behind what the one before it has left; nothing is known before the first. Among so many times
+    the problem's pages.
     """
-    (rows, query_heads), lasts = pages.q.shape[:2], pages.lasts // SIZE
-    lists = (rows, heads := pages.k.shape[1], pages.frames.shape[2])
+    (rows, query_heads), lasts = pages.q.shape[:2], pages.lasts // SIZE * times
+    lists = (rows, heads := pages.k.shape[1], pages.frames.shape[2] * times)
     device = lasts.device
     options: dict[str, Any] = {"heads": heads, "sinks": 1, "window": 2, "budget": 16, "queried": 8, "most": 2}
     options |= {"factor": 1.25, "keep": 0.9, "epsilon": 0.02}
@@ -274,6 +275,7 @@ CHECKS: dict[str, Check] = {
     "top_pages": check_top_pages,
     "top_pages, more than a program holds": partial(check_top_pages, times=64),
     "steady_pages": check_steady_pages,
+    "steady_pages, more than a program holds": partial(check_steady_pages, times=64),
     "store": check_store,
     "summarize": check_summarize,
     "encode": check_encode,

@@ -17,7 +17,7 @@ import torch
 from .scripts import BENCHMARKS, imported
 
 TABLES = ("correctness", "prefill", "decode", "offload", "model")
-CHECKS = 19 * 3
+CHECKS = 20 * 3
 """Ops and how they are called, in each dtype."""
 TIMES = ("ms", "attend_ms", "choose_ms", "us", "attend_us", "choose_us", "TTFT s", "TPOT ms")
 RATES = ("GB/s", "TFLOP/s", "attend GB/s", "of copy")

@@ -89,7 +89,8 @@ def steady_pages(
         firsts: [R] int32, first page of each row's window.
         lasts: [R] int32, the row's own page, the last of its window; pages behind it are never chosen.
         known: [R] bool, rows of whose last token `read` and `averages` tell; those of others may hold anything.
-        read: [R, H, F] bool, pages that it chose; like `averages` it may hold anything behind the row's own page.
+        read: [R, H, F] bool, pages that it chose under the same limits; like `averages` it may hold anything behind the
+            row's own page.
         averages: [R, H, F] fp32, as it left them.
         heads: H, lists of a row.
         sinks: pages at the start that every row reads.

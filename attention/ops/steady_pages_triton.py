@@ -1,134 +1,34 @@
 """The CUDA twin of `steady_pages`."""
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+# mypy: allow-untyped-calls
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from keysift.kvcache.ops.heaviest_kernels import fixed, rank_of, share_of, shares_of, store_list, take, total
-from keysift.kvcache.ops.heaviest_triton import MAX_PAGES, block_of
+from keysift.kvcache.ops import heaviest_triton as whole
+from keysift.kvcache.ops.heaviest_triton import Pieces, block_of, cut, fits
 
 from .steady_pages import ONE, SteadyPages
+from .steady_pages_kernels import average_kernel, steady_kernel
 from .tiles import INTERPRETED
 
-BEHIND = tl.constexpr(2**31 - 1)
-"""Behind every rank and every level of a page."""
+BLOCK = 1024
+"""Pages of a list in pieces whose averages one program makes."""
+EXACT = {"enable_fp_fusion": False}
+"""Averages are rounded as the reference's are, in every kernel."""
 
 
-@triton.jit
-def next_candidate(b_come, o_f, come, come_page):
-    """Rank and page of the candidate after the last one that came in: the highest rank first, then the lower page."""
-    b_left = tl.where((b_come < come) | ((b_come == come) & (o_f > come_page)), b_come, 0)
-    rank = tl.max(b_left, 0)
-    return rank, tl.min(tl.where(b_left == rank, o_f, BEHIND), 0)
+def config(max_pages: int, amd: bool = torch.version.hip is not None, fewest: int = 1) -> dict[str, int]:
+    """The block of a list of `max_pages` pages, and warps with which no target spills registers; AMD's are wider.
 
-
-@triton.jit
-def next_victim(b_leave, o_f, gone, gone_page):
-    """Level and page of the victim after the last one that has left: the lowest average first, then the lower page."""
-    b_left = tl.where((b_leave > gone) | ((b_leave == gone) & (o_f > gone_page)), b_leave, BEHIND)
-    level = tl.min(b_left, 0)
-    return level, tl.min(tl.where(b_left == level, o_f, BEHIND), 0)
-
-
-@triton.jit
-def zones_of(p_last, p_first, o_f, F, sinks):
-    """Pages that the row sees, and those of them that it reads anyhow."""
-    m_seen = (o_f < F) & (o_f <= tl.load(p_last, volatile=True))
-    return m_seen, ((o_f < sinks) | (o_f >= tl.load(p_first, volatile=True))) & m_seen
-
-
-@triton.jit
-def averaged(p_average, o_f, m_known, b_share, past, keep, rest):
-    """The moving averages, with this token's shares."""
-    b_before = tl.load(p_average + o_f, mask=m_known, other=0.0, volatile=True)
-    return tl.where(past, b_before * keep + b_share * rest, b_share)
-
-
-@triton.jit(do_not_specialize=["F", "P", "Q", "sinks", "budget", "queried", "most", "refusable"])
-def steady_kernel(
-    masses, firsts, lasts, known, read, averages, pages, refused, kept, now_read, now_averages, overlap, valve,
-    F, P, Q, sinks, budget, queried, most, factor, keep, rest, refusable,
-    H: tl.constexpr, G: tl.constexpr, BLOCK_F: tl.constexpr,
-):  # fmt: skip
-    """One list of a row, for G heads: see `steady_pages`.
-
-    Candidates come in one after the other, as few do. Averages, which are never negative, order like their bits do as
-    whole numbers, and so do shares; the last one's rank or level, and its page, tell all that went before it.
+    What pieces have found takes four warps at least.
     """
-    i_l = tl.program_id(0).to(tl.int64)
-    o_f = tl.arange(0, BLOCK_F)
-    past = tl.load(known + i_l // H) != 0
-    m_seen, m_zone = zones_of(lasts + i_l // H, firsts + i_l // H, o_f, F, sinks)
-
-    b_group = tl.zeros([BLOCK_F], tl.float32)
-    for i_g in range(G):
-        b_group += shares_of(tl.load(masses + (i_l * G + i_g) * F + o_f, mask=m_seen, other=float("-inf")))
-    b_group = b_group / G
-    b_now = averaged(averages + i_l * F, o_f, m_seen & past, b_group, past, keep, rest)
-    tl.store(now_averages + i_l * F + o_f, tl.where(m_seen, b_now, 0.0), mask=o_f < F)
-    b_rank = rank_of(b_group, (b_group > 0.0) & m_seen & ~m_zone)
-    m_asked = take(b_rank, b_rank, tl.where(past, tl.minimum(queried, budget), budget), 0, WEIGHED=False)
-
-    # From memory once more, here and below: registers are few.
-    m_seen, m_zone = zones_of(lasts + i_l // H, firsts + i_l // H, o_f, F, sinks)
-    m_resident = (tl.load(read + i_l * F + o_f, mask=m_seen & past, other=0, volatile=True) != 0) & ~m_zone
-    b_now = averaged(averages + i_l * F, o_f, m_resident, share_of(b_rank), past, keep, rest)
-    b_come = tl.where(m_asked & ~m_resident, b_rank, -b_rank)  # candidates, and what others weigh
-    b_leave = tl.where(m_resident & ~m_asked, b_now.to(tl.int32, bitcast=True), BEHIND)  # victims
-    held = tl.sum(fixed(share_of(b_come)), 0)  # by candidates that have not come in
-
-    residents = tl.sum(m_resident.to(tl.int32), 0)
-    gone, gone_page = tl.full((), -1, tl.int32), tl.full((), -1, tl.int32)
-    while residents > budget:
-        gone, gone_page = next_victim(b_leave, o_f, gone, gone_page)
-        residents -= 1
-
-    come, come_page = tl.where(past, BEHIND, 0), tl.full((), -1, tl.int32)  # all of an unknown row come in
-    opened = tl.full((), 0, tl.int32)
-    place = 0
-    within = past
-    more = past & (tl.max(b_come, 0) > 0)
-    while more:
-        rank, page = next_candidate(b_come, o_f, come, come_page)
-        level, victim = next_victim(b_leave, o_f, gone, gone_page)
-        share = share_of(rank)
-        bar = tl.maximum(level.to(tl.float32, bitcast=True), share_of(-tl.sum(tl.where(o_f == victim, b_come, 0), 0)))
-        full = residents >= budget
-        within = within & ((most < 0) | (place < most)) & (~full | (factor == 0.0) | (share > bar * factor))
-        more = (rank > 0) & (within | (held > refusable))
-        opened = tl.where(more & ~within, 1, opened)
-        come, come_page = tl.where(more, rank, come), tl.where(more, page, come_page)
-        gone, gone_page = tl.where(more & full, level, gone), tl.where(more & full, victim, gone_page)
-        residents += tl.where(more & ~full, 1, 0)
-        held -= tl.where(more, fixed(share), 0)
-        place += 1
-
-    m_seen, m_zone = zones_of(lasts + i_l // H, firsts + i_l // H, o_f, F, sinks)
-    m_read = tl.load(read + i_l * F + o_f, mask=m_seen & past, other=0, volatile=True) != 0
-    m_resident = m_read & ~m_zone
-    m_candidate = b_come > 0
-    m_in = (b_come > come) | ((b_come == come) & (o_f <= come_page))
-    m_out = (b_leave < gone) | ((b_leave == gone) & (o_f <= gone_page))
-    m_chosen = m_zone | (m_resident & ~m_out) | (m_candidate & m_in)
-    store_list(pages + i_l * P, m_chosen, o_f, P)
-    store_list(refused + i_l * Q, m_candidate & ~m_chosen, o_f, Q)
-    tl.store(now_read + i_l * F + o_f, m_chosen.to(tl.int8), mask=o_f < F)
-    tl.store(valve + i_l, opened.to(tl.int8))
-    both = tl.sum((m_chosen & m_read).to(tl.int32), 0).to(tl.float32)
-    tl.store(overlap + i_l, tl.where(past, both / tl.sum(m_chosen.to(tl.int32), 0), float("nan")))
-    for i_g in range(G):
-        b_mass = tl.load(masses + (i_l * G + i_g) * F + o_f, mask=m_seen, other=float("-inf"))
-        tl.store(kept + i_l * G + i_g, total(tl.where(m_chosen, shares_of(b_mass), 0.0)))
-
-
-def config(max_pages: int, amd: bool = torch.version.hip is not None) -> dict[str, int]:
-    """The block of a list of `max_pages` pages, and warps with which no target spills registers; AMD's are wider."""
     block = block_of(max_pages)
-    return {"BLOCK_F": block, "num_warps": min(8 if amd else 16, max(1, block // 512))}
+    return {"BLOCK_F": block, "num_warps": min(8 if amd else 16, max(fewest, block // 512))}
 
 
 def steady_pages(
@@ -151,27 +51,54 @@ def steady_pages(
 ) -> SteadyPages:
     """The twin of the reference of the same name, which documents it.
 
-    One launch for the reference's some sixty. A row's bits do not depend on the other rows, nor on how many pages the
-    longest of them has. Longer lists than a program can hold are left to the reference.
+    One launch for the reference's some sixty, five beyond 8,192 pages. A row's bits do not depend on the other rows,
+    nor on how many pages the longest of them has. A budget that is too large for so many pages is left to the
+    reference.
     """
-    rows, query_heads, count = masses.shape
+    rows, query_heads, max_pages = masses.shape
     floats = masses.dtype == averages.dtype == torch.float32
-    if not (masses.is_cuda or INTERPRETED) or not floats or not 0 < count <= MAX_PAGES:
+    width = min(max_pages, sinks + window + budget)
+    found = 2 * width  # of a piece at most: what was read and what may be; half as many live in registers as elsewhere
+    if not (masses.is_cuda or INTERPRETED) or not floats or not max_pages or not fits(max_pages, 2 * found):
         return NotImplemented  # type: ignore[no-any-return]
-    widths = min(count, sinks + window + budget), min(count, queried, budget)
+    widths = width, min(max_pages, queried, budget)
     made = _empty(masses, heads, widths)
-    inputs = (masses, firsts, lasts, known.view(torch.int8), read.view(torch.int8), averages)
-    numbers = (sinks, budget, queried, most, factor, keep, 1 - keep, int(epsilon * ONE))
+    given = [_plain(each) for each in (masses, firsts, lasts, known, read, averages)]
+    count, rates = triton.cdiv(max_pages, whole.MAX_PAGES), (keep, 1 - keep)
     with torch.cuda.device_of(masses):
         if rows:
+            pieces = Pieces()
+            if count > 1:
+                pieces = _cut(given, made, width=found, sinks=sinks, budget=budget, rates=rates)
             steady_kernel[(rows * heads,)](
-                *(each.contiguous() for each in inputs),
-                *(each.view(torch.int8) if each.dtype == torch.bool else each for each in made),
-                *(count, *widths, *numbers),
-                **{"H": heads, "G": query_heads // heads},
-                **config(count),
+                *(*given, *pieces, *map(_plain, made)),
+                *(max_pages, count, count * found, *widths),
+                *(sinks, budget, queried, most, factor, *rates, int(epsilon * ONE)),
+                **{"H": heads, "G": query_heads // heads} | EXACT,
+                **(config(max_pages) if count == 1 else config(count * found, fewest=4)),
             )
     return made
+
+
+def _cut(
+    given: Sequence[Tensor], made: SteadyPages, *, width: int, sinks: int, budget: int, rates: tuple[float, float]
+) -> Pieces:
+    """Lists in pieces, and the averages of all their pages."""
+    masses, firsts, lasts, known, read, averages = given
+    (rows, lists, max_pages), blocks = read.shape, triton.cdiv(read.shape[2], BLOCK)
+    count = triton.cdiv(max_pages, whole.MAX_PAGES)
+    pieces = cut(masses, (firsts, lasts), (known, read), lists=lists, width=width, sinks=sinks, budget=budget)
+    average_kernel[(rows * lists * blocks,)](
+        *(masses, lasts, known, averages, pieces.tops, pieces.sums, _plain(made.read), made.averages),
+        *(max_pages, count, blocks, *rates),
+        **{"H": lists, "G": masses.shape[1] // lists, "BLOCK": BLOCK} | EXACT,
+    )
+    return pieces
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Without gaps, and what is true or false as bytes."""
+    return tensor.contiguous().view(torch.int8) if tensor.dtype == torch.bool else tensor.contiguous()
 
 
 def _empty(masses: Tensor, heads: int, widths: tuple[int, int]) -> SteadyPages:

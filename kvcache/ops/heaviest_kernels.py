@@ -225,10 +225,10 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=["F", "N", "W", "sinks", "budget"])
 def piece_kernel(
-    masses, firsts, lasts, tops, sums, found, F, N, W, sinks, budget,
+    masses, firsts, lasts, known, read, tops, sums, found, F, N, W, sinks, budget,
     H: tl.constexpr, G: tl.constexpr, ZONES: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """The pages [W] of one piece that the whole list may take.
+    """The pages [W] of one piece that the whole list may take, and those that it has `read` where a row is `known`.
 
     Of all pages none is among the `budget` heaviest, of equal ones the lower, that is not among those of its piece.
     """
@@ -238,7 +238,11 @@ def piece_kernel(
     m_seen, m_zone = seen_and_zone(firsts, lasts, i_l // H, o_f, F, sinks, ZONES)
     b_group = group_shares(masses, tops, sums, i_l, o_f, m_seen, F, N, G)
     b_rank = rank_of(b_group, (b_group >= 0.0) & ~m_zone)
-    store_list(found + i * W, m_zone | take(b_rank, b_rank, budget, 0, WEIGHED=False), o_f, W)
+    m_taken = m_zone | take(b_rank, b_rank, budget, 0, WEIGHED=False)
+    if read is not None:
+        m_seen = m_seen & (tl.load(known + i_l // H) != 0)
+        m_taken = m_taken | (tl.load(read + i_l * F + o_f, mask=m_seen, other=0) != 0)
+    store_list(found + i * W, m_taken, o_f, W)
 
 
 @triton.jit(do_not_specialize=["F", "N", "P"])

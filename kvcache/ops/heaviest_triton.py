@@ -66,43 +66,52 @@ def heaviest(
     assert fits(max_pages, width)
     pages = masses.new_empty(rows, lists, width, dtype=torch.int32)
     kept = masses.new_empty(rows, heads) if max_pages else masses.new_zeros(rows, heads)
-    firsts, lasts = (masses, masses) if zones is None else (zone.contiguous() for zone in zones)
     masses, count = masses.contiguous(), triton.cdiv(max_pages, MAX_PAGES)
-    shape = {"H": lists, "G": heads // lists, "ZONES": zones is not None}
+    zones = zones and (zones[0].contiguous(), zones[1].contiguous())
     spare = int(epsilon * SHARE.value) if epsilon else -1
     if rows and max_pages:
-        pieces = Pieces()
-        if count > 1:
-            pieces = _pieces(masses, (firsts, lasts), shape, (count, width), (sinks, budget))
+        several = count > 1
+        pieces = cut(masses, zones, lists=lists, width=width, sinks=sinks, budget=budget) if several else Pieces()
         heaviest_kernel[(rows * lists,)](
-            *(masses, firsts, lasts, *pieces, pages, kept),
+            *(masses, *(zones or (masses, masses)), *pieces, pages, kept),
             *(max_pages, count, count * width, width, sinks, budget, spare),
-            **shape,
-            **config(max_pages if count == 1 else count * width),
+            **{"H": lists, "G": heads // lists, "ZONES": zones is not None},
+            **config(count * width if several else max_pages),
         )
-        if count > 1 and zones:
+        if several and zones:
             _tell(masses, pieces, pages, kept)
     return pages, kept
 
 
-def _pieces(
+def cut(
     masses: Tensor,
-    zones: tuple[Tensor, Tensor],
-    shape: dict[str, int | bool],
-    sizes: tuple[int, int],
-    limits: tuple[int, int],
+    zones: tuple[Tensor, Tensor] | None,
+    past: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    *,
+    lists: int,
+    width: int,
+    sinks: int,
+    budget: int,
 ) -> Pieces:
-    """Three launches, each with a program for every piece: `sizes` are N and W, `limits` are sinks and budget."""
+    """Lists of more pages than a program holds, in pieces: three launches with a program for each.
+
+    Args:
+        past: rows whose past is known, [R] bytes, and what they have read, [R, lists, F] bytes, which is found, too.
+        width: of what a piece finds at most: see `fits`.
+    """
     rows, heads, max_pages = masses.shape
-    (count, width), lists = sizes, shape["H"]
+    count = triton.cdiv(max_pages, MAX_PAGES)
+    firsts, lasts = zones or (masses, masses)
     tops = masses.new_empty(rows, heads, count)
     sums = masses.new_empty(rows, heads, count, dtype=torch.int64)
     found = masses.new_empty(rows, lists, count, width, dtype=torch.int32)
-    each = {"HEADS": heads, "ZONES": shape["ZONES"]} | config(MAX_PAGES)
-    tops_kernel[(rows * heads * count,)](masses, zones[1], tops, max_pages, count, **each)
-    sums_kernel[(rows * heads * count,)](masses, zones[1], tops, sums, max_pages, count, **each)
+    shape = {"ZONES": zones is not None} | config(MAX_PAGES)
+    for kernel, made in ((tops_kernel, (tops,)), (sums_kernel, (tops, sums))):
+        kernel[(rows * heads * count,)](masses, lasts, *made, max_pages, count, HEADS=heads, **shape)
     piece_kernel[(rows * lists * count,)](
-        *(masses, *zones, tops, sums, found, max_pages, *sizes, *limits), **shape, **config(MAX_PAGES)
+        *(masses, firsts, lasts, *past, tops, sums, found, max_pages, count, width, sinks, budget),
+        **{"H": lists, "G": heads // lists},
+        **shape,
     )
     return Pieces(tops, sums, found)
 

@@ -226,13 +226,47 @@ def test_what_a_twin_cannot_do_is_left_to_the_reference(backend: Backend) -> Non
 
 
 @TRITON
-def test_as_many_pages_as_a_program_holds() -> None:
-    case = Case((8191, 4000), 8192, lists=1, group=2, budget=64, queried=32, most=4, epsilon=0.02)
+@pytest.mark.parametrize("pages", [8192, 8193])
+def test_as_many_pages_as_a_program_holds_and_one_more(pages: int) -> None:
+    case = Case((pages - 1, 4000), pages, lists=1, group=2, budget=64, queried=32, most=4, epsilon=0.02)
     inputs = make_inputs(case)
     got, expected = run("triton", case, inputs), run("reference", case, inputs)
-    assert all(
-        torch.equal(getattr(got, name), getattr(expected, name)) for name in ("pages", "refused", "read", "valve")
-    )
-    longer = replace(case, pages=8193, lasts=(8192, 4000))
+    for name in ("pages", "refused", "read", "valve"):
+        assert torch.equal(getattr(got, name), getattr(expected, name)), name
+    larger = replace(case, pages=8193, budget=1100)
     with pytest.raises(BackendUnavailable, match="steady_pages"):
-        run("triton", longer, make_inputs(longer))
+        run("triton", larger, make_inputs(larger))
+
+
+LONG = Case((599, 300, 80, 512), 600)
+PIECES = {
+    "three": LONG,
+    "group-of-8": replace(LONG, group=8, lists=1),
+    "equal-pages": replace(LONG, steps=1.0, factor=1.0),
+    "valve": replace(LONG, most=1, epsilon=0.02),
+    "any-number-comes-in": replace(LONG, most=-1, factor=0.0, epsilon=1.0),
+    "no-budget": replace(LONG, budget=0),
+    "nothing-asked-for": replace(LONG, queried=0),
+    "no-sinks": replace(LONG, sinks=0),
+    "room": replace(LONG, residents=0.5),
+    "no-memory": replace(LONG, keep=0.0),
+    "one-peak": replace(LONG, spread=30.0),
+    "a-window-over-two": Case((258, 255, 256), 300, window=6),
+    "all-that-fits": Case((511, 300), 512, budget=27, queried=20, most=9),
+}
+
+
+@TRITON
+@pytest.mark.parametrize("case", PIECES.values(), ids=PIECES.keys())
+@pytest.mark.parametrize("seed", range(2))
+def test_a_list_in_pieces_has_the_bits_of_a_whole_one(case: Case, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With programs that hold 256 pages; a head has no share of one list, and nobody any of another."""
+    inputs = make_inputs(case, seed)
+    inputs[0][0, 1], inputs[0][1, : case.group] = torch.nan, -torch.inf
+    whole, expected = (run(backend, case, inputs) for backend in ("triton", "reference"))
+    monkeypatch.setattr("keysift.kvcache.ops.heaviest_triton.MAX_PAGES", 256)
+    pieces = run("triton", case, inputs)
+    assert torch.equal(pieces.pages, expected.pages)
+    assert torch.equal(pieces.refused, expected.refused)
+    for name, mine, other in zip(pieces._fields, pieces, whole, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0, equal_nan=True, msg=name)
