@@ -93,10 +93,10 @@ class Peer:
         self._ended = True
         self._process.kill()
 
-    def end(self) -> None:
-        """Wait for its end, and bring it about in the last resort."""
+    def end(self, wait_s: float) -> None:
+        """Wait for its end so many seconds, and bring it about in the last resort."""
         try:
-            self._process.wait(GRACE_S)
+            self._process.wait(wait_s)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -129,8 +130,9 @@ class Leader(Team):
 def _end(peers: list[Peer], folder: Path) -> None:
     for peer in peers:
         peer.say_goodbye()
+    last = time.monotonic() + GRACE_S  # for all of them together: a server waits no longer for many than for one
     for peer in peers:
-        peer.end()
+        peer.end(max(last - time.monotonic(), 0.0))
     group.leave()
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 from queue import SimpleQueue
@@ -13,8 +14,8 @@ from torch import Tensor
 from keysift.attention import Telemetry
 from keysift.engine import Engine, EngineConfig, InvalidRequest, KeysiftError, Request
 from keysift.engine.parallel.orders import Order
-from keysift.engine.parallel.peers import RankFailed
-from keysift.engine.parallel.team import Leader
+from keysift.engine.parallel.peers import Peer, RankFailed
+from keysift.engine.parallel.team import Leader, _end
 from keysift.engine.runner import Pass
 from tests.engine.driver import drain, greedy, tokens
 
@@ -68,3 +69,15 @@ def test_a_process_that_fails_tells_why(
         engine.step()
     assert time.monotonic() - begun < SOON_S
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_many_that_hang_are_waited_for_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have not even met; nobody waits longer for three than for one."""
+    monkeypatch.setattr("keysift.engine.parallel.team.GRACE_S", 1.0)
+    peers = [Peer(rank, 4, tmp_path / "meeting") for rank in (1, 2, 3)]
+    for peer in peers:
+        peer._process.send_signal(signal.SIGSTOP)
+    begun = time.monotonic()
+    _end(peers, tmp_path)
+    assert time.monotonic() - begun < 2.0
+    assert [peer._process.returncode for peer in peers] == [-9, -9, -9]
