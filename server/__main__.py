@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 
 from .interrupts import importing
 
@@ -20,9 +22,17 @@ worst case and costs a little beside a single neighbour.
 def main() -> None:
     """The entry point."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # libgomp reads it when torch loads it, and never again
+    if not sys.warnoptions:
+        _hide_deprecations()
     with importing():
         from .cli import main as command_line
     command_line()
+
+
+def _hide_deprecations() -> None:
+    """Keep what a dependency deprecates from users, who cannot act on it; `python -W default` shows it again."""
+    for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"(?!keysift\.)")
 
 
 if __name__ == "__main__":
