@@ -69,4 +69,4 @@ format:
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv* .types build dist *.egg-info attention/native/*.so
+	rm -rf .venv* .types build dist *.egg-info kvcache/native/*.so

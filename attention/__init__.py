@@ -1,12 +1,12 @@
 """Strategies choose pages, ops compute over them."""
 
 from .attend import Attend, bind
+from .contiguous import DenseKernel
 from .locality import Locality
 from .registry import DEFAULT, StrategyError, find, known, make, parse
-from .spans import PARTS, Part, Spans, Stretch, unwatched
 from .strategy import Dense, Split, Strategy
 from .telemetry import Coverage, Reads, Telemetry
-from .whole import DenseKernel
+from .tracing import PARTS, Part, Spans, Stretch, unwatched
 
 __all__ = [
     "DEFAULT",

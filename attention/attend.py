@@ -9,13 +9,13 @@ from torch import Tensor
 
 from keysift.kvcache import Context, PagedCache, Phase, Selection, Step
 
+from .contiguous import DenseKernel, suits, whole
+from .estimates import estimate
 from .ops.merge import merge
 from .ops.paged_attention import paged_attention
-from .spans import Spans, unwatched
 from .strategy import Strategy
-from .tail import estimate
 from .telemetry import Telemetry
-from .whole import DenseKernel, suits, whole
+from .tracing import Spans, unwatched
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D] -> out [T, Hq, D]: appends k and v to the cache, then attends."""

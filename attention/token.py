@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keysift.kvcache import Context, Phase, Selection, Step
 
-from . import patterns, tail
+from . import estimates, patterns
 from .ops.top_pages import top_pages
 from .strategy import Count, Dense, Positive, Share, Strategy, Tokens
 
@@ -95,7 +95,7 @@ class TokenStrategy(Strategy, ABC):
             return replace(selection, estimated=Selection.from_mask(rest).pages)
         if selection.estimated is not None:
             mask = mask | Selection(selection.estimated).mask(context.step.max_pages)
-        return replace(selection, bound=tail.bound(q, context, mask))
+        return replace(selection, bound=estimates.bound(q, context, mask))
 
     @property
     def scans(self) -> bool:

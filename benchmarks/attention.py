@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import linear as torch_linear
 from torch.nn.functional import scaled_dot_product_attention
 
-from keysift.attention.native.library import isa
-from keysift.attention.native.linear import linear
-from keysift.attention.native.paged_attention import paged_attention
+from keysift.attention.ops.paged_attention.native import paged_attention
+from keysift.engine.model.cpu.native import linear
+from keysift.kvcache.native.library import isa
 
 T = TypeVar("T")
 

@@ -26,9 +26,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch_pages import TorchPages
 
 from keysift.attention import Strategy, bind, make
-from keysift.attention.native.library import isa
 from keysift.attention.registry import StrategyError
 from keysift.attention.token import TokenStrategy
+from keysift.kvcache.native.library import isa
 
 STRATEGIES: dict[str, dict[str, object]] = {
     "dense": {},

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from keysift.attention import DenseKernel
 from keysift.attention.attend import read
-from keysift.attention.whole import gather, obstacle, whole
-from keysift.engine.calibration import running
+from keysift.attention.contiguous import gather, obstacle, whole
+from keysift.engine.calibration.calibration import running
 from keysift.kvcache import CacheSpec, Context, PagedCache, Span
 
 ROW = 64

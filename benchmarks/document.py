@@ -5,7 +5,7 @@ from __future__ import annotations
 import pydoc_data.topics
 from collections.abc import Sequence
 
-from keysift.engine.tokenizer import Tokenizer
+from keysift.engine.model.tokenizer import Tokenizer
 
 TOPICS = pydoc_data.topics.topics
 

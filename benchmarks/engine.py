@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from keysift.engine import Engine, EngineConfig, Finish, Output, Request, SamplingParams, TokenOutput
-from keysift.engine.embedded import embedded
-from keysift.engine.tokenizer import Tokenizer
+from keysift.engine.model.embedded import embedded
+from keysift.engine.model.tokenizer import Tokenizer
 
 SIDES = ("transformers float32", "transformers bfloat16", "keysift dense")
 ATTEMPTS = 6

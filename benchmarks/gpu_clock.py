@@ -12,7 +12,7 @@ import torch
 from timing import measure
 from torch import Tensor
 
-from keysift.engine.graphs import CudaRecorder
+from keysift.engine.execution.recorder import CudaRecorder
 
 Work = Callable[[], object]
 WARM = 3

@@ -23,15 +23,16 @@ from gpu_rows import Aim, Row, Settings, attempt, free
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from keysift.attention import DEFAULT, Reads, parse
-from keysift.engine import EngineConfig, Request, SamplingParams, seam
-from keysift.engine.graphs import CudaRecorder
-from keysift.engine.memory import cache_spec, make_cache
-from keysift.engine.model import LoadedModel
-from keysift.engine.runner import Runner
-from keysift.engine.sampler import SamplerState
-from keysift.engine.scheduler import Scheduler
-from keysift.engine.sequence import Sequence as Running
-from keysift.engine.tokenizer import Tokenizer
+from keysift.engine import EngineConfig, Request, SamplingParams
+from keysift.engine.execution.recorder import CudaRecorder
+from keysift.engine.execution.runner import Runner
+from keysift.engine.execution.sampler import SamplerState
+from keysift.engine.memory.budget import cache_spec, make_cache
+from keysift.engine.model import seam
+from keysift.engine.model.loaded import LoadedModel
+from keysift.engine.model.tokenizer import Tokenizer
+from keysift.engine.scheduling.scheduler import Scheduler
+from keysift.engine.scheduling.sequence import Sequence as Running
 from keysift.kvcache import PagedCache, Phase
 
 MOST_RUNS = 3

@@ -16,8 +16,8 @@ from layer import ROW, Source
 
 from keysift.attention import Strategy, bind, make
 from keysift.engine import EngineConfig
-from keysift.engine.memory import free_memory
-from keysift.engine.offload import PINNED, lay_out, make_tier
+from keysift.engine.memory.budget import free_memory
+from keysift.engine.memory.layout import PINNED, lay_out, make_tier
 from keysift.kvcache import CacheSpec, OffloadTier, PagedCache, Span, Traffic
 
 SHARE = 1 / 8

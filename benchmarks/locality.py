@@ -29,7 +29,7 @@ from torch import Tensor
 
 from keysift.attention import Dense, Locality, Strategy, Telemetry, make
 from keysift.engine import EngineConfig
-from keysift.engine.memory import cache_spec
+from keysift.engine.memory.budget import cache_spec
 from keysift.kvcache import MemoryHome, OffloadTier, PagedCache, PoolSize, Span, Traffic
 
 COLD = 32

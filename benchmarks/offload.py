@@ -32,7 +32,7 @@ from timing import QUIET, machine
 from engine import busy_seconds
 from keysift.engine import Engine, EngineConfig, Finish, Request, SamplingParams, TokenOutput
 from keysift.kvcache import OffloadTier
-from keysift.kvcache.home_file import FileHome
+from keysift.kvcache.tiers.file_store import FileHome
 
 
 class Side(NamedTuple):

@@ -31,9 +31,9 @@ from timing import QUIET, machine
 from transformers import AutoTokenizer
 
 import engine
-from keysift.attention.native.cores import num_threads
-from keysift.engine.embedded import cache_folder, embedded, package_file
-from keysift.engine.tokenizer import Tokenizer
+from keysift.engine.model.embedded import cache_folder, embedded, package_file
+from keysift.engine.model.tokenizer import Tokenizer
+from keysift.kvcache.native.cores import num_threads
 
 FOLDER = Path(__file__).parent
 PACKAGES = {"llama.cpp": "llama-cpp-python==0.3.36", "openvino": "openvino-genai==2026.4.1.0"}

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from keysift.attention import Strategy, make
-from keysift.attention.native.library import isa
 from keysift.attention.ops import paged_attention
 from keysift.attention.probe import take
 from keysift.kvcache import CacheSpec, Context, PagedCache, Selection, Span
+from keysift.kvcache.native.library import isa
 from keysift.kvcache.selection import pairs
 
 STRATEGIES: dict[str, dict[str, object]] = {

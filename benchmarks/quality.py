@@ -12,8 +12,9 @@ from torch import Tensor
 
 from keysift.attention import Coverage, Dense, Reads, Strategy, Telemetry, bind
 from keysift.engine.config import EngineConfig
-from keysift.engine.memory import cache_spec
-from keysift.engine.model import LoadedModel, load
+from keysift.engine.memory.budget import cache_spec
+from keysift.engine.model.load import load
+from keysift.engine.model.loaded import LoadedModel
 from keysift.kvcache import PagedCache, Span, Step
 
 SCORED = 1500

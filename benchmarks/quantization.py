@@ -14,9 +14,9 @@ from texts import KINDS, text
 from timing import Row, machine, show
 
 from keysift.engine import Engine, EngineConfig
-from keysift.engine.evaluation.along import DECODED
-from keysift.engine.evaluation.divergence import Divergence, logs
-from keysift.engine.evaluation.reader import Reader
+from keysift.engine.measure.evaluation.along import DECODED
+from keysift.engine.measure.evaluation.divergence import Divergence, logs
+from keysift.engine.measure.evaluation.reader import Reader
 
 KINDS_OF_WEIGHTS = {
     "float32": {"dtype": "float32"},

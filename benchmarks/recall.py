@@ -32,7 +32,7 @@ from timing import machine
 from keysift.attention import Dense, Strategy, make
 from keysift.attention.token import TokenStrategy
 from keysift.engine.config import EngineConfig
-from keysift.engine.model import load
+from keysift.engine.model.load import load
 
 Knobs = dict[str, Any]
 RUNS = {"single": 1, "quoted": 16}

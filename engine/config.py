@@ -10,9 +10,9 @@ from keysift.attention import DEFAULT, DenseKernel
 
 from .checked import Checked
 from .errors import InvalidRequest
-from .rope import RopeScaling
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+RopeScaling = Literal["yarn", "linear"]
 Backend = Literal["auto", "reference", "native", "triton"]
 
 

@@ -8,23 +8,24 @@ from contextlib import contextmanager
 from keysift.attention import Spans, Strategy, StrategyError, parse
 from keysift.kvcache import PageKeys, Phase
 
-from . import calibration, metrics
+from . import metrics
+from .calibration import calibration
 from .config import EngineConfig
 from .errors import DuplicateRequest, InvalidRequest, ResourceExhausted, Unsupported
-from .failures import Failure, failure_of
+from .execution.forward import StepResult
+from .execution.sampler import SamplerState, check, derive_seed
+from .execution.watch import watched_tier
 from .job import Job
-from .memory import make_cache
-from .model import load
-from .model_options import with_model_options
-from .parallel.team import assemble
+from .memory.budget import make_cache
+from .model.load import load
+from .model.model_options import with_model_options
+from .model.tokenizer import Detokenizer
+from .parallel.group import assemble
 from .request import EngineStatus, Finish, FinishReason, Output, Request
-from .runner import StepResult
-from .sampler import SamplerState, check, derive_seed
-from .scheduler import Batch, Scheduler
-from .sequence import Sequence
-from .tokenizer import Detokenizer
-from .transcript import Transcript
-from .watch import watched_tier
+from .scheduling.failures import Failure, failure_of
+from .scheduling.scheduler import Batch, Scheduler
+from .scheduling.sequence import Sequence
+from .text.transcript import Transcript
 
 
 class Engine:

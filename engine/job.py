@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from . import metrics
-from .failures import Failure
+from .execution.sampler import Sampled, SamplerState
 from .request import Finish, FinishReason, Output, TokenOutput
-from .sampler import Sampled, SamplerState
-from .sequence import Sequence
-from .transcript import Transcript
+from .scheduling.failures import Failure
+from .scheduling.sequence import Sequence
+from .text.transcript import Transcript
 
 
 @dataclass(frozen=True, slots=True, eq=False)

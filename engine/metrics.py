@@ -7,7 +7,7 @@ from prometheus_client import Counter, Gauge, Histogram
 from keysift.kvcache import Phase
 
 from .request import EngineStatus, Finish, FinishReason
-from .sequence import Sequence
+from .scheduling.sequence import Sequence
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

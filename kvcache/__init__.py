@@ -17,15 +17,16 @@ from .allocator import FrameAllocator, OutOfFrames
 from .cache import PagedCache
 from .context import Context
 from .errors import HomeError
-from .home import Home, MemoryHome
-from .offload import OffloadTier, PoolSize
 from .prefix import PageKeys, PrefixCache
 from .recent import Past, Recent
 from .selection import Selection
 from .spec import CacheSpec
-from .spread import SpreadTier
 from .step import Phase, Room, Span, Step
-from .tiers import DeviceTier, Frames, Tier, Traffic
+from .tiers.base import Frames, Tier, Traffic
+from .tiers.device import DeviceTier
+from .tiers.multi_device import SpreadTier
+from .tiers.offload import OffloadTier, PoolSize
+from .tiers.store import Home, MemoryHome
 
 __all__ = [
     "CacheSpec",

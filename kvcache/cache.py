@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from .allocator import FrameAllocator
-from .context import Context
-from .index.protocol import IndexSpec, PageIndex, Stateless
+from .context import Context, PageIndex
+from .index.protocol import IndexSpec, Stateless
 from .prefix import PrefixCache
 from .recent import NOBODY, Recent, place
 from .spec import CacheSpec
 from .step import Phase, Room, Span, Step
-from .tiers import DeviceTier, Tier
+from .tiers.base import Tier
+from .tiers.device import DeviceTier
 
 
 class PagedCache:

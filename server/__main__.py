@@ -25,7 +25,7 @@ def main() -> None:
     if not sys.warnoptions:
         _hide_deprecations()
     with importing():
-        from .cli import main as command_line
+        from .commands.cli import main as command_line
     command_line()
 
 

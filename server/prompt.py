@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from keysift.engine.errors import InvalidRequest
-from keysift.engine.tokenizer import Tokenizer
+from keysift.engine.model.tokenizer import Tokenizer
 
 from . import inference_pb2 as pb
 

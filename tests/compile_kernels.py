@@ -7,6 +7,7 @@ interpreter checks the results but runs code that no GPU compiler takes.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -33,6 +34,14 @@ INT32_SCALARS = re.compile(
 )
 FP32_SCALARS = {"scale", "slack", "factor", "keep", "rest"}
 MULTIPLES_OF_16 = re.compile(r"stride_(q|k|v|ck|cv|u).*")
+MODULES = [
+    "keysift.attention.ops.paged_attention.triton",
+    *(f"keysift.attention.ops.{name}.kernels" for name in ("column_scores", "steady_pages")),
+    *(f"keysift.kvcache.ops.{name}.triton" for name in ("store", "summarize", "admit", "fetch", "encode")),
+    *(f"keysift.kvcache.ops.{name}" for name in ("page_masses.kernels", "page_masses.code_kernels")),
+    "keysift.kvcache.ops.heaviest.kernels",
+]
+"""Where the kernels are."""
 TENSOR_CORES = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma")
 
 
@@ -68,20 +77,7 @@ def compile_case(case: Case) -> Report:
 
 
 def find_kernel(name: str) -> Any:
-    from keysift.attention.ops import column_scores_kernels, paged_attention_triton, steady_pages_kernels
-    from keysift.kvcache.ops import (
-        admit_triton,
-        code_masses_kernels,
-        encode_triton,
-        fetch_triton,
-        heaviest_kernels,
-        page_masses_kernels,
-        store_triton,
-        summarize_triton,
-    )
-
-    modules = (paged_attention_triton, column_scores_kernels, steady_pages_kernels, store_triton, summarize_triton)
-    modules += (admit_triton, fetch_triton, encode_triton, page_masses_kernels, code_masses_kernels, heaviest_kernels)
+    modules = map(importlib.import_module, MODULES)
     return next(getattr(module, name) for module in modules if hasattr(module, name))
 
 

@@ -87,7 +87,7 @@ def _cases() -> Iterator[Case]:
 
 def attend_case(target: Target, dtype: str, dim: int, queries_per_row: int) -> Case:
     """Attention of 32 query heads over 8, the four of a group packed, as a launch on `target` configures it."""
-    from keysift.attention.ops.paged_attention_triton import config
+    from keysift.attention.ops.paged_attention.triton import config
 
     tile = config(target.shared_memory, dim, DTYPES[dtype], queries_per_row * 4)
     heads = {"M": queries_per_row, "Hq": 32, "G": 4, "PACK": 4, "S": 16, "D": dim, "stride_fp": 1, "stride_pp": 1}
@@ -105,7 +105,7 @@ def attend_case(target: Target, dtype: str, dim: int, queries_per_row: int) -> C
 
 def score_cases(target: Target, dtype: str, dim: int, queries: int) -> Iterator[Case]:
     """Both passes over the keys for probes of `queries` queries, 32 heads over 8, as a launch configures them."""
-    from keysift.attention.ops.column_scores_triton import blocks, config
+    from keysift.attention.ops.column_scores.triton import blocks, config
 
     tile = config(target.shared_memory, dim, DTYPES[dtype], queries * 4)
     heads = {"Hq": 32, "G": 4, "S": 16, "D": dim, "stride_fp": 1}
@@ -123,8 +123,8 @@ def score_cases(target: Target, dtype: str, dim: int, queries: int) -> Iterator[
 
 def page_cases(target: Target, dtype: str, dim: int, page_size: int) -> Iterator[Case]:
     """Codes of keys, and pages scored by single queries of 32 heads over 8, as launches configure them."""
-    from keysift.kvcache.ops import encode_triton
-    from keysift.kvcache.ops import page_masses_triton as twins
+    from keysift.kvcache.ops.encode import triton as encoding
+    from keysift.kvcache.ops.page_masses import triton as twins
 
     keys, pages = (split(dim, page_size, DTYPES[dtype]) for split in (twins.blocks, twins.page_blocks))
     heads = {"Hkv": 8, "G": 4, "S": page_size, "D": dim, "stride_fp": 1}
@@ -134,7 +134,7 @@ def page_cases(target: Target, dtype: str, dim: int, page_size: int) -> Iterator
     for bits in (2, 4):
         words = {"W": dim * bits // 32, "BITS": bits}
         kernels |= {f"codes{bits}": scan | words, f"codes{bits}-listed": scan | words | {"LISTED": 1}}
-        encoded = {"S": page_size, "D": dim} | words | encode_triton.blocks(dim, page_size)
+        encoded = {"S": page_size, "D": dim} | words | encoding.blocks(dim, page_size)
         options = {"num_warps": encoded.pop("num_warps"), "enable_fp_fusion": False}
         yield Case(f"encode{bits} d={dim}", "encode_kernel", dtype, target, encoded, options)
     for label, constants in kernels.items():
@@ -146,7 +146,7 @@ def page_cases(target: Target, dtype: str, dim: int, page_size: int) -> Iterator
 
 def admit_cases(target: Target) -> Iterator[Case]:
     """Places for listed pages, among as many home frames as 64 and 1,024 programs take."""
-    from keysift.kvcache.ops.admit_triton import BLOCK
+    from keysift.kvcache.ops.admit.triton import BLOCK
 
     for name in ("name", "find", "tell"):
         constants = {"BLOCK": BLOCK} if name == "find" else {"BLOCK": BLOCK, "stride_fp": 1}
@@ -157,7 +157,7 @@ def admit_cases(target: Target) -> Iterator[Case]:
 
 def heaviest_cases(target: Target, max_pages: int, zones: bool) -> Iterator[Case]:
     """Choices among so many pages, or what pieces have found of more, for the four heads of a group."""
-    from keysift.kvcache.ops.heaviest_triton import Pieces, config
+    from keysift.kvcache.ops.heaviest.triton import Pieces, config
 
     constants = {"H": 8, "G": 4, "ZONES": zones} | config(max_pages)
     options = {"num_warps": constants.pop("num_warps")}
@@ -171,7 +171,7 @@ def heaviest_cases(target: Target, max_pages: int, zones: bool) -> Iterator[Case
 
 def piece_cases(target: Target, zones: bool) -> Iterator[Case]:
     """What is done to each piece of a list that no program holds whole."""
-    from keysift.kvcache.ops.heaviest_triton import MAX_PAGES, config
+    from keysift.kvcache.ops.heaviest.triton import MAX_PAGES, config
 
     constants = {"ZONES": zones} | config(MAX_PAGES)
     options = {"num_warps": constants.pop("num_warps")}
@@ -182,8 +182,8 @@ def piece_cases(target: Target, zones: bool) -> Iterator[Case]:
 
 def steady_cases(target: Target, max_pages: int) -> Iterator[Case]:
     """A choice that changes little among so many pages, or what pieces have found, for the four heads of a group."""
-    from keysift.attention.ops.steady_pages_triton import BLOCK, EXACT, config
-    from keysift.kvcache.ops.heaviest_triton import MAX_PAGES, Pieces
+    from keysift.attention.ops.steady_pages.triton import BLOCK, EXACT, config
+    from keysift.kvcache.ops.heaviest.triton import MAX_PAGES, Pieces
 
     amd, groups = target.backend == "hip", {"H": 8, "G": 4}
     for label, fewest, absent in (("F", 1, Pieces()._asdict()), ("C", 4, {})):

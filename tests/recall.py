@@ -12,8 +12,8 @@ from torch import Tensor
 
 from keysift.attention import Reads, Strategy, Telemetry, bind
 from keysift.engine.config import EngineConfig
-from keysift.engine.memory import cache_spec
-from keysift.engine.model import LoadedModel
+from keysift.engine.memory.budget import cache_spec
+from keysift.engine.model.loaded import LoadedModel
 from keysift.kvcache import PagedCache, Span
 
 CHUNK, ROW = 1024, 64

@@ -10,32 +10,45 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parent.parent
-LAYERS = ["kvcache", "attention", "engine", "server"]
-SOURCES = [path for layer in LAYERS for path in sorted((ROOT / layer).rglob("*.py")) if "_pb2" not in path.name]
+from . import architecture
+from .architecture import AT_RUN_TIME, LAYERS, ROOT, SOURCES
 
-
-def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            yield node.module
-        elif isinstance(node, ast.ImportFrom):
-            depth = len(path.relative_to(ROOT).parts) - 1
-            assert node.level <= depth, f"{path.relative_to(ROOT)} leaves its package with a relative import"
+GRAPH = architecture.import_graph()
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_one_way(path: Path) -> None:
-    layer = LAYERS.index(path.relative_to(ROOT).parts[0])
-    for module in imports(path):
-        head, _, rest = module.partition(".")
-        assert head not in LAYERS, f"{module} must be spelt keysift.{module}"
-        if head == "keysift":
-            assert LAYERS.index(rest.split(".")[0]) < layer, (
-                f"{module}: across packages only downwards, inside one relatively"
-            )
+def test_imports_are_relative_inside_a_package_and_absolute_across(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert architecture.origin(node, path).startswith(f"keysift.{package}")
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            for name in names:
+                assert name.split(".")[0] not in LAYERS, f"{name} must be spelt keysift.{name}"
+                assert not name.startswith(f"keysift.{package}"), f"{name}: inside a package relatively"
+
+
+def test_no_import_runs_upwards() -> None:
+    assert architecture.upward(GRAPH) == []
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    assert architecture.circle(GRAPH) == []
+    assert architecture.circle(architecture.rooms(GRAPH)) == []
+
+
+@pytest.mark.parametrize("package", AT_RUN_TIME)
+def test_a_package_that_works_loads_nothing_above_it(package: str) -> None:
+    assert architecture.loaded_at_run_time(package) == []
+
+
+def test_a_circle_and_an_upward_import_would_be_found() -> None:
+    graph = {"keysift.kvcache.a": frozenset({"keysift.engine.b"}), "keysift.engine.b": frozenset({"keysift.kvcache.a"})}
+    assert set(architecture.circle(graph)) == set(graph)
+    assert architecture.upward(graph) == ["keysift.kvcache.a -> keysift.engine.b"]
+    assert "keysift.kvcache.native.library" in GRAPH["keysift.kvcache.ops.summarize.native"]
+    assert "keysift.kvcache.ops.page_masses.native" not in GRAPH["keysift.kvcache.ops.page_masses"]
 
 
 def test_every_package_is_listed() -> None:

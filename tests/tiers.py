@@ -10,7 +10,7 @@ from torch import Tensor
 
 from keysift.attention import Strategy, bind
 from keysift.kvcache import CacheSpec, Home, MemoryHome, OffloadTier, PagedCache, PoolSize, Span
-from keysift.kvcache.home_file import FileHome
+from keysift.kvcache.tiers.file_store import FileHome
 
 FRAMES, SEQUENCES, MAX_LEN = 160, 4, 400
 

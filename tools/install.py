@@ -124,7 +124,7 @@ def install_keysift(environment: Environment) -> None:
     """An editable install, which compiles the native kernels; without a compiler the torch reference runs."""
     with step("keysift and its kernels"):
         environment.uv("pip", "install", "--no-deps", "--no-build-isolation", "--editable", ".")
-    built = subprocess.run([environment.python, "-c", "import keysift.attention.native.library"], check=False)
+    built = subprocess.run([environment.python, "-c", "import keysift.kvcache.native.library"], check=False)
     if built.returncode:
         print("  The torch reference runs instead: install a C++17 compiler, then: make clean install")
 
@@ -163,7 +163,7 @@ def torch_version() -> str:
 
 
 def kernel_sources() -> list[Path]:
-    folder = ROOT / "attention" / "native"
+    folder = ROOT / "kvcache" / "native"
     return sorted([*folder.glob("*.cpp"), *folder.glob("*.h")])
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keysift.kvcache import Context
 
-from ..blocks import BlockStrategy, group_sum, log_sum, scores
+from ..block import BlockStrategy, group_sum, log_sum, scores
 from ..strategy import LARGEST, Positive
 
 COARSE = 4

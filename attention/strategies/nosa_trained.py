@@ -8,7 +8,7 @@ from torch import Tensor
 
 from keysift.kvcache import CacheSpec, Context
 
-from ..blocks import BlockStrategy, biases, group_sum, log_sum, scores
+from ..block import BlockStrategy, biases, group_sum, log_sum, scores
 from ..strategy import Positive, Tokens
 
 

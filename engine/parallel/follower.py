@@ -17,11 +17,12 @@ from transformers.utils import logging
 
 from keysift.kvcache import PagedCache
 
+from .. import ranks as group
 from ..config import EngineConfig
-from ..memory import make_cache
-from ..model import load
-from ..runner import Runner, StepResult
-from . import group
+from ..execution.forward import StepResult
+from ..execution.runner import Runner
+from ..memory.budget import make_cache
+from ..model.load import load
 from .orders import Order, replay
 from .peers import Broken
 

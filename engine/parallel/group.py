@@ -1,59 +1,173 @@
-"""The process group: what all ranks of one model do alike."""
+"""Who runs the model: this process alone, or several with this one as their leader."""
 
 from __future__ import annotations
 
-import os
-import socket
-from contextlib import suppress
-from datetime import timedelta
+import shutil
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import torch
-import torch.distributed as dist
+from torch import Tensor
 
-from keysift.attention.native.cores import num_threads
+from keysift.attention import Telemetry
+from keysift.kvcache import PagedCache
 
-TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others inside of a forward pass. One that ends is noticed at once, where gloo talks."""
+from .. import ranks as group
+from ..config import EngineConfig
+from ..errors import KeysiftError
+from ..execution.forward import Pass, StepResult
+from ..execution.recorder import CudaRecorder
+from ..execution.runner import Runner
+from ..execution.sampler import SamplerState
+from ..model.loaded import LoadedModel
+from ..model.shards import check_heads
+from ..model.source import locate
+from ..scheduling.scheduler import Batch
+from ..support import check_ranks
+from .merge import whole
+from .orders import Order, RecordedCache
+from .peers import GRACE_S, Peer, RankFailed
 
-
-def join(rank: int, size: int, rendezvous: Path, device: str) -> None:
-    """Become a rank of the group that meets in the file `rendezvous`; waits for the other ranks.
-
-    Numbers on a CPU travel over the loopback interface, where there is one: nobody outside shall listen.
-    """
-    if "lo" in (name for _, name in socket.if_nameindex()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ["LOCAL_RANK"] = str(rank)  # where transformers looks for the number of this process's GPU
-    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-    if device == "cpu":
-        share_cores(size)
-    dist.init_process_group(backend, rendezvous.as_uri(), TIMEOUT, world_size=size, rank=rank)
-
-
-def leave() -> None:
-    """Be no rank any more."""
-    os.environ.pop("LOCAL_RANK", None)
-    if dist.is_initialized():
-        with suppress(RuntimeError):
-            dist.destroy_process_group()
+Report = Callable[[str], None]
 
 
-def share_cores(size: int) -> None:
-    """A part of the cores for this rank, unless somebody has said how many threads there are to be."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, num_threads() // size))
+class Team:
+    """This process alone."""
+
+    cache_type: type[PagedCache] = PagedCache
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around what all ranks do together: what goes wrong inside ends them all, and is told as `RankFailed`."""
+        yield
+
+    def runner(self, config: EngineConfig, model: LoadedModel, cache: PagedCache) -> Runner:
+        runner = Runner(model, cache, config)
+        if config.cuda_graphs:
+            runner.record(CudaRecorder(cache.device))
+        return runner
+
+    def watch(self, hear: Callable[[KeysiftError], None]) -> None:
+        """Has `hear` called, on some other thread, should a rank end while nobody asks it for anything."""
+
+    def close(self) -> None:
+        """End the other ranks."""
 
 
-def local_device(device: torch.device, size: int) -> torch.device:
-    """Where this rank computes."""
-    return torch.device("cuda", dist.get_rank()) if size > 1 and device.type == "cuda" else device
+class Leader(Team):
+    """This process as rank 0, and the others, which it has started."""
+
+    cache_type = RecordedCache
+
+    def __init__(self, config: EngineConfig, device: str) -> None:
+        """Starts the others, which begin to load the model, and meets them."""
+        size, folder = config.tensor_parallel_size, Path(tempfile.mkdtemp(prefix="keysift-"))
+        self._failure: KeysiftError | None = None
+        self._owed = False
+        self._peers: list[Peer] = []
+        self._end = weakref.finalize(self, _end, self._peers, folder)
+        with self.together():
+            self._peers += [Peer(rank, size, folder / "meeting") for rank in range(1, size)]
+            self._send((config, device))
+            for peer in self._peers:
+                peer.receive()  # it is there: whoever waits for it from here on will not wait in vain
+            group.join(0, size, folder / "meeting", device)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            yield
+        except KeysiftError as error:
+            self._fail(error)
+            raise
+        except Exception as error:
+            failure = self._trouble() or RankFailed(f"rank 0 has failed: {type(error).__name__}: {error}")
+            self._fail(failure)
+            raise failure from error
+        except BaseException:  # interrupted, maybe in the middle of an exchange with the others
+            self._fail(RankFailed("rank 0 was interrupted"))
+            raise
+
+    def _fail(self, failure: KeysiftError) -> None:
+        """Nothing can go on, and whoever waits in the middle of something would wait for ever."""
+        self._failure = failure
+        for peer in self._peers:
+            peer.kill()
+        self.close()
+
+    def _trouble(self) -> RankFailed | None:
+        """The first failure that a follower tells about, or shows by its end; a moment may pass until it does."""
+        waits = (0.0, GRACE_S / len(self._peers)) if self._peers else ()
+        found = (peer.trouble(wait_s) for wait_s in waits for peer in self._peers)
+        return next((failure for failure in found if failure is not None), None)
+
+    def runner(self, config: EngineConfig, model: LoadedModel, cache: PagedCache) -> Runner:
+        assert isinstance(cache, RecordedCache)
+        return LeadingRunner(self, model, cache, config)
+
+    def watch(self, hear: Callable[[KeysiftError], None]) -> None:
+        for peer in self._peers:
+            peer.watch(hear)
+
+    def order(self, order: Order) -> None:
+        """Have the others run a forward pass; this process must run it too."""
+        self.results()
+        self._send(order)
+        self._owed = True
+
+    def results(self) -> list[StepResult]:
+        """What the others found in the last forward pass, if nobody has asked for that yet."""
+        owed, self._owed = self._owed, False
+        return [peer.receive() for peer in self._peers] if owed else []
+
+    def _send(self, message: Any) -> None:
+        for peer in self._peers:
+            peer.send(message)
+
+    def close(self) -> None:
+        self._end()
 
 
-def least(number: int, size: int) -> int:
-    """The smallest of the numbers of all ranks, which all ask for it; with one rank, its own."""
-    if size == 1:
-        return number
-    smallest = torch.tensor(number)
-    dist.all_reduce(smallest, dist.ReduceOp.MIN)
-    return int(smallest)
+class LeadingRunner(Runner):
+    """Has every other rank run what this one runs. Only this one samples, so that all have the same tokens."""
+
+    def __init__(self, team: Leader, model: LoadedModel, cache: RecordedCache, config: EngineConfig) -> None:
+        super().__init__(model, cache, config)
+        self._team = team
+        self._record = cache
+
+    def run(self, batch: Batch, states: Sequence[SamplerState]) -> StepResult:
+        """As for one process. Raises `RankFailed` where any rank could not do its part: then none can go on."""
+        with self._team.together():
+            own = super().run(batch, states)
+            return whole([own, *self._team.results()])
+
+    def compute(self, work: Pass, last: Tensor) -> tuple[Tensor, Telemetry]:
+        self._team.order(Order(self._record.take_changes(), self._record.free_pages, work, last.tolist()))
+        return super().compute(work, last)
+
+
+def _end(peers: list[Peer], folder: Path) -> None:
+    for peer in peers:
+        peer.say_goodbye()
+    last = time.monotonic() + GRACE_S  # for all of them together: a server waits no longer for many than for one
+    for peer in peers:
+        peer.end(max(last - time.monotonic(), 0.0))
+    group.leave()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def assemble(config: EngineConfig, report: Report) -> Team:
+    """The team that `config` asks for. Raises `InvalidRequest` naming what several processes cannot have or do."""
+    if config.tensor_parallel_size == 1:
+        return Team()
+    device = check_ranks(config)
+    check_heads(config, locate(config.model, report))
+    report(f"starting {config.tensor_parallel_size - 1} more processes, as tensor_parallel_size asks")
+    return Leader(config, device.type)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from keysift.kvcache import PagedCache
+from keysift.kvcache.context import PageIndex
 from keysift.kvcache.index import IndexSpec
-from keysift.kvcache.index.protocol import PageIndex
 
-from ..runner import Pass
+from ..execution.forward import Pass
 
 Change = tuple[str, tuple[Any, ...]]
 """A method of `PagedCache`, and what it was called with."""

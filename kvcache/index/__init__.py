@@ -5,11 +5,12 @@ pages: either it is stored beside their keys and written when a page becomes ful
 frames is about to hold something else. So prefixes are shared, sequences forked and aborted without a stale entry.
 """
 
+from ..context import PageIndex
 from .codes import CodeIndex
 from .flat import FlatIndex
-from .graph import Graph, GraphIndex
-from .ivf import Ivf, IvfIndex
-from .protocol import IndexSpec, PageIndex
+from .graph.index import Graph, GraphIndex
+from .ivf.index import Ivf, IvfIndex
+from .protocol import IndexSpec
 from .summary import BoundIndex, MeanIndex
 
 __all__ = [

@@ -3,33 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..context import Context
-    from ..spec import CacheSpec
-
-
-class PageIndex(Protocol):
-    """Answers where a query's attention goes, for all sequences of one cache."""
-
-    tells_shares: ClassVar[bool]
-    """It knows every page, and estimates masses rather than bounds them: their shares tell a selection's coverage."""
-
-    def masses(self, q: Tensor, context: Context) -> Tensor:
-        """[R, Hq, F] fp32: natural log of each page's share of a query's attention, up to a factor per row and head.
-
-        q [R, Hq, D], one query in each row of the step, whose keys are cached already. -inf: nothing worth reading was
-        found there. Every page behind the last full one, the row's own, is known exactly or not at all.
-        """
-
-    def observe(self, q: Tensor, context: Context) -> None:
-        """Note a step's queries [T, Hq, D] of one layer, once its keys are cached."""
-
-    def forget(self, frames: Sequence[int]) -> None:
-        """These frames are about to become full of other tokens; nothing that was known of their last ones counts."""
+from ..context import Context, PageIndex
+from ..spec import CacheSpec
 
 
 class IndexSpec(Hashable, Protocol):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from keysift.attention import StrategyError, bind, make
-from keysift.attention.blocks import BlockStrategy
+from keysift.attention.block import BlockStrategy
 from keysift.kvcache import CacheSpec, PagedCache, Phase, Span, Step
 from keysift.kvcache.ops import use_backend
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from keysift.attention import Dense, Strategy, Telemetry, bind, known, make
-from keysift.attention.blocks import BlockStrategy
+from keysift.attention.block import BlockStrategy
 from keysift.attention.token import TokenStrategy
 from keysift.kvcache import CacheSpec, PagedCache, Selection, Span
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from keysift.attention import Strategy, Telemetry, bind, make
 from keysift.kvcache import CacheSpec, Context, PagedCache, Selection, Span
 
-from .steady_problems import Case, one_list
+from .ops.steady_problems import Case, one_list
 
 PAGE, HEADS, KV_HEADS, DIM, PROMPT, TOKENS = 4, 4, 2, 16, 150, 40
 SINK, WINDOW = 4, 6

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from keysift.attention import make
-from keysift.engine import embedded
 from keysift.engine.config import EngineConfig
-from keysift.engine.model import load
+from keysift.engine.model import embedded
+from keysift.engine.model.load import load
 
 from .prompts import kept, mask, select
 from .selection_oracles import Prompt

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from keysift.attention import Attend
 from keysift.engine import Engine, EngineConfig
-from keysift.engine.model import LoadedModel
+from keysift.engine.model.loaded import LoadedModel
 from tests.engine.driver import Make, drain
 from tests.models import llama, make_tokenizer, save
 

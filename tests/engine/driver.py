@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keysift.engine import Engine, Finish, Output, SamplingParams, TokenOutput
-from keysift.kvcache.tiers import DeviceTier
+from keysift.kvcache.tiers.device import DeviceTier
 
 Make = Callable[..., Engine]
 

@@ -8,7 +8,7 @@ from prometheus_client import REGISTRY
 from keysift.attention import Dense
 from keysift.attention.telemetry import Coverage
 from keysift.engine import Request, Sparsity
-from keysift.engine.sequence import Sequence
+from keysift.engine.scheduling.sequence import Sequence
 from keysift.kvcache import Phase
 from tests.engine.driver import Make, drain, finish_of, greedy, tokens
 

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from keysift.attention.whole import KERNELS
-from keysift.engine import Engine, EngineConfig, InvalidRequest, Request, calibration, crossover
-from keysift.engine.model import load
+from keysift.attention.contiguous import KERNELS
+from keysift.engine import Engine, EngineConfig, InvalidRequest, Request
+from keysift.engine.calibration import calibration, crossover
+from keysift.engine.model.load import load
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 from tests.models import llama
 

@@ -12,8 +12,9 @@ from transformers import PreTrainedConfig
 
 from keysift.attention import Dense, Strategy, bind, make
 from keysift.engine.config import EngineConfig
-from keysift.engine.memory import cache_spec
-from keysift.engine.model import LoadedModel, load
+from keysift.engine.memory.budget import cache_spec
+from keysift.engine.model.load import load
+from keysift.engine.model.loaded import LoadedModel
 from keysift.kvcache import PagedCache, Span, Step
 from tests.models import llama
 from tests.recall import NAMES, WORDS, write_recall_model

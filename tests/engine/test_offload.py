@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from keysift.engine import Engine, EngineConfig, InvalidRequest, Request, ResourceExhausted
-from keysift.engine.offload import lay_out, make_tier
+from keysift.engine.memory.layout import lay_out, make_tier
 from keysift.kvcache import CacheSpec, OffloadTier
-from keysift.kvcache.home import EXTENT
-from keysift.kvcache.home_file import FileHome
+from keysift.kvcache.tiers.file_store import FileHome
+from keysift.kvcache.tiers.store import EXTENT
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 
 PAIR = "dense+retrieval"

@@ -10,8 +10,8 @@ import pytest
 from torch import Tensor
 
 from keysift.engine import Engine, Request
-from keysift.kvcache.home import Home
-from keysift.kvcache.offload import OffloadTier
+from keysift.kvcache.tiers.offload import OffloadTier
+from keysift.kvcache.tiers.store import Home
 from tests.engine.driver import Make, drain, greedy, tokens
 from tests.engine.faults import KINDS, check_said
 

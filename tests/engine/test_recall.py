@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from keysift.attention import Attend, Dense, Strategy
 from keysift.attention import make as make_strategy
 from keysift.engine import EngineConfig, Request
-from keysift.engine.model import LoadedModel, load
+from keysift.engine.model.load import load
+from keysift.engine.model.loaded import LoadedModel
 from tests.engine.driver import Make, drain, finish_of, greedy, said
 from tests.recall import probabilities, recall_prompt, write_recall_model
 

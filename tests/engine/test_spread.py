@@ -12,11 +12,13 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from transformers import PreTrainedConfig
 
-from keysift.engine import Engine, EngineConfig, InvalidRequest, Request, memory, model, placement
+from keysift.engine import Engine, EngineConfig, InvalidRequest, Request
 from keysift.engine.errors import Unsupported
+from keysift.engine.memory import budget
+from keysift.engine.model import load, placement
 from keysift.kvcache import CacheSpec, SpreadTier, Step
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
-from tests.engine.test_graphs import arguments
+from tests.engine.execution.test_graphs import arguments
 from tests.models import llama
 from tests.virtual import device_of, put_all, virtual_devices
 
@@ -51,20 +53,20 @@ def four_layers(write_model: Callable[[PreTrainedConfig], Path]) -> Path:
 @pytest.fixture(autouse=True)
 def _torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: no native modules, whose tensors nobody watches."""
-    monkeypatch.setattr(model, "native_kernel", lambda: None)
+    monkeypatch.setattr(load, "native_kernel", lambda: None)
 
 
 @pytest.fixture
 def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Models are loaded with their last layers on the second device, by accelerate's hooks, as transformers does it."""
-    load = model._load_module
+    original = load._load_module
 
     def spread(*args: Any) -> tuple[Any, list[str]]:
-        module, unexpected = load(*args)
+        module, unexpected = original(*args)
         _spread(module, here=len(module.model.layers) // 2)
         return module, unexpected
 
-    monkeypatch.setattr(model, "_load_module", spread)
+    monkeypatch.setattr(load, "_load_module", spread)
     with virtual_devices():
         yield
 
@@ -116,15 +118,15 @@ def test_all_layers_may_lie_on_the_second_device(
     make: Make, four_layers: Path, two_devices: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first one may have no room for any."""
-    load = model._load_module
+    original = load._load_module
 
     def crowded(*args: Any) -> tuple[Any, list[str]]:
-        module, unexpected = load(*args)
+        module, unexpected = original(*args)
         _spread(module, here=0)
         return module, unexpected
 
     halves = answer(make(**config(four_layers, "sift+retrieval", device="cpu:0")))
-    monkeypatch.setattr(model, "_load_module", crowded)
+    monkeypatch.setattr(load, "_load_module", crowded)
     engine = make(**config(four_layers, "sift+retrieval", device="cpu:0"))
     assert set(engine.model.devices) == {SECOND}
     assert answer(engine) == halves
@@ -154,11 +156,11 @@ def test_pages_are_as_many_as_the_fullest_device_has_room_for(
     make: Make, four_layers: Path, two_devices: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = {FIRST: 10**6, SECOND: 10**5}
-    monkeypatch.setattr(memory, "free_memory", lambda device: free.get(device, 10**9))
+    monkeypatch.setattr(budget, "free_memory", lambda device: free.get(device, 10**9))
     engine = make(**config(four_layers, "dense", device="cpu:0", kv_memory=None))
     half = placement.parts(engine.cache.spec, engine.model.devices)
     assert half == dict.fromkeys((FIRST, SECOND), engine.cache.spec.page_bytes // 2)
-    assert engine.status.pages_total == int(memory.SHARE * 10**5) // half[SECOND]
+    assert engine.status.pages_total == int(budget.SHARE * 10**5) // half[SECOND]
 
 
 @pytest.mark.parametrize(

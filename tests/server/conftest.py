@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from keysift.engine import Engine, EngineConfig, Output
-from keysift.server import cli
 from keysift.server.client import Client
+from keysift.server.commands import cli
 from keysift.server.options import ServerConfig
 from keysift.server.server import Server
 from tests.models import llama, save

@@ -17,7 +17,7 @@ from keysift.engine import SamplingParams
 from keysift.server.client import Client
 from keysift.server.errors import Internal
 
-PLAIN = "from keysift.server.cli import main; main()"
+PLAIN = "from keysift.server.commands.cli import main; main()"
 BROKEN = """
 from keysift.engine.engine import Engine
 from keysift.server.cli import main

@@ -1,0 +1,1 @@
+"""Calibration: the context length from which each strategy beats dense attention on a machine."""

@@ -1,0 +1,1 @@
+"""Execution of forward passes: batch to tensors, model, CUDA graphs, sampling."""

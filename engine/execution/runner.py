@@ -1,0 +1,113 @@
+"""One forward pass: from a batch of host integers to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from itertools import accumulate
+
+import torch
+
+from keysift.attention import Dense, DenseKernel, Spans, Strategy, Telemetry, bind, unwatched
+from keysift.attention.contiguous import obstacle
+from keysift.kvcache import PagedCache, Phase, Span, Step, Traffic
+from keysift.kvcache.ops import BackendUnavailable, use_backend
+
+from ..config import EngineConfig
+from ..errors import InvalidRequest
+from ..model.loaded import LoadedModel
+from ..scheduling.scheduler import Batch
+from .forward import Pass, StepResult
+from .graphs import Graphs
+from .recorder import Record
+from .sampler import Sampled, SamplerState, sample
+
+
+def check_kernel(kernel: DenseKernel, cache: PagedCache) -> None:
+    """Raises `InvalidRequest` where the kernel cannot run on what this cache holds."""
+    if (why := obstacle(kernel, cache.spec, cache.device)) is not None:
+        raise InvalidRequest("dense_kernel", why)
+
+
+class Runner:
+    """Binds strategy, cache and step into `attend` and hands it to the model."""
+
+    def __init__(self, model: LoadedModel, cache: PagedCache, config: EngineConfig) -> None:
+        self._model = model
+        self._cache = cache
+        self._backend = config.backend
+        self._queries_per_row = config.queries_per_row
+        self._dense_kernel = config.dense_kernel
+        self.graphs: Graphs | None = None
+        """Replays decode steps where it can."""
+        self.spans: Spans = unwatched
+        """Hears what the time of every step goes to."""
+
+    def record(self, record: Record[tuple[torch.Tensor, Telemetry]]) -> None:
+        """From now on record decode steps and replay them, where that is possible."""
+        self.graphs = Graphs(self._cache, self.evaluate, record)
+
+    def rehearse(self) -> None:
+        """One token through one layer's cache and attention.
+
+        Raises `InvalidRequest` where the backend cannot do it, or the dense kernel could not do a prompt.
+        """
+        check_kernel(self._dense_kernel, self._cache)
+        sequence = self._cache.open()
+        self._cache.reserve(sequence, 1)
+        attend = bind(Dense(), self._cache, self._cache.decode([Span(sequence, 0, 1)]))
+        spec, heads = self._cache.spec, self._model.num_query_heads
+        q = torch.zeros(1, heads, spec.head_dim, dtype=spec.dtype, device=self._model.devices[0])
+        k = q[:, : spec.num_kv_heads]
+        try:
+            with torch.inference_mode(), use_backend(self._backend):
+                attend(0, q, k, k)
+        except BackendUnavailable as error:
+            raise InvalidRequest("backend", f"{self._backend!r} cannot run here ({error})") from None
+        finally:
+            self._cache.release(sequence)
+
+    def run(self, batch: Batch, states: SequenceOf[SamplerState]) -> StepResult:
+        """Run the batch and sample with one state for each of `batch.sampled`."""
+        before = self._cache.tier.traffic
+        logits, telemetry = self.forward(batch, self._last(batch))
+        with self.spans("sampling"), torch.inference_mode():
+            sampled = sample(logits, states)
+        return self.result(sampled, telemetry, before)
+
+    def result(self, sampled: list[Sampled], telemetry: Telemetry, before: Traffic) -> StepResult:
+        """All that a step brought, given the tier's traffic before it."""
+        reads = telemetry.reads()
+        moved = self._cache.tier.traffic - before
+        return StepResult(sampled, reads, telemetry.covered(reads), moved, telemetry.locality())
+
+    def forward(self, batch: Batch, last: torch.Tensor) -> tuple[torch.Tensor, Telemetry]:
+        """Next-token logits [B, V] fp32 after the tokens at indices last [B] of the packed ones, and what was read."""
+        return self.compute(Pass.of(batch), last)
+
+    def compute(self, work: Pass, last: torch.Tensor) -> tuple[torch.Tensor, Telemetry]:
+        """As `forward`."""
+        if self.graphs is not None and (done := self.graphs.take(work, last)) is not None:
+            return done
+        tokens = torch.tensor(work.tokens, device=self._cache.device)
+        return self.evaluate(work.strategy, self._step(work), tokens, last)
+
+    def evaluate(
+        self, strategy: Strategy, step: Step, tokens: torch.Tensor, last: torch.Tensor
+    ) -> tuple[torch.Tensor, Telemetry]:
+        """As `forward`, for tokens [T] of a step."""
+        telemetry = Telemetry(self._cache.spec, step)
+        attend = bind(strategy, self._cache, step, telemetry, self.spans, dense_kernel=self._dense_kernel)
+        with self.spans("linear"), torch.inference_mode(), use_backend(self._backend):
+            return self._model.forward(tokens, step.positions, last, attend), telemetry
+
+    def _step(self, work: Pass) -> Step:
+        if work.phase is Phase.PREFILL:
+            return self._cache.prefill(work.spans[0], self._queries_per_row, work.behind)
+        return self._cache.decode(work.spans)
+
+    def _last(self, batch: Batch) -> torch.Tensor:
+        """[B'] int64, index of each sampled sequence's last token among the packed ones."""
+        ends = accumulate(span.length for span in batch.spans)
+        pairs = zip(batch.sequences, batch.spans, ends, strict=True)
+        last = [end - 1 for sequence, span, end in pairs if span.stop == len(sequence.tokens)]
+        return torch.tensor(last, dtype=torch.int64, device=self._cache.device)

@@ -1,0 +1,1 @@
+"""Measurement of models and strategies: evaluation, profiling, reports."""

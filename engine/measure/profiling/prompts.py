@@ -1,0 +1,45 @@
+"""Prompts of real text: random tokens would make sparse attention look like something that it is not."""
+
+from __future__ import annotations
+
+import pydoc_data.topics
+import random
+from pathlib import Path
+
+from ...errors import InvalidRequest
+from ...model.tokenizer import Tokenizer
+
+CHARACTERS = 8
+"""Of a token, at most, in text that is not much stranger than English."""
+
+
+class Prompts:
+    """Cuts prompts of an exact number of tokens out of one text, which begins anew where it ends."""
+
+    def __init__(self, tokenizer: Tokenizer, text: str, seed: int, longest: int) -> None:
+        """`longest`: tokens of the longest batch; more of the text is not looked at."""
+        self._opening = tokenizer.encode("")  # what the model wants before any text
+        self._tokens = tokenizer.encode(text[: CHARACTERS * longest])[len(self._opening) :]
+        if not self._tokens:
+            raise InvalidRequest("text", "some text, got none")
+        self._start = random.Random(seed).randrange(len(self._tokens))
+
+    def batch(self, count: int, length: int) -> list[tuple[int, ...]]:
+        """So many prompts of so many tokens, each from another place."""
+        apart = len(self._tokens) // count
+        return [self._cut(self._start + i * apart, length) for i in range(count)]
+
+    def _cut(self, start: int, length: int) -> tuple[int, ...]:
+        opening, whole = self._opening[:length], self._tokens
+        window = (whole[(start + i) % len(whole)] for i in range(length - len(opening)))
+        return (*opening, *window)
+
+
+def read(path: Path | None) -> str:
+    """The text of a file; none: CPython's own documentation, which every Python carries."""
+    if path is None:
+        return "\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest("text", f"a readable text file, got {str(path)!r} ({error})") from None

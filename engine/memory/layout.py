@@ -1,0 +1,142 @@
+"""How much of the KV cache is at hand and how much of it lives elsewhere, decided before anything runs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from keysift.kvcache import CacheSpec, Home, HomeError, MemoryHome, OffloadTier, PoolSize
+from keysift.kvcache.tiers.file_store import FileHome
+from keysift.kvcache.tiers.store import EXTENT
+
+from ..config import EngineConfig
+from ..errors import InvalidRequest
+
+PINNED = "pinned"
+SHARE_OF_DISK = 0.8
+"""Of what is free in the home's folder, the most that it takes unless ``kv_home_memory`` says otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Pages at home, and what of them is at hand."""
+
+    frames: int
+    pool: PoolSize
+    home_bytes: int
+    pool_bytes: int
+    described_bytes: int
+    """Of summaries, codes and tables, which are at hand for every page."""
+
+    def __str__(self) -> str:
+        size = self.pool
+        return (
+            f"KV: {self.frames:,} pages at home ({_mib(self.home_bytes)}), their summaries and codes at hand "
+            f"({_mib(self.described_bytes)}); a pool of {_mib(self.pool_bytes)}: {size.slots:,} pages of each layer "
+            f"and head, {size.staged:,} of one layer for prompts, {size.tails} for open pages"
+        )
+
+
+def lay_out(
+    config: EngineConfig, spec: CacheSpec, max_model_len: int, free: float, share: float, host: float | None = None
+) -> Layout:
+    """A layout that fits into `free` bytes of the device's memory; defaults take `share` of them at most.
+
+    `host`: bytes of host memory where that is another one, for a pinned home.
+
+    Raises:
+        InvalidRequest: what was asked for does not fit, or is too little to work with; it names the bytes.
+    """
+    longest = spec.pages_for(max_model_len)
+    room = _home_bytes(config, spec, free, share, host)
+    frames = min(_frames(spec, room), longest * config.max_num_seqs)
+    if frames < 1:
+        raise InvalidRequest("kv_home_memory", f"at least one page = {spec.kv_bytes} bytes, got {room}")
+    pool = _pool(config, spec, int(share * free) if config.kv_memory is None else int(config.kv_memory), longest)
+    layout = Layout(frames, pool, frames * spec.kv_bytes, pool.bytes(spec), frames * _described(spec))
+    _check_fits(layout, layout.home_bytes if config.kv_home == PINNED and host is None else 0, free)
+    return layout
+
+
+def _check_fits(layout: Layout, home: int, free: float) -> None:
+    """`home`: bytes of it that come from the same memory."""
+    if layout.described_bytes + layout.pool_bytes + home > free:
+        raise InvalidRequest(
+            "kv_home_memory",
+            f"{layout.frames} pages need {layout.described_bytes} bytes of memory for their summaries and codes"
+            + (f" and {home} for themselves" if home else "")
+            + f", the pool (kv_memory) {layout.pool_bytes}; {int(free)} are free",
+        )
+
+
+def make_tier(config: EngineConfig, spec: CacheSpec, layout: Layout, device: torch.device) -> OffloadTier:
+    """Raises `InvalidRequest` where the home cannot be made."""
+    assert config.kv_home is not None
+    if config.kv_home != PINNED and device.type != "cpu":
+        raise InvalidRequest("kv_home", f"{PINNED!r} on {device.type}, which reads no files, got {config.kv_home!r}")
+    home: Home
+    try:
+        home = MemoryHome(spec, device) if config.kv_home == PINNED else FileHome(spec, Path(config.kv_home))
+    except HomeError as error:
+        raise InvalidRequest("kv_home", str(error)) from None
+    return OffloadTier(spec, layout.frames, home, layout.pool, device)
+
+
+def _described(spec: CacheSpec) -> int:
+    """Bytes at hand for each page at home: summaries, codes, and where it is in every layer's and head's pool."""
+    return spec.page_bytes - spec.kv_bytes + 4 * spec.num_layers * spec.num_kv_heads
+
+
+def _frames(spec: CacheSpec, room: int) -> int:
+    """Pages for so many bytes of home; it grows by whole extents, and only the first may be more than there is for."""
+    pages = room // spec.kv_bytes
+    return pages if pages < EXTENT else pages // EXTENT * EXTENT
+
+
+def _home_bytes(config: EngineConfig, spec: CacheSpec, free: float, share: float, host: float | None) -> int:
+    """By default no more than the place has room for, and no more pages than the device's share of memory bears."""
+    borne = _described(spec)
+    if config.kv_home == PINNED:
+        place, there = "host memory", int(free if host is None else host)
+        spared = int(share * there)
+        borne += spec.kv_bytes if host is None else 0
+    else:
+        folder = Path(str(config.kv_home))
+        if not folder.is_dir():
+            raise InvalidRequest("kv_home", f"an existing folder, or {PINNED!r} for host memory, got {str(folder)!r}")
+        place, there = str(folder), shutil.disk_usage(folder).free
+        spared = int(SHARE_OF_DISK * there)
+    if config.kv_home_memory is None:
+        return min(spared, int(share * free) // borne * spec.kv_bytes)
+    if config.kv_home_memory > there:
+        raise InvalidRequest(
+            "kv_home_memory", f"at most the {there} bytes that are free in {place}, got {int(config.kv_home_memory)}"
+        )
+    return int(config.kv_home_memory)
+
+
+def _pool(config: EngineConfig, spec: CacheSpec, given: int, longest: int) -> PoolSize:
+    """Half of it at most for one whole layer of the longest context, the rest for the slots of all layers.
+
+    A chunk of a prompt always has room, and so has a page of each layer.
+    """
+    layers, page = spec.num_layers, spec.num_kv_heads * spec.read_bytes
+    pages, tails = given // page, config.max_num_seqs
+    chunk = min(spec.pages_for(config.prefill_chunk) + 1, longest)
+    staged = max(min(longest, pages // 2, pages - layers * (1 + tails)), chunk)
+    slots = min((pages - staged) // layers - tails, longest * tails)
+    if slots < 1:
+        needed = (chunk + layers * (1 + tails)) * page
+        raise InvalidRequest(
+            "kv_memory",
+            f"at least {needed} bytes: a prompt's chunk of one layer, and in each of {layers} layers one page and "
+            f"{tails} open ones (max_num_seqs), got {given}",
+        )
+    return PoolSize(slots, staged, tails, config.kv_prefetch)
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.0f} MiB"

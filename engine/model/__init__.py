@@ -1,0 +1,1 @@
+"""Loading of transformers models, and the seam through which they attend."""

@@ -1,0 +1,145 @@
+"""Decoder layers on a CPU at decode: two native calls around the attention instead of some forty small ones."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from keysift.kvcache.native.cores import num_threads
+from keysift.kvcache.native.library import DTYPES, LayerInCall, LayerOutCall, Matrix, kernels, level
+
+from .linear import MAX_ROWS
+from .native import describe
+
+PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+"""Of the norm of what a layer adds to its input: beyond it, the two compute different things."""
+
+
+class DecodeLayer(nn.Module):
+    """A decoder layer whose few-row inputs go to the native kernels, and all others to the layer itself.
+
+    The kernels round where the layer's modules round and compute a row alike whatever the other rows are. One thread at
+    a time may run it.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        """Raises `ValueError` where the layer is not of the Llama kind, or the kernels do not take its weights."""
+        super().__init__()
+        self.layer = layer
+        found: Any = layer
+        _check_parts(found)
+        attention, mlp = found.self_attn, found.mlp
+        norms = (found.input_layernorm, found.post_attention_layernorm)
+        self._layer_idx, self._dim = attention.layer_idx, attention.head_dim
+        self._width, self._dtype = norms[0].weight.shape[0], norms[0].weight.dtype
+        linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        to_q, to_k, to_v, to_out = (_matrix(linear, self._dtype) for linear in linears)
+        gate, up, down = (_matrix(linear, self._dtype) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+        self._heads, self._kv_heads = to_q.outputs // self._dim, to_k.outputs // self._dim
+        first, second = (norm.weight.data_ptr() for norm in norms)
+        kind, eps = DTYPES[self._dtype], [norm.variance_epsilon for norm in norms]
+        self._in = LayerInCall(norm=first, to_q=to_q, to_k=to_k, to_v=to_v, dim=self._dim, type=kind, eps=eps[0])
+        self._out = LayerOutCall(norm=second, to_out=to_out, gate=gate, up=up, down=down, type=kind, eps=eps[1])
+
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks of its layers, such as their kind of attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """hidden_states [1, T, C] -> [1, T, C], as the layer's own."""
+        attend, turns = kwargs.get("attend"), kwargs.get("position_embeddings")
+        few = hidden_states.shape[-2] <= MAX_ROWS and hidden_states.dtype == self._dtype
+        if not few or attend is None or turns is None or kwargs.get("observe") or torch.is_grad_enabled():
+            return self.layer(hidden_states, *args, **kwargs)
+        x = hidden_states.reshape(-1, self._width).contiguous()
+        q, k, v = self._project(x, *(turn.reshape(-1, self._dim).contiguous() for turn in turns))
+        return self._finish(x, attend(self._layer_idx, q, k, v).contiguous()).view_as(hidden_states)
+
+    def _project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [T, C], cos and sin [T, D] -> q [T, Hq, D], k and v [T, Hkv, D]; q and k rotated."""
+        q = x.new_empty(len(x), self._heads, self._dim)
+        k, v = (x.new_empty(len(x), self._kv_heads, self._dim) for _ in range(2))
+        call = self._in
+        call.x, call.cos, call.sin, call.batch = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), len(x)
+        call.q, call.k, call.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        kernels.keysift_layer_in(ctypes.byref(call), level(), num_threads())
+        return q, k, v
+
+    def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x [T, C] and what attention made of it [T, Hq, D] -> [T, C]."""
+        out, call = torch.empty_like(x), self._out
+        call.x, call.attended, call.out, call.batch = x.data_ptr(), attended.data_ptr(), out.data_ptr(), len(x)
+        kernels.keysift_layer_out(ctypes.byref(call), level(), num_threads())
+        return out
+
+
+def swap_layers(module: nn.Module) -> int:
+    """Replace every decoder layer that the kernels compute as it does itself, and return how many."""
+    found = [
+        (parent, name, child)
+        for parent in module.modules()
+        for name, child in parent.named_children()
+        if {part for part, _ in child.named_children()} == PARTS
+    ]
+    swapped = 0
+    for parent, name, child in found:
+        try:
+            fast = DecodeLayer(child)
+        except ValueError:
+            continue
+        if _agree(fast):
+            setattr(parent, name, fast)
+            swapped += 1
+    return swapped
+
+
+def _check_parts(layer: Any) -> None:
+    for module, parts in ((layer, PARTS), (layer.self_attn, ATTENTION), (layer.mlp, MLP)):
+        if {name for name, _ in module.named_children()} != parts:
+            raise ValueError(f"{type(module).__name__}: other parts than {', '.join(sorted(parts))}")
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        if not hasattr(norm, "variance_epsilon") or norm.weight.dtype not in TOLERANCE or not norm.weight.is_cpu:
+            raise ValueError(f"{type(norm).__name__}: not an RMS norm in float32 or bfloat16 on a CPU")
+    if not isinstance(getattr(layer.self_attn, "layer_idx", None), int) or not hasattr(layer.self_attn, "head_dim"):
+        raise ValueError(f"{type(layer.self_attn).__name__}: does not tell its number and size")
+
+
+def _matrix(linear: Any, dtype: torch.dtype) -> Matrix:
+    weight, bias = linear.weight, linear.bias
+    matrix = describe(weight, bias, getattr(linear, "scales", None), dtype)
+    if matrix is None:
+        raise ValueError(f"{type(linear).__name__}: weights that the kernels do not take")
+    return matrix
+
+
+def _agree(fast: DecodeLayer) -> bool:
+    """On something random: whatever else a layer does, a multiplier or another activation, shows here."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, fast._width, generator=generator).to(fast._dtype)
+    angles = torch.rand(1, 3, fast._dim // 2, generator=generator).repeat(1, 1, 2)
+    turns = angles.cos().to(fast._dtype), angles.sin().to(fast._dtype)
+    options = {"position_embeddings": turns, "attend": _mix, "attention_mask": None}
+    try:
+        with torch.inference_mode():
+            expected, got = fast.layer(x, **options), fast(x, **options)
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return False
+    if not isinstance(expected, Tensor) or expected.shape != got.shape:
+        return False
+    change = (expected - x).float().norm()
+    return bool((expected - got).float().norm() <= TOLERANCE[fast._dtype] * change)
+
+
+def _mix(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Something that depends on all three."""
+    group = q.shape[1] // k.shape[1]
+    return q + (k - v).repeat_interleave(group, 1)

@@ -1,0 +1,58 @@
+"""A loaded model and what the rest of the engine needs to know about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from keysift.attention import Attend
+
+from . import placement
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model on its device and the facts that the cache, the strategies and the server need about it."""
+
+    name: str
+    module: nn.Module
+    tokenizer: Tokenizer
+    max_model_len: int
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    dtype: torch.dtype
+    device: torch.device
+    eos_token_ids: frozenset[int]
+    scale: float
+    """What query-key products are multiplied with before the softmax."""
+    windows: tuple[int, ...]
+    """Per layer: a query reads itself and the window - 1 tokens before it; 0: everything before it."""
+    devices: tuple[torch.device, ...]
+    """Per layer: where it attends."""
+    fingerprint: str
+    """Equal for equal weights in the same precision; part of every prefix-cache key."""
+    bias_channels: int = 0
+    """Channels that the cache keeps for each head besides `head_dim`: a learned bias of the keys; see `key_bias`."""
+    ranks: int = 1
+    """Processes that share the model. Each has `num_query_heads` and `num_kv_heads`, and these facts are its own."""
+
+    def forward(self, input_ids: Tensor, positions: Tensor, last: Tensor, attend: Attend) -> Tensor:
+        """One step: input_ids [T] at positions [T], next-token logits [B, V] fp32 after the tokens at indices last [B].
+
+        `attend` is called once for every layer and knows which token belongs to which sequence.
+        """
+        with torch.inference_mode(), placement.keeping(self.module, self.devices, last) as kept:
+            output = self.module(
+                input_ids=input_ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                attend=attend,
+                **kept,
+            )
+        return output.logits[0].float()  # type: ignore[no-any-return]  # [B, V]

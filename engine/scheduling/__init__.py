@@ -1,0 +1,1 @@
+"""Scheduling of sequences: admission, batching, preemption, and failures of single requests."""

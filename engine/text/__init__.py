@@ -1,0 +1,1 @@
+"""Generated text: incremental detokenisation and stop strings."""

@@ -1,0 +1,1 @@
+"""Inverted lists: keys in clusters, of which a query scans the nearest."""

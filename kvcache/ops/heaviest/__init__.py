@@ -1,0 +1,1 @@
+"""The heaviest pages of each list by their log masses, on a GPU."""

@@ -1,0 +1,1 @@
+"""The `keysift` command line."""

@@ -1,0 +1,241 @@
+"""The scheduler over random schedules: everybody finishes, no page is lost, nobody starves."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keysift.attention import Dense, Strategy, make
+from keysift.engine.request import Request, SamplingParams
+from keysift.engine.scheduling.scheduler import Batch, Scheduler
+from keysift.engine.scheduling.sequence import Sequence
+from keysift.kvcache import CacheSpec, PagedCache, PageKeys, Phase
+
+PAGE, ROW, CHUNK, FRAMES = 4, 8, 16, 24
+SPEC = CacheSpec(num_layers=1, num_kv_heads=1, head_dim=8, page_size=PAGE)
+
+
+def make_scheduler(frames: int = FRAMES, max_running: int = 4) -> Scheduler:
+    cache = PagedCache(SPEC, frames, max_sequences=max_running, max_len=96)
+    return Scheduler(cache, max_running=max_running, chunk=CHUNK, queries_per_row=ROW)
+
+
+def sequence(
+    name: str, prompt: int, new: int = 4, strategy: Strategy | None = None, priority: int = 0, salt: str = ""
+) -> Sequence:
+    tokens = tuple(7 * position % 11 for position in range(prompt))
+    request = Request(name, tokens, SamplingParams(max_new_tokens=new), priority=priority)
+    return Sequence(request, strategy or Dense(), new, PageKeys(salt or name, PAGE))
+
+
+def pages_in_use(scheduler: Scheduler) -> int:
+    cache = scheduler._cache
+    return cache.allocator.total - cache.free_pages
+
+
+def run(scheduler: Scheduler, batch: Batch) -> list[Sequence]:
+    """Commit with made-up tokens and finish who is done."""
+    scheduler.commit(batch, [1] * len(batch.sampled))
+    done = [member for member in batch.sequences if member.num_generated >= member.max_new_tokens]
+    for member in done:
+        scheduler.finish(member)
+    return done
+
+
+def check(batch: Batch) -> None:
+    for member, span in zip(batch.sequences, batch.spans, strict=True):
+        assert member.runs(batch.phase, span.length) == batch.strategy
+        assert span.start == member.computed
+        assert span.stop <= len(member.tokens)
+        if batch.phase is Phase.PREFILL:
+            assert span.start % (ROW if member.dense else CHUNK) == 0
+            assert span.length <= CHUNK
+            assert len(batch.spans) == 1
+        else:
+            assert span.length == 1
+
+
+Content = tuple[int, int, Strategy, int]
+"""What the keys of a page follow from: its chunk's start and stop, what that ran under, its rows that are the end."""
+
+
+def content(member: Sequence, start: int, stop: int, strategy: Strategy) -> Content:
+    behind = -(-(member.prompt_len - stop) // ROW)
+    return start, stop, strategy, max(member.prompt_strategy.rows_at_the_end - behind, 0)
+
+
+def write(scheduler: Scheduler, batch: Batch, written: dict[int, Content]) -> None:
+    """Note what the batch puts into the frames of its prompt's pages."""
+    for member, span in zip(batch.sequences, batch.spans, strict=True):
+        frames = scheduler._cache._frames[span.sequence]
+        for frame in frames[span.start // PAGE : -(-span.stop // PAGE)]:
+            written[frame] = content(member, span.start, span.stop, batch.strategy)
+
+
+def check_content(scheduler: Scheduler, member: Sequence, written: dict[int, Content]) -> None:
+    """A finished prompt holds what it holds when it runs alone; dense pages are alike however they were cut."""
+    frames = scheduler._cache._frames[member.handle or 0][: member.prompt_len // PAGE]
+    for page, frame in enumerate(frames):
+        start = page * PAGE // CHUNK * CHUNK
+        stop = min(start + CHUNK, member.prompt_len)
+        expected = content(member, start, stop, member.strategy.at(Phase.PREFILL, stop, stop - start))
+        assert written[frame] == expected or (member.dense and written[frame][2] == expected[2] == Dense())
+
+
+STRATEGIES = [
+    Dense(),
+    make("streaming"),
+    make("ashape", dense_below=0, last_rows_dense=1),
+    make("ashape", dense_below=20, last_rows_dense=2),  # the third chunk of 16 is the first to be sparse
+]
+prompts = st.lists(
+    st.tuples(st.integers(1, 60), st.integers(1, 12), st.integers(0, 1), st.sampled_from(STRATEGIES)),
+    min_size=1,
+    max_size=9,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(prompts, st.data())
+def test_everybody_finishes_and_every_page_comes_back(
+    rows: list[tuple[int, int, int, Strategy]], data: st.DataObject
+) -> None:
+    scheduler = make_scheduler()
+    pending = [
+        sequence(str(index), prompt, new, strategy, priority, salt=repr(strategy.at(Phase.PREFILL, prompt, prompt)))
+        for index, (prompt, new, priority, strategy) in enumerate(rows)
+    ]
+    live: list[Sequence] = []
+    written: dict[int, Content] = {}
+    for _ in range(3000):
+        if pending and (not live or data.draw(st.booleans())):
+            live.append(pending.pop())
+            scheduler.add(live[-1])
+        if live and data.draw(st.integers(0, 19)) == 0:
+            scheduler.finish(live.pop(data.draw(st.integers(0, len(live) - 1))))
+        if (batch := scheduler.next_batch()) is not None:
+            check(batch)
+            write(scheduler, batch, written)
+            for member, span in zip(batch.sequences, batch.spans, strict=True):
+                if batch.phase is Phase.DECODE or span.stop >= member.prompt_len:
+                    check_content(scheduler, member, written)
+            for done in run(scheduler, batch):
+                live.remove(done)
+        held = {frame for frames in scheduler._cache._frames.values() for frame in frames}
+        assert pages_in_use(scheduler) == len(held)
+        if not live and not pending:
+            break
+    assert not live
+    assert not pending
+    assert pages_in_use(scheduler) == 0
+
+
+def test_decodes_and_prompt_chunks_take_turns() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(sequence("decodes", 4, new=12))
+    run(scheduler, _next(scheduler))
+    scheduler.add(sequence("long", 60))
+    phases = []
+    for _ in range(8):
+        batch = _next(scheduler)
+        phases.append(batch.phase)
+        run(scheduler, batch)
+    assert phases == [Phase.DECODE, Phase.PREFILL] * 4
+
+
+def test_a_short_prompt_overtakes_a_long_one() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(long := sequence("long", 60))
+    scheduler.add(short := sequence("short", 5))
+    batch = _next(scheduler)
+    assert batch.sequences == (long,)
+    run(scheduler, batch)
+    batch = _next(scheduler)
+    assert batch.sequences == (short,)
+    assert batch.sampled == (short,)
+
+
+def test_the_request_that_would_run_last_gives_way_and_is_computed_again() -> None:
+    scheduler = make_scheduler(frames=8)
+    scheduler.add(first := sequence("first", 14, new=14))
+    scheduler.add(second := sequence("second", 10, new=14))
+    finished: list[Sequence] = []
+    while len(finished) < 2:
+        finished += run(scheduler, _next(scheduler))
+    assert finished == [first, second]
+    assert first.preemptions == 0
+    assert second.preemptions == scheduler.preemptions > 0
+    assert second.num_generated == 14
+
+
+def test_a_prefix_is_shared_in_whole_rows_and_never_the_whole_prompt() -> None:
+    scheduler = make_scheduler()
+    scheduler.add(first := sequence("first", 32, new=1, salt="same"))
+    while first.num_generated < 1:
+        run(scheduler, _next(scheduler))
+    scheduler.add(again := sequence("again", 32, new=1, salt="same"))
+    scheduler.add(other := sequence("other", 32, new=1, salt="different"))
+    while again.num_generated < 1 or other.num_generated < 1:
+        run(scheduler, _next(scheduler))
+    assert (first.cached, again.cached, other.cached) == (0, 24, 0)
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "rows", "cached"),
+    [
+        (60, 60, 0, 48),
+        (48, 60, 0, 48),
+        (48, 60, 1, 32),
+        (60, 48, 0, 32),  # its last token has to run
+        (60, 50, 0, 48),
+        (60, 50, 1, 32),
+        (60, 40, 1, 32),
+        (60, 40, 2, 16),
+        (60, 5, 9, 0),
+    ],
+)
+def test_a_sparse_prompt_shares_whole_chunks_before_its_end(first: int, again: int, rows: int, cached: int) -> None:
+    scheduler, sparse = make_scheduler(), make("ashape", dense_below=0, last_rows_dense=rows)
+    for name, length in (("first", first), ("again", again)):
+        scheduler.add(member := sequence(name, length, 4, sparse, salt="same"))
+        while member.num_generated < 4:
+            run(scheduler, _next(scheduler))
+    assert member.cached == cached
+
+
+def test_strategies_decode_in_turns() -> None:
+    scheduler = make_scheduler()
+    members = [sequence("a", 3, 9), sequence("b", 3, 9, make("streaming")), sequence("c", 3, 9)]
+    for member in members:
+        scheduler.add(member)
+    while not all(member.phase is Phase.DECODE for member in members):
+        run(scheduler, _next(scheduler))
+    names = []
+    for _ in range(4):
+        batch = _next(scheduler)
+        names.append("".join(member.request.request_id for member in batch.sequences))
+        run(scheduler, batch)
+    assert sorted(names[:2]) == ["ac", "b"]
+    assert names[:2] == names[2:]
+
+
+def test_strategies_decode_in_turns_while_a_prompt_is_prefilled() -> None:
+    scheduler = make_scheduler()
+    members = [sequence("a", 3, 40), sequence("b", 3, 40, make("streaming"))]
+    for member in members:
+        scheduler.add(member)
+    while not all(member.phase is Phase.DECODE for member in members):
+        run(scheduler, _next(scheduler))
+    scheduler.add(sequence("long", 60))
+    before = [member.num_generated for member in members]
+    for _ in range(8):
+        run(scheduler, _next(scheduler))
+    assert [member.num_generated - start for member, start in zip(members, before, strict=True)] == [2, 2]
+
+
+def _next(scheduler: Scheduler) -> Batch:
+    batch = scheduler.next_batch()
+    assert batch is not None
+    check(batch)
+    return batch
