@@ -9,7 +9,7 @@ from torch import Tensor
 
 from keysift.kvcache import Context, PagedCache, Phase, Selection, Step
 
-from .contiguous import DenseKernel, suits, whole
+from .contiguous import DenseKernel, contiguous_attention, suits
 from .estimates import estimate
 from .ops.merge import merge
 from .ops.paged_attention import paged_attention
@@ -38,7 +38,7 @@ def bind(
     """
     spec = cache.spec
     on = functools.cache(step.on)
-    which = strategy.make_index()
+    which = strategy.index_spec()
     choose = strategy.prefill if step.phase is Phase.PREFILL else strategy.decode
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -53,11 +53,11 @@ def bind(
         with spans("attention", layer):
             lse: Tensor | None = None
             if dense_kernel != "paged" and suits(context, selection, window):
-                out = whole(q, context, dense_kernel)
+                out = contiguous_attention(q, context, dense_kernel)
             else:
                 out, lse = read(q, context, selection, window)
-            if selection.ahead is not None:
-                cache.tier.foresee(layer, selection.ahead, here)
+            if selection.prefetch is not None:
+                cache.tier.prefetch(layer, selection.prefetch, here)
             exact = lse
             if selection.estimated is not None:
                 assert lse is not None, "who reads everything estimates nothing"

@@ -29,7 +29,7 @@ def suits(context: Context, selection: Selection, window: int) -> bool:
     return prompt and selection.complete and not window and context.tier.steady
 
 
-def whole(q: Tensor, context: Context, kernel: DenseKernel) -> Tensor:
+def contiguous_attention(q: Tensor, context: Context, kernel: DenseKernel) -> Tensor:
     """Causal attention of q [T, Hq, D], a chunk of one prompt, over all keys up to its own -> [T, Hq, D], contiguous.
 
     There is no log-sum-exp: nothing is left to merge, and nobody counts what a complete selection kept. Takes a copy of

@@ -18,11 +18,13 @@ class Locality:
     choices: int = 0
     overlap: float = 0.0
     """Shares of the pages that the token before had read."""
-    valve: float = 0.0
+    bound_exceeded: float = 0.0
     """Choices that took more pages than a locality bound allows."""
 
     def __add__(self, other: Locality) -> Locality:
-        return Locality(self.choices + other.choices, self.overlap + other.overlap, self.valve + other.valve)
+        return Locality(
+            self.choices + other.choices, self.overlap + other.overlap, self.bound_exceeded + other.bound_exceeded
+        )
 
     @property
     def mean_overlap(self) -> float | None:
@@ -30,14 +32,16 @@ class Locality:
         return self.overlap / self.choices if self.choices else None
 
     @property
-    def valve_share(self) -> float:
-        return self.valve / self.choices if self.choices else 0.0
+    def bound_exceeded_share(self) -> float:
+        return self.bound_exceeded / self.choices if self.choices else 0.0
 
 
 def moved(choices: list[tuple[Tensor, Tensor | None]]) -> list[Locality]:
-    """Of each sequence, from overlap and valve [B, H] of some layers' selections; waits for the device."""
+    """Of each sequence, from overlap and bound_exceeded [B, H] of some layers' selections; waits for the device."""
     overlap = torch.cat([each for each, _ in choices], 1).double()  # [B, choices]
-    valve = torch.cat([torch.zeros_like(each) if opened is None else opened.float() for each, opened in choices], 1)
+    bound_exceeded = torch.cat(
+        [torch.zeros_like(each) if opened is None else opened.float() for each, opened in choices], 1
+    )
     compared = (~overlap.isnan()).double()
-    sums = torch.stack([compared.sum(1), overlap.nansum(1), (valve * compared).sum(1)], 1)
+    sums = torch.stack([compared.sum(1), overlap.nansum(1), (bound_exceeded * compared).sum(1)], 1)
     return [Locality(int(count), *rest) for count, *rest in sums.tolist()]

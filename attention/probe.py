@@ -39,7 +39,7 @@ class Probe:
         """[B, Hq], the share of each probe's attention on the pages of mask [R, Hq, F]."""
         return (self.mass * mask[self.rows]).sum(-1)
 
-    def spread(self, each: Tensor, num_rows: int) -> Tensor:
+    def to_rows(self, each: Tensor, num_rows: int) -> Tensor:
         """A value per probe [B, ...] for every row [R, ...]: that of the next probe at or after the row."""
         rows = torch.arange(num_rows, device=each.device)
         return each[torch.searchsorted(self.rows, rows)]

@@ -83,7 +83,7 @@ class PromptStrategy(Strategy, ABC):
         if self.min_budget == 0:
             return mask
         best = patterns.cover(evidence.mass, 0.0, -(-self.min_budget // step.page_size))
-        return mask | evidence.spread(best, step.num_rows)
+        return mask | evidence.to_rows(best, step.num_rows)
 
     def _widen(self, mask: Tensor, evidence: Probe, causal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The mask, wider for rows whose probe keeps too little; what each probe keeps then, and which were widened.
@@ -95,10 +95,10 @@ class PromptStrategy(Strategy, ABC):
         if self.coverage == 0:
             return mask, kept, short
         more = patterns.level(evidence.mass, self.coverage) & short[..., None]  # [B, Hq, F]
-        mask = mask | (evidence.spread(more, mask.shape[0]) & causal)
+        mask = mask | (evidence.to_rows(more, mask.shape[0]) & causal)
         return mask, evidence.kept(mask), short
 
     def _dense_rows(self, step: Step) -> Tensor:
         """[R, 1, 1] bool, rows at the end of the prompt that read everything."""
         row = torch.arange(step.num_rows, device=step.starts.device)
-        return (row >= step.num_rows + min(step.rows_behind - self.last_rows_dense, 0))[:, None, None]
+        return (row >= step.num_rows + min(step.rows_left - self.last_rows_dense, 0))[:, None, None]

@@ -66,7 +66,7 @@ class Strategy:
         """Pages for one token of each sequence, q [B, Hq, D]; by default as for a prompt."""
         return self.prefill(q, context)
 
-    def make_index(self) -> IndexSpec | None:
+    def index_spec(self) -> IndexSpec | None:
         """The index over cached keys that it searches, if any; a pair's is that of its part for tokens."""
         return None
 
@@ -129,8 +129,8 @@ class Split(Strategy):
     def decode(self, q: Tensor, context: Context) -> Selection:
         return self.token.decode(q, context)
 
-    def make_index(self) -> IndexSpec | None:
-        return self.token.make_index()
+    def index_spec(self) -> IndexSpec | None:
+        return self.token.index_spec()
 
     @property
     def remembers(self) -> bool:

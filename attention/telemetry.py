@@ -115,8 +115,10 @@ class Telemetry:
             widened = selection.widened
             self._kept[layer] = self._home(selection.coverage), None if widened is None else self._home(widened)
         if selection.overlap is not None:
-            valve = selection.valve
-            self._moves.append((self._home(selection.overlap), None if valve is None else self._home(valve)))
+            bound_exceeded = selection.bound_exceeded
+            self._moves.append(
+                (self._home(selection.overlap), None if bound_exceeded is None else self._home(bound_exceeded))
+            )
         if selection.bound is not None and lse is not None:
             self._bounds[layer] = self._home(torch.sigmoid(selection.bound - lse))
 
@@ -150,7 +152,10 @@ class Telemetry:
         }
         first._estimated = {layer: each[:rows] for layer, each in self._estimated.items()}
         first._bounds = {layer: each[:rows] for layer, each in self._bounds.items()}
-        first._moves = [(each[:rows], None if valve is None else valve[:rows]) for each, valve in self._moves]
+        first._moves = [
+            (each[:rows], None if bound_exceeded is None else bound_exceeded[:rows])
+            for each, bound_exceeded in self._moves
+        ]
         return first
 
     def density(self) -> Tensor:

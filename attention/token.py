@@ -62,7 +62,11 @@ class TokenStrategy(Strategy, ABC):
             return context.all()
         masses = self.masses(q, context)
         selection = self._account(q, context, self.choose(masses, context))
-        return replace(selection, ahead=nearly(masses, selection, context)) if context.tier.ahead else selection
+        return (
+            replace(selection, prefetch=nearly(masses, selection, context))
+            if context.tier.prefetch_pages
+            else selection
+        )
 
     def choose(self, masses: Tensor, context: Context) -> Selection:
         """The pages that a token reads, by their masses [R, Hq, F]."""
@@ -77,7 +81,7 @@ class TokenStrategy(Strategy, ABC):
             budget=self.budget // context.step.page_size,
             epsilon=self.epsilon,
         )
-        return Selection(chosen.pages, coverage=chosen.kept if context.tells_shares else None)
+        return Selection(chosen.pages, coverage=chosen.kept if context.estimates_mass else None)
 
     def zones(self, step: Step) -> Zones:
         """What every token reads, in pages."""
@@ -99,7 +103,7 @@ class TokenStrategy(Strategy, ABC):
 
     @property
     def scans(self) -> bool:
-        which = self.make_index()
+        which = self.index_spec()
         return which is not None and which.scans
 
     def part(self, phase: Phase) -> Strategy:
@@ -107,8 +111,8 @@ class TokenStrategy(Strategy, ABC):
 
 
 def nearly(masses: Tensor, selection: Selection, context: Context) -> Tensor:
-    """[R, H, P] int32, the heaviest pages that were not chosen, by masses [R, Hq, F]: see `Selection.ahead`."""
-    heads, count = selection.pages.shape[1], min(context.tier.ahead, masses.shape[2])
+    """[R, H, P] int32, the heaviest pages that were not chosen, by masses [R, Hq, F]: see `Selection.prefetch`."""
+    heads, count = selection.pages.shape[1], min(context.tier.prefetch_pages, masses.shape[2])
     shares = torch.unflatten(masses.softmax(-1).nan_to_num(0.0), 1, (heads, -1)).mean(2)  # [R, H, F]
     shares = shares.masked_fill(selection.mask(masses.shape[2]), 0.0)
     best = shares.topk(count)

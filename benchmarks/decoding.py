@@ -33,8 +33,8 @@ class Watched(Strategy):
         self.kept.append(torch.ones(q.shape[:2]) if selection.complete else truly_kept(q, context, selection))
         return selection
 
-    def make_index(self) -> IndexSpec | None:
-        return self.inner.make_index()
+    def index_spec(self) -> IndexSpec | None:
+        return self.inner.index_spec()
 
     def facts(self) -> dict[str, float | None]:
         return {
@@ -71,7 +71,7 @@ class Text:
         """
         tokens = torch.tensor(bench.haystack(kind, length))
         cache, sequence = bench.sequence(length + ROOM)
-        for index in {index for strategy in strategies if (index := strategy.make_index())}:
+        for index in {index for strategy in strategies if (index := strategy.index_spec())}:
             cache.index(index)
         bench.prefill(cache, sequence, tokens[:-SCORED], torch.arange(0), Dense())
         text = cls(bench, tokens, cache, sequence)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from keysift.attention import DenseKernel
 from keysift.attention.attend import read
-from keysift.attention.contiguous import gather, obstacle, whole
+from keysift.attention.contiguous import contiguous_attention, gather, obstacle
 from keysift.engine.calibration.calibration import running
 from keysift.kvcache import CacheSpec, Context, PagedCache, Span
 
@@ -55,7 +55,7 @@ class Chunk:
         """[T, Hq, D]"""
         if kernel == "paged":
             return read(self.q, self.context, self.context.all())[0]
-        return whole(self.q, self.context, kernel)
+        return contiguous_attention(self.q, self.context, kernel)
 
     def copy(self) -> None:
         """What `whole` begins with."""

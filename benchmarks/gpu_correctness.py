@@ -184,7 +184,9 @@ def check_steady_pages(pages: Pages, times: int = 1) -> Found:
         given = masses, (lasts - 1).clamp(min=0), lasts, known, read, averages
         found = steady_pages(*given, **options)
         expected = SteadyPages(*steady_pages.__wrapped__(*given, **options))  # type: ignore[attr-defined]
-        named = [(getattr(found, name), getattr(expected, name)) for name in ("pages", "refused", "read", "valve")]
+        named = [
+            (getattr(found, name), getattr(expected, name)) for name in ("pages", "refused", "read", "bound_exceeded")
+        ]
         errors += [float((one != other).reshape(rows, heads, -1).any(-1).double().mean()) for one, other in named]
         told = [(getattr(found, name), getattr(expected, name)) for name in ("kept", "averages", "overlap")]
         errors += [worst(one.nan_to_num(-1.0), other.nan_to_num(-1.0)) for one, other in told]

@@ -163,7 +163,7 @@ def _begin(
 ) -> tuple[Running, SamplerState]:
     options = () if name == "dense" else tuple(f"{part}.dense_below=0" for part in name.split("+"))
     strategy = parse(name, options)
-    if (which := strategy.make_index()) is not None:
+    if (which := strategy.index_spec()) is not None:
         cache.index(which)
     numbers = random.Random(settings.seed)
     tokens = tuple(numbers.randrange(model.vocab_size) for _ in range(prompt))

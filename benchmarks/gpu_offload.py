@@ -112,8 +112,8 @@ def _offloaded(settings: Settings, source: Source, strategy: Strategy, ahead: in
     pool = int(SHARE * spec.pages_for(settings.long) * spec.kv_bytes)
     with tempfile.TemporaryDirectory() as folder:
         config = EngineConfig(
-            kv_home=PINNED if device.type == "cuda" else folder, kv_memory=pool, kv_prefetch=ahead,
-            kv_home_memory=spec.pages_for(settings.long + 1024) * spec.kv_bytes,
+            kv_offload=PINNED if device.type == "cuda" else folder, kv_memory=pool, kv_prefetch=ahead,
+            kv_offload_memory=spec.pages_for(settings.long + 1024) * spec.kv_bytes,
             max_num_seqs=1, prefill_chunk=_chunk(settings),
         )  # fmt: skip
         host = free_memory(torch.device("cpu")) if device.type == "cuda" else None
@@ -155,7 +155,7 @@ def _moved(traffic: Traffic, parts: int) -> Row:
     return {
         "bytes": traffic.fetched / parts,
         "overlap": traffic.hits / max(traffic.hits + traffic.misses, 1),
-        "guessed": traffic.guessed / traffic.ahead if traffic.ahead else None,
+        "guessed": traffic.prefetch_hits / traffic.prefetched if traffic.prefetched else None,
     }
 
 

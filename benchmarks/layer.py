@@ -77,7 +77,7 @@ class Layer:
         frames = own + (batch - 1) * (own - tokens // spec.page_size if shared else own)
         cache = PagedCache(spec, frames, max_sequences=batch, max_len=tokens + new, device=source.k.device)
         _scatter(cache)
-        for index in filter(None, (strategy.make_index() for strategy in strategies)):
+        for index in filter(None, (strategy.index_spec() for strategy in strategies)):
             cache.index(index)
         sequences = [cache.open() for _ in range(batch)]
         for sequence in sequences[:1] if shared else sequences:
@@ -100,7 +100,7 @@ class Layer:
         return self._at(self.cache, source, [span.sequence for span in spans], spans[0].stop)
 
     def context(self, strategy: Strategy) -> Context:
-        return self.cache.context(0, self.step, strategy.make_index())
+        return self.cache.context(0, self.step, strategy.index_spec())
 
     def attend(self, selection: Selection) -> Tensor:
         context = self.cache.context(0, self.step)

@@ -3,10 +3,10 @@
 The embedded model in fp32 over an offloaded cache, whose pool holds a part of the context (a quarter, unless asked
 otherwise). The prompt is dense; the last 256 tokens of each text are decoded one by one under a strategy,
 teacher-forced, then eight needles are asked for behind it, question and answer decoded as well, each from the text's
-end. *moved*: megabytes that a token fetched from the home, a mean over the last 224 of them; *bound*: what ``m_max``
-pages and the page border allow; *overlap*: share of the pages that the token before had read too; *valve*: share of the
-choices that let in more than ``m_max``. KL is against dense. Bytes and readings do not depend on the machine's speed.
-They go to a file one by one, so that a run that was cut off goes on where it stopped.
+end. *moved*: megabytes that a token fetched from the backing store, a mean over the last 224 of them; *bound*: what
+``m_max`` pages and the page border allow; *overlap*: share of the pages that the token before had read too;
+*bound_exceeded*: share of the choices that let in more than ``m_max``. KL is against dense. Bytes and readings do not
+depend on the machine's speed. They go to a file one by one, so that a run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor
 from keysift.attention import Dense, Locality, Strategy, Telemetry, make
 from keysift.engine import EngineConfig
 from keysift.engine.memory.budget import cache_spec
-from keysift.kvcache import MemoryHome, OffloadTier, PagedCache, PoolSize, Span, Traffic
+from keysift.kvcache import HostStore, OffloadTier, PagedCache, PoolSize, Span, Traffic
 
 COLD = 32
 """Tokens after which the pool is warm, and traffic is counted."""
@@ -46,7 +46,18 @@ CURVES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "m_max 4, asks for 1,024": ("nosa", [{**NOSA, "m_max": 4, "queried": 1024, "budget": b} for b in BUDGETS[1:]]),
     "m_max 4, drops": ("nosa", [{**NOSA, "m_max": 4, "refused": "drop", "budget": BUDGETS[-1]}]),
 }
-COLUMNS = ("density", "moved", "bound", "overlap", "valve", "kl", "kl_p99", "top1", "needle_loss", "needle_loss_worst")
+COLUMNS = (
+    "density",
+    "moved",
+    "bound",
+    "overlap",
+    "bound_exceeded",
+    "kl",
+    "kl_p99",
+    "top1",
+    "needle_loss",
+    "needle_loss_worst",
+)
 KEY = ("text", "length", "strategy")
 
 
@@ -149,7 +160,7 @@ class Offloaded:
             "moved": traffic.fetched / (SCORED - COLD) / 1e6,
             "bound": None if most is None else (most + 1) * piece,
             "overlap": locality.mean_overlap,
-            "valve": locality.valve_share,
+            "bound_exceeded": locality.bound_exceeded_share,
         }
 
 
@@ -158,7 +169,7 @@ def offloaded(bench: Bench, length: int, pool: float) -> PagedCache:
     spec = cache_spec(EngineConfig(), bench.model)
     pages, device = spec.pages_for(length), torch.device("cpu")
     size = PoolSize(slots=int(pool * pages), staged=pages, tails=1)
-    tier = OffloadTier(spec, pages, MemoryHome(spec, device), size, device)
+    tier = OffloadTier(spec, pages, HostStore(spec, device), size, device)
     return PagedCache(spec, pages, max_sequences=1, max_len=length, tier=tier)
 
 

@@ -32,7 +32,7 @@ from timing import QUIET, machine
 from engine import busy_seconds
 from keysift.engine import Engine, EngineConfig, Finish, Request, SamplingParams, TokenOutput
 from keysift.kvcache import OffloadTier
-from keysift.kvcache.tiers.file_store import FileHome
+from keysift.kvcache.tiers.file_store import FileStore
 
 
 class Side(NamedTuple):
@@ -122,7 +122,11 @@ def open_engine(side: Side, length: int, options: argparse.Namespace) -> Engine:
         fields |= {"rope_scaling": "yarn"}
     if side.offloaded:
         kv = 30 * 3 * 4096 * -(-length // 16)  # of the embedded model: layers, KV heads, bytes of a head's page
-        fields |= {"kv_home": str(options.folder), "kv_memory": int(options.share * kv), "kv_prefetch": side.prefetch}
+        fields |= {
+            "kv_offload": str(options.folder),
+            "kv_memory": int(options.share * kv),
+            "kv_prefetch": side.prefetch,
+        }
     fields |= {"strategy": side.strategy, "strategy_args": side.arguments}
     return Engine(EngineConfig(**fields), lambda message: print(message, file=sys.stderr))
 
@@ -132,7 +136,7 @@ def evictor(engine: Engine) -> Callable[[], None]:
     tier = engine.cache.tier
     assert isinstance(tier, OffloadTier)
     home = tier.home
-    assert isinstance(home, FileHome)
+    assert isinstance(home, FileStore)
 
     def evict() -> None:
         os.fdatasync(home.fileno())
@@ -174,7 +178,7 @@ def once(engine: Engine, prompt: tuple[int, ...], new: int, prepare: Callable[[]
         "overlap": finish.sparsity.kv_overlap,
         "fetched_mb": traffic.fetched / counted / 1e6,
         "hits": traffic.hits / max(traffic.hits + traffic.misses, 1),
-        "guessed": traffic.guessed / traffic.ahead if traffic.ahead else None,
+        "guessed": traffic.prefetch_hits / traffic.prefetched if traffic.prefetched else None,
         "others_share": (busy_seconds() - busy - (time.process_time() - own)) / cores,
     }
 

@@ -130,7 +130,7 @@ def recall_of_tokens(
     asked, length = torch.cat((prompt.spread, prompt.end)), len(prompt.tokens)
     filler = prompt.tokens.index_fill(0, asked, 1 + NAMES)
     cache, sequence = bench.sequence(length + len(asked))
-    for index in {index for _, chosen in named if (index := chosen.make_index())}:
+    for index in {index for _, chosen in named if (index := chosen.index_spec())}:
         cache.index(index)  # so that it sees the prompt
     bench.prefill(cache, sequence, filler, torch.arange(0), Dense())
     found = []

@@ -42,15 +42,15 @@ class EngineConfig(Checked):
     )
     kv_memory: ByteSize | None = Field(
         None,
-        description="bytes for KV pages, such as 4GiB, with kv_home for those at hand; none: at most 40 % of what is "
-        "free",
+        description="bytes for KV pages, such as 4GiB, with kv_offload for those at hand; none: at most 40 % of what "
+        "is free",
     )
-    kv_home: str | None = Field(
+    kv_offload: str | None = Field(
         None,
         description="where KV pages live when kv_memory holds only those that are being read: a folder on a CPU, for a "
         "nameless file in it, or pinned for host memory beside a GPU; none: all pages are in kv_memory",
     )
-    kv_home_memory: ByteSize | None = Field(
+    kv_offload_memory: ByteSize | None = Field(
         None, description="most bytes of the KV home; none: what the requests can fill and the place has room for"
     )
     kv_prefetch: int = Field(
@@ -93,7 +93,7 @@ class EngineConfig(Checked):
         "paged",
         description="what computes where a chunk of a prompt reads everything: paged reads pages where they are and is "
         "faster than sdpa on a CPU; sdpa (torch's) and flash-attn (its package, on CUDA) copy them together first "
-        "and are not measured on a GPU yet; tokens, sparse chunks, layers with a window and kv_home stay with paged",
+        "and are not measured on a GPU yet; tokens, sparse chunks, layers with a window and kv_offload stay with paged",
     )
     max_num_seqs: int = Field(32, ge=1, description="requests that run at once")
     max_queue: int = Field(256, ge=0, description="requests that may wait")
@@ -105,22 +105,22 @@ class EngineConfig(Checked):
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
-        for name in ("kv_home_memory", "kv_prefetch"):
-            if getattr(self, name) and self.kv_home is None:
-                raise InvalidRequest(name, f"takes kv_home as well, got {int(getattr(self, name))} alone")
-        if self.cuda_graphs and self.kv_home is not None:
-            raise InvalidRequest("cuda_graphs", "false with kv_home, whose pages move between steps, got true")
+        for name in ("kv_offload_memory", "kv_prefetch"):
+            if getattr(self, name) and self.kv_offload is None:
+                raise InvalidRequest(name, f"takes kv_offload as well, got {int(getattr(self, name))} alone")
+        if self.cuda_graphs and self.kv_offload is not None:
+            raise InvalidRequest("cuda_graphs", "false with kv_offload, whose pages move between steps, got true")
         if self.device_map != "none":
-            self._check_spread()
+            self._check_device_map()
         for name, unit in (("queries_per_row", "page_size"), ("prefill_chunk", "queries_per_row")):
             if getattr(self, name) % getattr(self, unit):
                 raise InvalidRequest(name, f"a multiple of {unit} ({getattr(self, unit)}), got {getattr(self, name)}")
 
-    def _check_spread(self) -> None:
+    def _check_device_map(self) -> None:
         """What layers on several devices cannot have yet."""
         if self.cuda_graphs:
             raise InvalidRequest("cuda_graphs", "false with device_map auto, got true")
-        if self.kv_home is not None:
-            raise InvalidRequest("kv_home", f"none with device_map auto, got {self.kv_home!r}")
+        if self.kv_offload is not None:
+            raise InvalidRequest("kv_offload", f"none with device_map auto, got {self.kv_offload!r}")
         if self.tensor_parallel_size > 1:
             raise InvalidRequest("tensor_parallel_size", f"1 with device_map auto, got {self.tensor_parallel_size}")

@@ -43,7 +43,7 @@ class Engine:
         self.config = config
         _strategy(config.strategy, config.strategy_args)  # a wrong name should not have to wait for a model
         self.team = assemble(config, report)
-        with self.team.together():
+        with self.team.failure_scope():
             self._load(report)
         self._jobs: dict[str, Job] = {}
         self._outbox: list[Output] = []
@@ -107,7 +107,7 @@ class Engine:
                 f"max_queue: {len(self._jobs)} requests are running or waiting, at most {room}", retry_after_s=1.0
             )
         self._jobs[request.request_id] = self._job(sequence)
-        if (which := sequence.strategy.make_index()) is not None:
+        if (which := sequence.strategy.index_spec()) is not None:
             self.cache.index(which)  # from its first chunk on it sees what it will search
         self.scheduler.add(sequence)
 
@@ -184,7 +184,7 @@ class Engine:
 
     def _check_strategy(self, strategy: Strategy) -> None:
         """Raises `Unsupported` where the cache does not suit the strategy, or cannot keep its index."""
-        which = strategy.make_index()
+        which = strategy.index_spec()
         try:
             strategy.check(self.cache.spec)
             if which is not None:
@@ -194,8 +194,8 @@ class Engine:
 
     def _retire(self, sequence: Sequence) -> None:
         """Without the index that only this sequence searched: requests may each ask for another one."""
-        which = sequence.strategy.make_index()
-        in_use = {self.default.make_index(), *(job.sequence.strategy.make_index() for job in self._jobs.values())}
+        which = sequence.strategy.index_spec()
+        in_use = {self.default.index_spec(), *(job.sequence.strategy.index_spec() for job in self._jobs.values())}
         if which is not None and which not in in_use:
             self.cache.retire(which)
 
@@ -212,13 +212,13 @@ class Engine:
 
     def _check_size(self, sequence: Sequence) -> None:
         tokens, cache = sequence.prompt_len + sequence.max_new_tokens, self.cache
-        spec, total, elsewhere = cache.spec, cache.allocator.total, self.config.kv_home is not None
-        field, page = ("kv_home_memory", spec.kv_bytes) if elsewhere else ("kv_memory", spec.page_bytes)
+        spec, total, elsewhere = cache.spec, cache.allocator.total, self.config.kv_offload is not None
+        field, page = ("kv_offload_memory", spec.kv_bytes) if elsewhere else ("kv_memory", spec.page_bytes)
         if (needed := spec.pages_for(tokens)) > total:
             raise ResourceExhausted(
                 f"{field}: {tokens} tokens (prompt + max_new_tokens) need {needed} pages = {needed * page} bytes, "
                 f"the cache has {total} pages = {total * page} bytes"
-                + ("" if elsewhere else "; with kv_home they need not all be in memory")
+                + ("" if elsewhere else "; with kv_offload they need not all be in memory")
             )
         self._check_scans(sequence, Phase.PREFILL, sequence.prompt_len)
         self._check_scans(sequence, Phase.DECODE, tokens)

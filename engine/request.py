@@ -140,7 +140,7 @@ class Sparsity:
     kv_overlap: float | None = None
     """Share of the pages of a generated token that the token before had read too, mean over tokens, layers and heads;
     None: nothing compared them."""
-    valve: float = 0.0
+    bound_exceeded: float = 0.0
     """Share of the choices under a locality bound that let in more pages than it allows, so as not to miss too much."""
 
 

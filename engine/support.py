@@ -38,8 +38,8 @@ def _check_options(config: EngineConfig) -> None:
         raise InvalidRequest("quantization", f"none with {FIELD} {size}, got {config.quantization}")
     if config.cuda_graphs:
         raise InvalidRequest("cuda_graphs", f"false with {FIELD} {size}, got true")
-    if config.kv_home is not None:
-        raise InvalidRequest("kv_home", f"none with {FIELD} {size}, got {config.kv_home!r}")
+    if config.kv_offload is not None:
+        raise InvalidRequest("kv_offload", f"none with {FIELD} {size}, got {config.kv_offload!r}")
 
 
 def _check_device(config: EngineConfig) -> torch.device:

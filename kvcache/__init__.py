@@ -16,29 +16,31 @@ Axis letters, used in every shape of this project:
 from .allocator import FrameAllocator, OutOfFrames
 from .cache import PagedCache
 from .context import Context
-from .errors import HomeError
+from .errors import OffloadError
 from .prefix import PageKeys, PrefixCache
 from .recent import Past, Recent
 from .selection import Selection
 from .spec import CacheSpec
-from .step import Phase, Room, Span, Step
+from .step import PaddedShape, Phase, Span, Step
 from .tiers.base import Frames, Tier, Traffic
 from .tiers.device import DeviceTier
-from .tiers.multi_device import SpreadTier
+from .tiers.multi_device import MultiDeviceTier
 from .tiers.offload import OffloadTier, PoolSize
-from .tiers.store import Home, MemoryHome
+from .tiers.store import BackingStore, HostStore
 
 __all__ = [
+    "BackingStore",
     "CacheSpec",
     "Context",
     "DeviceTier",
     "FrameAllocator",
     "Frames",
-    "Home",
-    "HomeError",
-    "MemoryHome",
+    "HostStore",
+    "MultiDeviceTier",
+    "OffloadError",
     "OffloadTier",
     "OutOfFrames",
+    "PaddedShape",
     "PageKeys",
     "PagedCache",
     "Past",
@@ -46,10 +48,8 @@ __all__ = [
     "PoolSize",
     "PrefixCache",
     "Recent",
-    "Room",
     "Selection",
     "Span",
-    "SpreadTier",
     "Step",
     "Tier",
     "Traffic",

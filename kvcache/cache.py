@@ -12,9 +12,9 @@ from .allocator import FrameAllocator
 from .context import Context, PageIndex
 from .index.protocol import IndexSpec, Stateless
 from .prefix import PrefixCache
-from .recent import NOBODY, Recent, place
+from .recent import NULL_SEQUENCE, Recent, place
 from .spec import CacheSpec
-from .step import Phase, Room, Span, Step
+from .step import PaddedShape, Phase, Span, Step
 from .tiers.base import Tier
 from .tiers.device import DeviceTier
 
@@ -46,7 +46,7 @@ class PagedCache:
         shape = (max_sequences + 1, spec.pages_for(max_len))
         self._tables = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._tables[max_sequences] = num_frames
-        self._nobody, self._spare = max_sequences, [num_frames]
+        self._null_sequence, self._spare = max_sequences, [num_frames]
         self._frames: dict[int, list[int]] = {}
         self._indexes: dict[IndexSpec, PageIndex] = {}
         self.recent = Recent(spec)
@@ -79,7 +79,7 @@ class PagedCache:
 
         Raises:
             OutOfFrames: there are too few; nothing was reserved.
-            HomeError: there are enough, but the tier has no room for them; nothing was reserved either.
+            OffloadError: there are enough, but the tier has no room for them; nothing was reserved either.
         """
         missing = self.spec.pages_for(tokens) - len(self._frames[sequence])
         if missing <= 0:
@@ -135,28 +135,28 @@ class PagedCache:
         for frame in self._frames[sequence]:
             self.prefix.withdraw(frame)
 
-    def prefill(self, span: Span, queries_per_row: int, tokens_behind: int = 0) -> Step:
+    def prefill(self, span: Span, queries_per_row: int, tokens_left: int = 0) -> Step:
         """The step that runs a chunk of one sequence's prompt, of which so many tokens come later."""
         starts = range(span.start, span.stop, queries_per_row)
         lasts = [min(start + queries_per_row, span.stop) - 1 for start in starts]
         step = self._step(Phase.PREFILL, (span,), list(starts), lasts, queries_per_row)
-        return replace(step, rows_behind=-(-tokens_behind // queries_per_row))
+        return replace(step, rows_left=-(-tokens_left // queries_per_row))
 
-    def decode(self, spans: Sequence[Span], room: Room | None = None) -> Step:
+    def decode(self, spans: Sequence[Span], room: PaddedShape | None = None) -> Step:
         """The step that runs one token of each sequence, padded to `room` if there is any; then rows of nobody follow.
 
         Only a `DeviceTier` of the cache's own making has a frame for what those write.
         """
         count = 0 if room is None else room.rows - len(spans)
-        padded = (*spans, *[Span(self._nobody, 0, 1)] * count)
+        padded = (*spans, *[Span(self._null_sequence, 0, 1)] * count)
         starts = [span.start for span in padded]
         step = self._step(Phase.DECODE, padded, starts, starts, 1, 0 if room is None else room.pages)
         places = torch.tensor([place(self._owner(span), span.start) for span in padded], device=self.device)
-        step = replace(step, places=places, rows_of_nobody=count)
+        step = replace(step, places=places, num_padding_rows=count)
         if room is not None:
             full = [(self._filled(span) or self._spare)[0] for span in padded]
             step = replace(step, filled=torch.tensor(full, device=self.device))
-        self.recent.expect(step)
+        self.recent.prepare(step)
         return step
 
     def _step(
@@ -189,11 +189,11 @@ class PagedCache:
 
     def _owner(self, span: Span) -> int:
         """The span's sequence, as `recent` knows it."""
-        return NOBODY if span.sequence == self._nobody else span.sequence
+        return NULL_SEQUENCE if span.sequence == self._null_sequence else span.sequence
 
     def _held(self, span: Span) -> list[int]:
         """Frames of the span's sequence, page by page."""
-        return self._spare if span.sequence == self._nobody else self._frames[span.sequence]
+        return self._spare if span.sequence == self._null_sequence else self._frames[span.sequence]
 
     def _slots(self, span: Span) -> list[int]:
         held, size = self._held(span), self.spec.page_size

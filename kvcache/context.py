@@ -19,7 +19,7 @@ from .tiers.base import Frames, Tier
 class PageIndex(Protocol):
     """Answers where a query's attention goes, for all sequences of one cache."""
 
-    tells_shares: ClassVar[bool]
+    estimates_mass: ClassVar[bool]
     """It knows every page, and estimates masses rather than bounds them: their shares tell a selection's coverage."""
 
     def masses(self, q: Tensor, context: Context) -> Tensor:
@@ -65,9 +65,9 @@ class Context:
         return self.tier.own(self.layer, self.step)
 
     @property
-    def tells_shares(self) -> bool:
+    def estimates_mass(self) -> bool:
         """Shares of the index's masses are shares of attention, more or less."""
-        return self.index is not None and self.index.tells_shares
+        return self.index is not None and self.index.estimates_mass
 
     def page_mass(self, q: Tensor) -> Tensor:
         """[R, Hq, F] fp32, log mass of each page by the index: see `PageIndex.masses`."""
@@ -93,7 +93,7 @@ class Context:
         """The selected pages where an op can read them, until the next fetch.
 
         Raises:
-            HomeError: the tier cannot have so many at hand at once; see `parts`.
+            OffloadError: the tier cannot have so many at hand at once; see `parts`.
         """
         return self.tier.resident(self.layer, selection, self.step)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class HomeError(RuntimeError):
+class OffloadError(RuntimeError):
     """Pages could not be written to their home or read from it.
 
     `exhausted`: there was no room for them; otherwise the medium has failed.

@@ -11,7 +11,7 @@ from torch import Tensor
 from .spec import CacheSpec
 from .step import Phase, Step
 
-NEVER = NOBODY = -1
+NEVER = NULL_SEQUENCE = -1
 GRAIN = 256
 """Pages by which the memory of a layer grows."""
 
@@ -57,8 +57,8 @@ class Recent:
         self._page_size = spec.page_size
         self._layers: dict[int, _Layer] = {}
         self._left: set[int] = set()
-        self._settled = False
-        self.moves = 0
+        self._pinned = False
+        self.version = 0
         """Grows whenever memory is allocated or freed: a step that was recorded before reads and writes the old one."""
 
     @property
@@ -70,17 +70,17 @@ class Recent:
             for tensor in (layer.following, layer.read, layer.averages)
         )
 
-    def settle(self) -> None:
+    def pin(self) -> None:
         """From now on free nothing, so that recorded steps can be replayed for later sequences."""
-        self._settled = True
+        self._pinned = True
 
-    def expect(self, step: Step) -> None:
+    def prepare(self, step: Step) -> None:
         """Make room for a decode step, where there is any; of the pages that it begins nothing is known.
 
         Steps are expected in the order in which they run. What runs in a step itself is the same whatever its tokens.
         """
         held = [self._room(layer, step) for layer in self._layers]
-        new = [span for span in step.served if span.start % self._page_size == 0]
+        new = [span for span in step.active_spans if span.start % self._page_size == 0]
         if not held or not new:
             return
         index = torch.tensor([(place(span.sequence, span.start - 1), span.start // self._page_size) for span in new])
@@ -109,16 +109,16 @@ class Recent:
         held.following.index_copy_(0, places, following)
         held.read[..., :pages].index_copy_(0, places, read)
         held.averages[..., :pages].index_copy_(0, places, averages)
-        self._left.update(span.sequence for span in step.served)
+        self._left.update(span.sequence for span in step.active_spans)
 
     def drop(self, sequence: int) -> None:
         """Forget the sequence."""
-        if not self._settled and sequence not in self._left:
+        if not self._pinned and sequence not in self._left:
             return
         self._left.discard(sequence)
-        if not self._left and not self._settled and self._layers:
+        if not self._left and not self._pinned and self._layers:
             self._layers.clear()
-            self.moves += 1
+            self.version += 1
         for held in self._layers.values():
             held.following[place(sequence, 0) :][:2].fill_(NEVER)  # nothing, where there is no such place yet
 
@@ -127,13 +127,13 @@ class Recent:
         assert step.phase is Phase.DECODE, "prompts leave nothing"
         held = self._layers.get(layer)
         places, pages = (0, 0) if held is None else (held.read.shape[0], held.read.shape[2])
-        wanted = place(max(span.sequence for span in step.served), 0) + 2
+        wanted = place(max(span.sequence for span in step.active_spans), 0) + 2
         if held is None or wanted > places or step.max_pages > pages:
             pages = max(pages, -(-step.max_pages // GRAIN) * GRAIN)
             device = step.starts.device if held is None else held.read.device
             held = self._grown(held, max(places, 1 << (wanted - 1).bit_length()), pages, device)
             self._layers[layer] = held
-            self.moves += 1
+            self.version += 1
         return held
 
     def _grown(self, old: _Layer | None, places: int, pages: int, device: torch.device) -> _Layer:
@@ -163,11 +163,11 @@ def turns(step: Step) -> list[list[int]]:
     """
     found: list[list[int]] = []
     before: dict[int, int] = {}
-    for row, span in enumerate(step.served):
+    for row, span in enumerate(step.active_spans):
         turn = before.get(span.sequence, 0)
         before[span.sequence] = turn + 1
         if turn == len(found):
             found.append([])
         found[turn].append(row)
-    found[0].extend(range(len(step.served), step.num_rows))
+    found[0].extend(range(len(step.active_spans), step.num_rows))
     return found

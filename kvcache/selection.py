@@ -24,13 +24,13 @@ class Selection:
     """[B, H] bool, probes whose rows read more than was chosen because too little was covered."""
     estimated: Tensor | None = None
     """[R, H, P] int32, full pages besides the chosen that stand in by mean key and mean value, listed as `pages` is."""
-    ahead: Tensor | None = None
+    prefetch: Tensor | None = None
     """[R, H, P] int32, pages that were nearly chosen, listed as `pages` is: the next token may want them."""
     bound: Tensor | None = None
     """[R, Hq] fp32, log of the most mass that pages which are neither chosen nor estimated can hold."""
     overlap: Tensor | None = None
     """[B, H] fp32, share of the chosen pages that the token before read; NaN: it is unknown what that one read."""
-    valve: Tensor | None = None
+    bound_exceeded: Tensor | None = None
     """[B, H] bool, choices that a locality bound held for and that took more pages than it allows."""
 
     @classmethod

@@ -29,7 +29,7 @@ class Span:
         return self.start + self.length
 
 
-class Room(NamedTuple):
+class PaddedShape(NamedTuple):
     """What a decode step is padded to, so that many steps have tensors of one shape."""
 
     rows: int
@@ -71,9 +71,9 @@ class Step:
     """F, as a host integer."""
     held: tuple[Sequence[int], ...] = ()
     """Frames of each span's sequence as host integers, page by page."""
-    rows_behind: int = 0
+    rows_left: int = 0
     """Rows of the same prompt that come after this step."""
-    rows_of_nobody: int = 0
+    num_padding_rows: int = 0
     """Rows at the end of a decode step that only fill it up."""
 
     @property
@@ -81,9 +81,9 @@ class Step:
         return self.starts.shape[0]
 
     @property
-    def served(self) -> tuple[Span, ...]:
+    def active_spans(self) -> tuple[Span, ...]:
         """The spans without those of nobody."""
-        return self.spans[: len(self.spans) - self.rows_of_nobody]
+        return self.spans[: len(self.spans) - self.num_padding_rows]
 
     def on(self, device: torch.device) -> Step:
         """The same with its tensors on this device, itself if they are there; copies are made without waiting."""
@@ -94,7 +94,7 @@ class Step:
         table = self.table[:, :1].to(device, non_blocking=True).expand(self.table.shape)  # heads share one
         return replace(self, table=table, **tensors)
 
-    def become(self, other: Step) -> None:
+    def copy_(self, other: Step) -> None:
         """Take over the tensors of another padded step of the same shape, in place; host integers stay."""
         for name in (*PADDED, "filled"):
             getattr(self, name).copy_(getattr(other, name))
@@ -103,5 +103,5 @@ class Step:
     def head(self, rows: int) -> Step:
         """The first rows of a decode step, all of it that concerns its first sequences."""
         tensors = {name: getattr(self, name)[:rows] for name in (*PADDED, "table")}
-        nobodys = max(0, self.rows_of_nobody + rows - self.num_rows)
-        return replace(self, spans=self.spans[:rows], held=self.held[:rows], rows_of_nobody=nobodys, **tensors)
+        nobodys = max(0, self.num_padding_rows + rows - self.num_rows)
+        return replace(self, spans=self.spans[:rows], held=self.held[:rows], num_padding_rows=nobodys, **tensors)

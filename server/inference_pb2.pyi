@@ -714,7 +714,7 @@ class Sparsity(google.protobuf.message.Message):
     KV_HITS_FIELD_NUMBER: builtins.int
     KV_MISSES_FIELD_NUMBER: builtins.int
     KV_OVERLAP_FIELD_NUMBER: builtins.int
-    VALVE_FIELD_NUMBER: builtins.int
+    BOUND_EXCEEDED_FIELD_NUMBER: builtins.int
     strategy: builtins.str
     prefill_density: builtins.float
     """Fraction of the causal context that prompt tokens attended to, 0 to 1."""
@@ -752,7 +752,7 @@ class Sparsity(google.protobuf.message.Message):
     """Share of the pages that new tokens read which the token before had read too: a mean over tokens, layers and heads.
     Not set where nothing compared them.
     """
-    valve: builtins.float
+    bound_exceeded: builtins.float
     """Share of the choices under a locality bound, 0 to 1, that let in more pages than it allows because the attention
     that it would have refused was too much.
     """
@@ -775,10 +775,10 @@ class Sparsity(google.protobuf.message.Message):
         kv_hits: builtins.int = ...,
         kv_misses: builtins.int = ...,
         kv_overlap: builtins.float | None = ...,
-        valve: builtins.float = ...,
+        bound_exceeded: builtins.float = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_coverage", b"_coverage", "_coverage_min", b"_coverage_min", "_dropped_bound", b"_dropped_bound", "_kv_overlap", b"_kv_overlap", "coverage", b"coverage", "coverage_min", b"coverage_min", "dropped_bound", b"dropped_bound", "kv_overlap", b"kv_overlap"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_coverage", b"_coverage", "_coverage_min", b"_coverage_min", "_dropped_bound", b"_dropped_bound", "_kv_overlap", b"_kv_overlap", "coverage", b"coverage", "coverage_min", b"coverage_min", "decode_bytes_moved", b"decode_bytes_moved", "decode_density", b"decode_density", "dense_fallback", b"dense_fallback", "dropped_bound", b"dropped_bound", "estimated", b"estimated", "kv_bytes_moved", b"kv_bytes_moved", "kv_bytes_read", b"kv_bytes_read", "kv_bytes_written", b"kv_bytes_written", "kv_hits", b"kv_hits", "kv_misses", b"kv_misses", "kv_overlap", b"kv_overlap", "prefill_density", b"prefill_density", "strategy", b"strategy", "valve", b"valve", "widened", b"widened"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_coverage", b"_coverage", "_coverage_min", b"_coverage_min", "_dropped_bound", b"_dropped_bound", "_kv_overlap", b"_kv_overlap", "bound_exceeded", b"bound_exceeded", "coverage", b"coverage", "coverage_min", b"coverage_min", "decode_bytes_moved", b"decode_bytes_moved", "decode_density", b"decode_density", "dense_fallback", b"dense_fallback", "dropped_bound", b"dropped_bound", "estimated", b"estimated", "kv_bytes_moved", b"kv_bytes_moved", "kv_bytes_read", b"kv_bytes_read", "kv_bytes_written", b"kv_bytes_written", "kv_hits", b"kv_hits", "kv_misses", b"kv_misses", "kv_overlap", b"kv_overlap", "prefill_density", b"prefill_density", "strategy", b"strategy", "widened", b"widened"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_coverage", b"_coverage"]) -> typing.Literal["coverage"] | None: ...
     @typing.overload

@@ -138,7 +138,7 @@ class Worker:
             return self._post(self._on_failed, error)
         self._post(self._on_loaded, engine)
         try:
-            while self._obey(engine):
+            while self._execute_pending(engine):
                 if outputs := engine.step():
                     self._post(self._deliver, outputs)
         # A panic of the tokenizer's library is no Exception, and must not hang requests either.
@@ -148,7 +148,7 @@ class Worker:
         finally:
             engine.close()
 
-    def _obey(self, engine: Engine) -> bool:
+    def _execute_pending(self, engine: Engine) -> bool:
         """Runs the commands that wait, sleeping for one while there is nothing else to do; False: the thread ends."""
         try:
             command = self._commands.get(block=not engine.has_work)

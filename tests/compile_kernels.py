@@ -27,7 +27,7 @@ INT64_POINTERS = re.compile(r"slots|bases|order|tally|sums")
 FP32_POINTERS = re.compile(
     r"lse|pieces|pieces_lse|mass|peak|halves|bands|masses|promises|scales|kept|averages|now_averages|overlap|tops"
 )
-BYTE_POINTERS = re.compile(r"bounds|known|read|now_read|valve|named|missing")
+BYTE_POINTERS = re.compile(r"bounds|known|read|now_read|bound_exceeded|named|missing")
 POINTERS = {"*i32": INT32_POINTERS, "*i64": INT64_POINTERS, "*fp32": FP32_POINTERS, "*i8": BYTE_POINTERS}
 INT32_SCALARS = re.compile(
     r"window|F|FIRST|M|N|T|P|Q|C|B|W|E|LP?|Hkv|PIECES?|stride.*|sinks|budget|spare|queried|most|now|before"

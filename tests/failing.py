@@ -10,13 +10,13 @@ from random import Random
 import torch
 from torch import Tensor
 
-from keysift.kvcache import CacheSpec, Home, HomeError
+from keysift.kvcache import BackingStore, CacheSpec, OffloadError
 
 
 class Failing:
     """Now and then does half of what it was asked for, and then fails; what it was not told to keep is NaN."""
 
-    def __init__(self, home: Home, spec: CacheSpec, rate: float, seed: int) -> None:
+    def __init__(self, home: BackingStore, spec: CacheSpec, rate: float, seed: int) -> None:
         self.home, self.spec, self.rate = home, spec, rate
         self.claimed: set[int] = set()
         self._main = threading.current_thread()
@@ -29,7 +29,7 @@ class Failing:
     def claim(self, frames: Iterable[int]) -> None:
         frames = list(frames)
         if self._fails():
-            raise HomeError("full", exhausted=True)
+            raise OffloadError("full", exhausted=True)
         self.home.claim(frames)
         fresh = [frame for frame in frames if frame not in self.claimed]
         self.claimed.update(fresh)
@@ -46,14 +46,14 @@ class Failing:
     def write(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
         if self._fails():
             self.home.write(layer, frames[: len(frames) // 2], pages[: len(frames) // 2])
-            raise HomeError("no write")
+            raise OffloadError("no write")
         self.home.write(layer, frames, pages)
 
     def read(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
         if self._fails():
             self.home.read(layer, frames[: len(frames) // 2], pages[: len(frames) // 2])
             pages[len(frames) // 2 :] = torch.nan
-            raise HomeError("no read")
+            raise OffloadError("no read")
         self.home.read(layer, frames, pages)
 
     def fetch(self, layer: int, pool: Tensor, loads: Tensor, slots: Tensor) -> None:
@@ -62,7 +62,7 @@ class Failing:
         if self._fails():
             for head, targets in enumerate(slots.tolist()):
                 pool[[slot for slot in targets if slot >= 0], head] = torch.nan
-            raise HomeError("no fetch")
+            raise OffloadError("no fetch")
         self.home.fetch(layer, pool, loads, slots)
 
     def close(self) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from keysift.attention import Strategy, bind
-from keysift.kvcache import CacheSpec, Home, MemoryHome, OffloadTier, PagedCache, PoolSize, Span
-from keysift.kvcache.tiers.file_store import FileHome
+from keysift.kvcache import BackingStore, CacheSpec, HostStore, OffloadTier, PagedCache, PoolSize, Span
+from keysift.kvcache.tiers.file_store import FileStore
 
 FRAMES, SEQUENCES, MAX_LEN = 160, 4, 400
 
@@ -21,7 +21,7 @@ def on_device(spec: CacheSpec) -> PagedCache:
     return PagedCache(spec, FRAMES, max_sequences=SEQUENCES, max_len=MAX_LEN)
 
 
-def offloaded(home: Callable[[CacheSpec], Home], *, slots: int, staged: int, ahead: int = 0) -> Make:
+def offloaded(home: Callable[[CacheSpec], BackingStore], *, slots: int, staged: int, ahead: int = 0) -> Make:
     """Everything that an op must not read is NaN."""
 
     def make(spec: CacheSpec) -> PagedCache:
@@ -34,12 +34,12 @@ def offloaded(home: Callable[[CacheSpec], Home], *, slots: int, staged: int, ahe
     return make
 
 
-def in_memory(spec: CacheSpec) -> Home:
-    return MemoryHome(spec, torch.device("cpu"))
+def in_memory(spec: CacheSpec) -> BackingStore:
+    return HostStore(spec, torch.device("cpu"))
 
 
-def in_file(folder: Path) -> Callable[[CacheSpec], Home]:
-    return lambda spec: FileHome(spec, folder)
+def in_file(folder: Path) -> Callable[[CacheSpec], BackingStore]:
+    return lambda spec: FileStore(spec, folder)
 
 
 def run(cache: PagedCache, strategy: Strategy, lengths: Sequence[int], chunk: int, row: int, new: int) -> list[Tensor]:

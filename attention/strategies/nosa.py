@@ -71,7 +71,7 @@ class Nosa(TokenStrategy):
     def remembers(self) -> bool:
         return True
 
-    def make_index(self) -> IndexSpec:
+    def index_spec(self) -> IndexSpec:
         specs: dict[str, IndexSpec] = {
             "flat": FlatIndex(),
             "codes": CodeIndex(self.candidates),
@@ -88,10 +88,10 @@ class Nosa(TokenStrategy):
         chosen = _joined([self._turn(masses, context, rows) for rows in turns], turns, context)
         return Selection(
             chosen.pages,
-            coverage=chosen.kept if context.tells_shares else None,
+            coverage=chosen.kept if context.estimates_mass else None,
             estimated=chosen.refused if self.refused == "mean" and chosen.refused.shape[2] else None,
             overlap=chosen.overlap,
-            valve=chosen.valve,
+            bound_exceeded=chosen.bound_exceeded,
         )
 
     def _turn(self, masses: Tensor, context: Context, rows: Sequence[int]) -> SteadyPages:

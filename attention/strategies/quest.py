@@ -28,7 +28,7 @@ class Quest(TokenStrategy):
     epsilon: Share = 0.0
     dense_layers: Count = 2
 
-    def make_index(self) -> BoundIndex:
+    def index_spec(self) -> BoundIndex:
         return BoundIndex()
 
     def masses(self, q: Tensor, context: Context) -> Tensor:

@@ -37,7 +37,7 @@ class Retrieval(TokenStrategy):
     wait: bool = False
     """Of the graph: build it before the first answer, instead of beside the answers, which codes give meanwhile."""
 
-    def make_index(self) -> IndexSpec:
+    def index_spec(self) -> IndexSpec:
         specs: dict[str, IndexSpec] = {
             "flat": FlatIndex(),
             "codes": CodeIndex(self.candidates),

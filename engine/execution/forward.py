@@ -23,7 +23,7 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
+class ForwardInput:
     """The work of one forward pass, as plain data."""
 
     phase: Phase
@@ -31,12 +31,12 @@ class Pass:
     spans: tuple[Span, ...]
     tokens: list[int]
     """Of all spans, packed."""
-    behind: int
+    tokens_left: int
     """Tokens of the prompt that come later."""
 
     @classmethod
-    def of(cls, batch: Batch) -> Pass:
+    def of(cls, batch: Batch) -> ForwardInput:
         pairs = zip(batch.sequences, batch.spans, strict=True)
         tokens = [token for sequence, span in pairs for token in sequence.tokens[span.start : span.stop]]
-        behind = batch.sequences[0].prompt_len - batch.spans[0].stop
-        return cls(batch.phase, batch.strategy, batch.spans, tokens, max(behind, 0))
+        tokens_left = batch.sequences[0].prompt_len - batch.spans[0].stop
+        return cls(batch.phase, batch.strategy, batch.spans, tokens, max(tokens_left, 0))

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from keysift.attention import Strategy, Telemetry
-from keysift.kvcache import DeviceTier, PagedCache, Phase, Room, Step
+from keysift.kvcache import DeviceTier, PaddedShape, PagedCache, Phase, Step
 
-from .forward import Pass
+from .forward import ForwardInput
 from .recorder import Record, WaitsForDevice
 
 Compute = Callable[[Strategy, Step, Tensor, Tensor], tuple[Tensor, Telemetry]]
@@ -37,7 +37,7 @@ class Kind(NamedTuple):
     """What steps must have in common to be replays of one."""
 
     strategy: Strategy
-    room: Room
+    room: PaddedShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,9 @@ class Graphs:
         self._refused: set[type[Strategy]] = set()
         self._moves = 0
         self._broken = False
-        cache.recent.settle()
+        cache.recent.pin()
 
-    def take(self, work: Pass, last: Tensor) -> tuple[Tensor, Telemetry] | None:
+    def take(self, work: ForwardInput, last: Tensor) -> tuple[Tensor, Telemetry] | None:
         """As `Runner.compute`, but to be read before the next step; None where this step has to run kernel by kernel.
 
         So has any step but those of generated tokens, under a strategy that says that it can be replayed, while no
@@ -82,24 +82,24 @@ class Graphs:
         if not self._fits(work, last) or not self._often(kind := Kind(work.strategy, self._room(work))):
             return None
         step = self._cache.decode(work.spans, kind.room)
-        tokens = torch.tensor(work.tokens + [0] * step.rows_of_nobody, device=self._cache.device)
+        tokens = torch.tensor(work.tokens + [0] * step.num_padding_rows, device=self._cache.device)
         with torch.inference_mode():
             recorded = self._find(kind, step, tokens)
             if recorded is None:
                 return None
-            recorded.step.become(step)
+            recorded.step.copy_(step)
             recorded.tokens.copy_(tokens)
             recorded.replay()
             rows = len(work.spans)
             return recorded.logits[:rows].clone(), recorded.telemetry.head(rows)
 
-    def _room(self, work: Pass) -> Room:
+    def _room(self, work: ForwardInput) -> PaddedShape:
         """Powers of two, so that there are few kinds of steps."""
         pages = max(self._cache.spec.pages_for(span.stop) for span in work.spans)
         padded = max(_power_of_two(pages), LEAST_PAGES)
-        return Room(_power_of_two(len(work.spans)), min(padded, self._cache.longest))
+        return PaddedShape(_power_of_two(len(work.spans)), min(padded, self._cache.longest))
 
-    def _fits(self, work: Pass, last: Tensor) -> bool:
+    def _fits(self, work: ForwardInput, last: Tensor) -> bool:
         return (
             work.phase is Phase.DECODE
             and work.strategy.replayable
@@ -136,8 +136,8 @@ class Graphs:
 
     def _forget_moved(self) -> None:
         """What tokens leave to the next may have got other memory; steps recorded before use the old one."""
-        if self._moves != self._cache.recent.moves:
-            self._moves = self._cache.recent.moves
+        if self._moves != self._cache.recent.version:
+            self._moves = self._cache.recent.version
             for kind in [kind for kind in self._recorded if kind.strategy.remembers]:
                 del self._recorded[kind]
 

@@ -16,7 +16,7 @@ from ..config import EngineConfig
 from ..errors import InvalidRequest
 from ..model.loaded import LoadedModel
 from ..scheduling.scheduler import Batch
-from .forward import Pass, StepResult
+from .forward import ForwardInput, StepResult
 from .graphs import Graphs
 from .recorder import Record
 from .sampler import Sampled, SamplerState, sample
@@ -82,9 +82,9 @@ class Runner:
 
     def forward(self, batch: Batch, last: torch.Tensor) -> tuple[torch.Tensor, Telemetry]:
         """Next-token logits [B, V] fp32 after the tokens at indices last [B] of the packed ones, and what was read."""
-        return self.compute(Pass.of(batch), last)
+        return self.compute(ForwardInput.of(batch), last)
 
-    def compute(self, work: Pass, last: torch.Tensor) -> tuple[torch.Tensor, Telemetry]:
+    def compute(self, work: ForwardInput, last: torch.Tensor) -> tuple[torch.Tensor, Telemetry]:
         """As `forward`."""
         if self.graphs is not None and (done := self.graphs.take(work, last)) is not None:
             return done
@@ -100,9 +100,9 @@ class Runner:
         with self.spans("linear"), torch.inference_mode(), use_backend(self._backend):
             return self._model.forward(tokens, step.positions, last, attend), telemetry
 
-    def _step(self, work: Pass) -> Step:
+    def _step(self, work: ForwardInput) -> Step:
         if work.phase is Phase.PREFILL:
-            return self._cache.prefill(work.spans[0], self._queries_per_row, work.behind)
+            return self._cache.prefill(work.spans[0], self._queries_per_row, work.tokens_left)
         return self._cache.decode(work.spans)
 
     def _last(self, batch: Batch) -> torch.Tensor:

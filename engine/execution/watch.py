@@ -42,6 +42,6 @@ class _WatchedTier:
                 return
             yield part
 
-    def foresee(self, layer: int, pages: Tensor, step: Step) -> None:
+    def prefetch(self, layer: int, pages: Tensor, step: Step) -> None:
         with self._spans("transfer", layer):
-            self._tier.foresee(layer, pages, step)
+            self._tier.prefetch(layer, pages, step)

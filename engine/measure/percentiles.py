@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 
-def spread(metric: str, seconds: Sequence[float]) -> dict[str, float | None]:
+def percentiles(metric: str, seconds: Sequence[float]) -> dict[str, float | None]:
     """Mean, median, standard deviation and 99th percentile in milliseconds; None of nothing."""
     names = [f"{kind}_{metric}_ms" for kind in ("mean", "median", "std", "p99")]
     if not seconds:

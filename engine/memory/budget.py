@@ -45,8 +45,8 @@ def make_cache(
     """A cache of at most ``kv_memory`` bytes, and no larger than all running requests could fill; and one page more,
     which belongs to nobody.
 
-    The ranks of a team all have as many pages as the one that has the least room. With ``kv_home`` these are the bytes
-    of what is at hand, and `report` hears how they are spent.
+    The ranks of a team all have as many pages as the one that has the least room. With ``kv_offload`` these are the
+    bytes of what is at hand, and `report` hears how they are spent.
 
     Raises:
         InvalidRequest: the bytes do not hold one page, or the home has no room.
@@ -62,7 +62,7 @@ def _room(
 ) -> tuple[int, Tier | None]:
     """How many pages there are, and where they live; None: on the device."""
     free = free_memory(model.device)
-    if config.kv_home is not None:
+    if config.kv_offload is not None:
         beside = free_memory(torch.device("cpu")) if model.device.type == "cuda" else None
         layout = lay_out(config, spec, model.max_model_len, free, SHARE, beside)
         report(str(layout))

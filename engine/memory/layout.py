@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from keysift.kvcache import CacheSpec, Home, HomeError, MemoryHome, OffloadTier, PoolSize
-from keysift.kvcache.tiers.file_store import FileHome
+from keysift.kvcache import BackingStore, CacheSpec, HostStore, OffloadError, OffloadTier, PoolSize
+from keysift.kvcache.tiers.file_store import FileStore
 from keysift.kvcache.tiers.store import EXTENT
 
 from ..config import EngineConfig
@@ -17,7 +17,7 @@ from ..errors import InvalidRequest
 
 PINNED = "pinned"
 SHARE_OF_DISK = 0.8
-"""Of what is free in the home's folder, the most that it takes unless ``kv_home_memory`` says otherwise."""
+"""Of what is free in the home's folder, the most that it takes unless ``kv_offload_memory`` says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +54,10 @@ def lay_out(
     room = _home_bytes(config, spec, free, share, host)
     frames = min(_frames(spec, room), longest * config.max_num_seqs)
     if frames < 1:
-        raise InvalidRequest("kv_home_memory", f"at least one page = {spec.kv_bytes} bytes, got {room}")
+        raise InvalidRequest("kv_offload_memory", f"at least one page = {spec.kv_bytes} bytes, got {room}")
     pool = _pool(config, spec, int(share * free) if config.kv_memory is None else int(config.kv_memory), longest)
     layout = Layout(frames, pool, frames * spec.kv_bytes, pool.bytes(spec), frames * _described(spec))
-    _check_fits(layout, layout.home_bytes if config.kv_home == PINNED and host is None else 0, free)
+    _check_fits(layout, layout.home_bytes if config.kv_offload == PINNED and host is None else 0, free)
     return layout
 
 
@@ -65,7 +65,7 @@ def _check_fits(layout: Layout, home: int, free: float) -> None:
     """`home`: bytes of it that come from the same memory."""
     if layout.described_bytes + layout.pool_bytes + home > free:
         raise InvalidRequest(
-            "kv_home_memory",
+            "kv_offload_memory",
             f"{layout.frames} pages need {layout.described_bytes} bytes of memory for their summaries and codes"
             + (f" and {home} for themselves" if home else "")
             + f", the pool (kv_memory) {layout.pool_bytes}; {int(free)} are free",
@@ -74,14 +74,16 @@ def _check_fits(layout: Layout, home: int, free: float) -> None:
 
 def make_tier(config: EngineConfig, spec: CacheSpec, layout: Layout, device: torch.device) -> OffloadTier:
     """Raises `InvalidRequest` where the home cannot be made."""
-    assert config.kv_home is not None
-    if config.kv_home != PINNED and device.type != "cpu":
-        raise InvalidRequest("kv_home", f"{PINNED!r} on {device.type}, which reads no files, got {config.kv_home!r}")
-    home: Home
+    assert config.kv_offload is not None
+    if config.kv_offload != PINNED and device.type != "cpu":
+        raise InvalidRequest(
+            "kv_offload", f"{PINNED!r} on {device.type}, which reads no files, got {config.kv_offload!r}"
+        )
+    home: BackingStore
     try:
-        home = MemoryHome(spec, device) if config.kv_home == PINNED else FileHome(spec, Path(config.kv_home))
-    except HomeError as error:
-        raise InvalidRequest("kv_home", str(error)) from None
+        home = HostStore(spec, device) if config.kv_offload == PINNED else FileStore(spec, Path(config.kv_offload))
+    except OffloadError as error:
+        raise InvalidRequest("kv_offload", str(error)) from None
     return OffloadTier(spec, layout.frames, home, layout.pool, device)
 
 
@@ -99,23 +101,26 @@ def _frames(spec: CacheSpec, room: int) -> int:
 def _home_bytes(config: EngineConfig, spec: CacheSpec, free: float, share: float, host: float | None) -> int:
     """By default no more than the place has room for, and no more pages than the device's share of memory bears."""
     borne = _described(spec)
-    if config.kv_home == PINNED:
+    if config.kv_offload == PINNED:
         place, there = "host memory", int(free if host is None else host)
         spared = int(share * there)
         borne += spec.kv_bytes if host is None else 0
     else:
-        folder = Path(str(config.kv_home))
+        folder = Path(str(config.kv_offload))
         if not folder.is_dir():
-            raise InvalidRequest("kv_home", f"an existing folder, or {PINNED!r} for host memory, got {str(folder)!r}")
+            raise InvalidRequest(
+                "kv_offload", f"an existing folder, or {PINNED!r} for host memory, got {str(folder)!r}"
+            )
         place, there = str(folder), shutil.disk_usage(folder).free
         spared = int(SHARE_OF_DISK * there)
-    if config.kv_home_memory is None:
+    if config.kv_offload_memory is None:
         return min(spared, int(share * free) // borne * spec.kv_bytes)
-    if config.kv_home_memory > there:
+    if config.kv_offload_memory > there:
         raise InvalidRequest(
-            "kv_home_memory", f"at most the {there} bytes that are free in {place}, got {int(config.kv_home_memory)}"
+            "kv_offload_memory",
+            f"at most the {there} bytes that are free in {place}, got {int(config.kv_offload_memory)}",
         )
-    return int(config.kv_home_memory)
+    return int(config.kv_offload_memory)
 
 
 def _pool(config: EngineConfig, spec: CacheSpec, given: int, longest: int) -> PoolSize:

@@ -19,7 +19,7 @@ from ..errors import InvalidRequest, ModelNotFound, Unsupported
 from ..support import check_device
 from . import key_bias, placement, seam
 from .cpu import quantized
-from .cpu.heap import give_back
+from .cpu.heap import release_heap
 from .cpu.linear import native_kernel, swap_linears
 from .loaded import LoadedModel
 from .rope import stretch
@@ -196,7 +196,7 @@ def _swap(module: nn.Module, device: torch.device, quantization: str, *, layers:
         return
     if quantization == "int8":
         quantized.swap_linears(module)
-        give_back()  # the weights as they were, unless they lie in a file
+        release_heap()  # the weights as they were, unless they lie in a file
     if (kernel := native_kernel()) is None:
         return
     swap_linears(module, kernel)

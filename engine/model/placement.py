@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from keysift.kvcache import CacheSpec, SpreadTier, Tier
+from keysift.kvcache import CacheSpec, MultiDeviceTier, Tier
 
 from ..config import EngineConfig
 from ..errors import Unsupported
@@ -63,7 +63,7 @@ def tier_of(spec: CacheSpec, num_frames: int, devices: Sequence[torch.device], f
 
     With one frame more than there are, as a cache's own, for what padding writes.
     """
-    return SpreadTier(spec, num_frames + 1, devices) if elsewhere(devices, first) else None
+    return MultiDeviceTier(spec, num_frames + 1, devices) if elsewhere(devices, first) else None
 
 
 def parts(spec: CacheSpec, devices: Sequence[torch.device]) -> dict[torch.device, int]:

@@ -73,10 +73,10 @@ def _follow(pipe: Connection, config: EngineConfig) -> None:
     cache = make_cache(config, model, _quiet)
     runner = Runner(model, cache, config)
     while (order := pipe.recv()) is not None:
-        pipe.send(_obey(runner, cache, order))
+        pipe.send(_execute(runner, cache, order))
 
 
-def _obey(runner: Runner, cache: PagedCache, order: Order) -> StepResult:
+def _execute(runner: Runner, cache: PagedCache, order: Order) -> StepResult:
     """Do what is ordered; what this rank's heads read, no tokens with it."""
     replay(cache, order)
     before = cache.tier.traffic

@@ -19,7 +19,7 @@ from keysift.kvcache import PagedCache
 from .. import ranks as group
 from ..config import EngineConfig
 from ..errors import KeysiftError
-from ..execution.forward import Pass, StepResult
+from ..execution.forward import ForwardInput, StepResult
 from ..execution.recorder import CudaRecorder
 from ..execution.runner import Runner
 from ..execution.sampler import SamplerState
@@ -28,20 +28,20 @@ from ..model.shards import check_heads
 from ..model.source import locate
 from ..scheduling.scheduler import Batch
 from ..support import check_ranks
-from .merge import whole
+from .merge import merge_ranks
 from .orders import Order, RecordedCache
 from .peers import GRACE_S, Peer, RankFailed
 
 Report = Callable[[str], None]
 
 
-class Team:
+class RankGroup:
     """This process alone."""
 
     cache_type: type[PagedCache] = PagedCache
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def failure_scope(self) -> Iterator[None]:
         """Around what all ranks do together: what goes wrong inside ends them all, and is told as `RankFailed`."""
         yield
 
@@ -58,7 +58,7 @@ class Team:
         """End the other ranks."""
 
 
-class Leader(Team):
+class Leader(RankGroup):
     """This process as rank 0, and the others, which it has started."""
 
     cache_type = RecordedCache
@@ -67,10 +67,10 @@ class Leader(Team):
         """Starts the others, which begin to load the model, and meets them."""
         size, folder = config.tensor_parallel_size, Path(tempfile.mkdtemp(prefix="keysift-"))
         self._failure: KeysiftError | None = None
-        self._owed = False
+        self._pending = False
         self._peers: list[Peer] = []
         self._end = weakref.finalize(self, _end, self._peers, folder)
-        with self.together():
+        with self.failure_scope():
             self._peers += [Peer(rank, size, folder / "meeting") for rank in range(1, size)]
             self._send((config, device))
             for peer in self._peers:
@@ -78,7 +78,7 @@ class Leader(Team):
             group.join(0, size, folder / "meeting", device)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def failure_scope(self) -> Iterator[None]:
         if self._failure is not None:
             raise self._failure
         try:
@@ -87,7 +87,7 @@ class Leader(Team):
             self._fail(error)
             raise
         except Exception as error:
-            failure = self._trouble() or RankFailed(f"rank 0 has failed: {type(error).__name__}: {error}")
+            failure = self._poll_failure() or RankFailed(f"rank 0 has failed: {type(error).__name__}: {error}")
             self._fail(failure)
             raise failure from error
         except BaseException:  # interrupted, maybe in the middle of an exchange with the others
@@ -101,10 +101,10 @@ class Leader(Team):
             peer.kill()
         self.close()
 
-    def _trouble(self) -> RankFailed | None:
+    def _poll_failure(self) -> RankFailed | None:
         """The first failure that a follower tells about, or shows by its end; a moment may pass until it does."""
         waits = (0.0, GRACE_S / len(self._peers)) if self._peers else ()
-        found = (peer.trouble(wait_s) for wait_s in waits for peer in self._peers)
+        found = (peer.poll_failure(wait_s) for wait_s in waits for peer in self._peers)
         return next((failure for failure in found if failure is not None), None)
 
     def runner(self, config: EngineConfig, model: LoadedModel, cache: PagedCache) -> Runner:
@@ -115,15 +115,15 @@ class Leader(Team):
         for peer in self._peers:
             peer.watch(hear)
 
-    def order(self, order: Order) -> None:
+    def dispatch(self, order: Order) -> None:
         """Have the others run a forward pass; this process must run it too."""
         self.results()
         self._send(order)
-        self._owed = True
+        self._pending = True
 
     def results(self) -> list[StepResult]:
         """What the others found in the last forward pass, if nobody has asked for that yet."""
-        owed, self._owed = self._owed, False
+        owed, self._pending = self._pending, False
         return [peer.receive() for peer in self._peers] if owed else []
 
     def _send(self, message: Any) -> None:
@@ -137,25 +137,25 @@ class Leader(Team):
 class LeadingRunner(Runner):
     """Has every other rank run what this one runs. Only this one samples, so that all have the same tokens."""
 
-    def __init__(self, team: Leader, model: LoadedModel, cache: RecordedCache, config: EngineConfig) -> None:
+    def __init__(self, group: Leader, model: LoadedModel, cache: RecordedCache, config: EngineConfig) -> None:
         super().__init__(model, cache, config)
-        self._team = team
+        self._group = group
         self._record = cache
 
     def run(self, batch: Batch, states: Sequence[SamplerState]) -> StepResult:
         """As for one process. Raises `RankFailed` where any rank could not do its part: then none can go on."""
-        with self._team.together():
+        with self._group.failure_scope():
             own = super().run(batch, states)
-            return whole([own, *self._team.results()])
+            return merge_ranks([own, *self._group.results()])
 
-    def compute(self, work: Pass, last: Tensor) -> tuple[Tensor, Telemetry]:
-        self._team.order(Order(self._record.take_changes(), self._record.free_pages, work, last.tolist()))
+    def compute(self, work: ForwardInput, last: Tensor) -> tuple[Tensor, Telemetry]:
+        self._group.dispatch(Order(self._record.take_changes(), self._record.free_pages, work, last.tolist()))
         return super().compute(work, last)
 
 
 def _end(peers: list[Peer], folder: Path) -> None:
     for peer in peers:
-        peer.say_goodbye()
+        peer.request_stop()
     last = time.monotonic() + GRACE_S  # for all of them together: a server waits no longer for many than for one
     for peer in peers:
         peer.end(max(last - time.monotonic(), 0.0))
@@ -163,10 +163,10 @@ def _end(peers: list[Peer], folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def assemble(config: EngineConfig, report: Report) -> Team:
+def assemble(config: EngineConfig, report: Report) -> RankGroup:
     """The team that `config` asks for. Raises `InvalidRequest` naming what several processes cannot have or do."""
     if config.tensor_parallel_size == 1:
-        return Team()
+        return RankGroup()
     device = check_ranks(config)
     check_heads(config, locate(config.model, report))
     report(f"starting {config.tensor_parallel_size - 1} more processes, as tensor_parallel_size asks")

@@ -14,7 +14,7 @@ from ..execution.forward import StepResult
 T = TypeVar("T")
 
 
-def whole(ranks: Sequence[StepResult]) -> StepResult:
+def merge_ranks(ranks: Sequence[StepResult]) -> StepResult:
     """One step's result from those of all ranks, that of the leader, which has sampled, first."""
     return StepResult(
         sampled=ranks[0].sampled,

@@ -10,7 +10,7 @@ from keysift.kvcache import PagedCache
 from keysift.kvcache.context import PageIndex
 from keysift.kvcache.index import IndexSpec
 
-from ..execution.forward import Pass
+from ..execution.forward import ForwardInput
 
 Change = tuple[str, tuple[Any, ...]]
 """A method of `PagedCache`, and what it was called with."""
@@ -23,7 +23,7 @@ class Order:
     changes: list[Change]
     free_pages: int
     """After the changes; a follower that counts otherwise has gone astray."""
-    work: Pass
+    work: ForwardInput
     last: list[int]
     """Indices of the tokens whose successors are asked for."""
 

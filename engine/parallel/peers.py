@@ -59,7 +59,7 @@ class Peer:
             raise RankFailed(f"{self.name} has failed: {message.text}")
         return message
 
-    def trouble(self, wait_s: float = 0.0) -> RankFailed | None:
+    def poll_failure(self, wait_s: float = 0.0) -> RankFailed | None:
         """Why it cannot go on, if it tells so, or ends, within some seconds."""
         with suppress(EOFError, OSError):
             while self._pipe.poll(wait_s):
@@ -83,7 +83,7 @@ class Peer:
         if not self._ended:
             hear(RankFailed(f"{self.name} has ended (exit status {status})"))
 
-    def say_goodbye(self) -> None:
+    def request_stop(self) -> None:
         """Have it end once it has nothing else to do."""
         self._ended = True
         with suppress(OSError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from keysift.kvcache import HomeError
+from keysift.kvcache import OffloadError
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class Failure:
 
 def failure_of(error: Exception, doing: str) -> Failure | None:
     """What `error` means for the request that met it while `doing`; None: it is a bug, and nobody can go on."""
-    if isinstance(error, HomeError):
+    if isinstance(error, OffloadError):
         failure = Failure(str(error), error.exhausted, lost=True)
     elif (detail := _want_of_memory(error)) is not None:
         failure = Failure(f"memory: not enough for {doing}{detail and f' ({detail})'}", exhausted=True)

@@ -178,5 +178,5 @@ class Sequence:
             kv_hits=at_tokens.hits,
             kv_misses=at_tokens.misses,
             kv_overlap=self.locality.mean_overlap,
-            valve=self.locality.valve_share,
+            bound_exceeded=self.locality.bound_exceeded_share,
         )

@@ -27,7 +27,7 @@ class Stateless:
     """For an index that keeps nothing but what lies beside the keys: it is its own specification."""
 
     __slots__ = ()
-    tells_shares: ClassVar[bool] = True
+    estimates_mass: ClassVar[bool] = True
     scans: ClassVar[bool] = False
     host: ClassVar[bool] = False
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class BoundIndex(Stateless):
     """By the most that a page could hold, from the least and the greatest of its keys in each channel."""
 
-    tells_shares: ClassVar[bool] = False
+    estimates_mass: ClassVar[bool] = False
 
     def make(self, spec: CacheSpec) -> BoundIndex:
         return self
@@ -34,7 +34,7 @@ class BoundIndex(Stateless):
 class MeanIndex(Stateless):
     """By the mean key of each page: blind to a single key among others. The row's own page counts as nothing."""
 
-    tells_shares: ClassVar[bool] = False
+    estimates_mass: ClassVar[bool] = False
 
     def make(self, spec: CacheSpec) -> MeanIndex:
         return self

@@ -119,7 +119,7 @@ struct SteadyCall {
   std::uint8_t* now_read;      // [R, H, F]
   float* now_averages;         // [R, H, F]
   float* overlap;              // [R, H]
-  std::uint8_t* valve;         // [R, H]
+  std::uint8_t* bound_exceeded;         // [R, H]
   std::int64_t queried, most;  // queried: Q, not above the budget; most: negative for any number
   std::int64_t refusable;      // the most that may be refused, in units of 2^-40
   float factor, keep;

@@ -121,7 +121,7 @@ class SteadyCall(ctypes.Structure):
     _fields_ = (
         ("top", TopCall),
         *((name, c_void_p) for name in ("known", "read", "averages", "refused", "now_read", "now_averages")),
-        *((name, c_void_p) for name in ("overlap", "valve")),
+        *((name, c_void_p) for name in ("overlap", "bound_exceeded")),
         *((name, c_int64) for name in ("queried", "most", "refusable")),
         *((name, c_float) for name in ("factor", "keep")),
     )

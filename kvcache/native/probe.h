@@ -194,7 +194,7 @@ void each_list(const ProbeTask<T>& task, const std::uint32_t* heads, const Work&
   }
 }
 
-// Room for what each head will scan.
+// PaddedShape for what each head will scan.
 template <class T>
 void make_finds(const ProbeTask<T>& task, const std::uint32_t* heads, Buffer& memory, Finds* finds) {
   const int tail = task.position + 1 - task.segments * static_cast<int>(task.call.segment);

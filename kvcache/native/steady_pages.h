@@ -130,7 +130,7 @@ inline void choose_steadily(const SteadyCall& call, std::int64_t index) {
   const int taken = std::max(allowed, needed(call, candidates, shares));
   for (int i = 0; i < taken; ++i) list.now_read[candidates[i]] = 1;
   for (int i = 0; i < taken - spare; ++i) list.now_read[victims[i]] = 0;
-  call.valve[index] = taken > allowed;
+  call.bound_exceeded[index] = taken > allowed;
   write_chosen(call, index, list, zones, memory.chosen);
   write_refused(call, index, candidates, taken);
   write_kept(top, made, zones, memory.chosen.data(), static_cast<int>(memory.chosen.size()));

@@ -37,9 +37,9 @@ class Traffic:
     """Bytes that came from the pages' home."""
     written: int = 0
     """Bytes that went there."""
-    ahead: int = 0
+    prefetched: int = 0
     """Pages of one layer and KV head that were fetched on a guess."""
-    guessed: int = 0
+    prefetch_hits: int = 0
     """Those of them that were read."""
 
     def __add__(self, other: Traffic) -> Traffic:
@@ -60,17 +60,17 @@ class Tier(Protocol):
 
     steady: ClassVar[bool]
     """What was once readable stays where it is, so that a thread beside may go on reading it."""
-    ahead: int
+    prefetch_pages: int
     """Pages of each KV head that may be foreseen; 0: nobody need guess."""
 
     def claim(self, frames: Sequence[int]) -> None:
-        """These frames are about to be used. Raises `HomeError` where there is no room for them."""
+        """These frames are about to be used. Raises `OffloadError` where there is no room for them."""
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         """Put the step's keys and values [T, Hkv, D] into their slots; summarise and encode pages that become full."""
 
     def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
-        """The selected pages, readable until the next call. Raises `HomeError` where they do not fit at once."""
+        """The selected pages, readable until the next call. Raises `OffloadError` where they do not fit at once."""
 
     def own(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
         """Keys [*, Hkv, S, D], and where in them the page of each row's last query is: [R, Hkv] int32."""
@@ -78,7 +78,7 @@ class Tier(Protocol):
     def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
         """The same in as many disjoint parts as it takes, each readable until the next is asked for."""
 
-    def foresee(self, layer: int, pages: Tensor, step: Step) -> None:
+    def prefetch(self, layer: int, pages: Tensor, step: Step) -> None:
         """Begin to bring pages [R, H, P] that the layer may read for the next token; a guess costs time, nothing else.
 
         Only frames that neither this token nor the one before has read make room for them.
@@ -105,13 +105,13 @@ class Unmoved:
     """What a tier says where pages stay where they are written."""
 
     steady: ClassVar[bool] = True
-    ahead = 0
+    prefetch_pages = 0
     traffic = Traffic()
 
     def claim(self, frames: Sequence[int]) -> None:
         pass
 
-    def foresee(self, layer: int, pages: Tensor, step: Step) -> None:
+    def prefetch(self, layer: int, pages: Tensor, step: Step) -> None:
         pass
 
     def holds(self, pages: int) -> bool:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..errors import HomeError
+from ..errors import OffloadError
 from ..ops.read_pieces import Place, bytes_of, pread, read_pieces, transfer
 from ..spec import CacheSpec
 from .store import EXTENT, runs
@@ -23,7 +23,7 @@ NO_SUCH_CALL = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 """What systems answer that cannot reserve blocks in such a file."""
 
 
-class FileHome:
+class FileStore:
     """One nameless file in a folder: nobody can delete or cut it, and it is gone with the process, however that ends.
 
     It is read and written by calls rather than mapped: a full or failing disk is then an error of one request, where a
@@ -86,12 +86,14 @@ class FileHome:
         except OSError as error:
             raise self._failed(what, error) from error
 
-    def _failed(self, what: str, error: OSError) -> HomeError:
+    def _failed(self, what: str, error: OSError) -> OffloadError:
         free = 0
         with suppress(OSError):
             free = shutil.disk_usage(self._folder).free
-        problem = f"kv_home: the file in {self._folder} could not be {what}: {error.strerror} ({free} bytes free there)"
-        return HomeError(problem, exhausted=error.errno in NO_ROOM)
+        problem = (
+            f"kv_offload: the file in {self._folder} could not be {what}: {error.strerror} ({free} bytes free there)"
+        )
+        return OffloadError(problem, exhausted=error.errno in NO_ROOM)
 
 
 def reserve(fd: int, offset: int, size: int) -> None:

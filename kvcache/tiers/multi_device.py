@@ -25,7 +25,7 @@ class _Place(NamedTuple):
     """Its number among the layers there."""
 
 
-class SpreadTier(Unmoved):
+class MultiDeviceTier(Unmoved):
     """A `DeviceTier` on each device for the layers that run there; a frame has a part on each of them.
 
     Whoever asks for a layer brings a step whose tensors are on its device: see `Step.on`.

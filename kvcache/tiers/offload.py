@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..descriptions import Descriptions
-from ..errors import HomeError
+from ..errors import OffloadError
 from ..ops.admit import Admitted, admit
 from ..ops.store import store
 from ..selection import Selection
@@ -20,9 +20,9 @@ from ..spec import CacheSpec
 from ..step import Phase, Span, Step
 from .base import Frames, Traffic, own_page
 from .pool import Pool
-from .prefetch import Ahead, beside
+from .prefetch import Prefetcher, make_prefetcher
 from .stage import Stage
-from .store import Home
+from .store import BackingStore
 
 LATEST = 2**31 - 4
 """Times are int32, and a token's guesses are of a time right after its own."""
@@ -38,7 +38,7 @@ class PoolSize:
     """Of one layer, for prompts and for reads that are more than the slots take."""
     tails: int
     """Open pages of each layer: sequences that may hold pages."""
-    ahead: int = 0
+    prefetch_pages: int = 0
     """Of the slots of each layer and head, those that a token may fill with guesses at what the next one reads."""
 
     def bytes(self, spec: CacheSpec) -> int:
@@ -59,18 +59,20 @@ class OffloadTier:
 
     steady: ClassVar[bool] = False
 
-    def __init__(self, spec: CacheSpec, num_frames: int, home: Home, size: PoolSize, device: torch.device) -> None:
+    def __init__(
+        self, spec: CacheSpec, num_frames: int, store: BackingStore, size: PoolSize, device: torch.device
+    ) -> None:
         self.spec = spec
-        self.size, self.ahead = size, size.ahead
-        self.home = home
+        self.size, self.prefetch_pages = size, size.prefetch_pages
+        self.store = store
         self._pool = Pool(spec, num_frames, size.slots, size.tails, device)
         self._stage = Stage(spec, num_frames, size.staged, device)
         self._descriptions = Descriptions(spec, num_frames, device)
         self.summaries, self.codes = self._descriptions.summaries, self._descriptions.codes
         self._found = torch.zeros(3, dtype=torch.int64, device=device)
-        self._ahead = torch.zeros((), dtype=torch.int64, device=device)
-        self._beside = beside(device)
-        self.close = weakref.finalize(self, _close, self._beside, home)
+        self._prefetched = torch.zeros((), dtype=torch.int64, device=device)
+        self._prefetcher = make_prefetcher(device)
+        self.close = weakref.finalize(self, _close, self._prefetcher, store)
         self._staged = self._written = 0  # pages of all heads
         self._staged_by_tokens = 0
         self._vain = 0  # heads of pages that were guessed and did not come
@@ -80,7 +82,7 @@ class OffloadTier:
         self._guesses: dict[int, Admitted] = {}  # layer -> its last one
 
     def claim(self, frames: Sequence[int]) -> None:
-        self.home.claim(frames)
+        self.store.claim(frames)
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
         if layer in self._listed:  # the step runs once more, and what it read before need not stay
@@ -88,7 +90,7 @@ class OffloadTier:
         self._begin(step)
         self._listed[layer] = 0
         self._stage.leave()
-        self._beside.wait(layer)
+        self._prefetcher.wait(layer)
         if step.phase is Phase.PREFILL:
             self._write_chunk(layer, k, v, step)
         else:
@@ -115,19 +117,19 @@ class OffloadTier:
                 if len(named := part.frames(step)):
                     yield part, self._from_stage(layer, named, step)
 
-    def foresee(self, layer: int, pages: Tensor, step: Step) -> None:
-        self._beside.wait(layer)
+    def prefetch(self, layer: int, pages: Tensor, step: Step) -> None:
+        self._prefetcher.wait(layer)
         residents = self._pool.residents(layer)
         admitted = admit(step.table, pages, residents, now=self._clock + 1, before=self._clock - 2)
-        self._ahead += (admitted.loads >= 0).sum()
+        self._prefetched += (admitted.loads >= 0).sum()
         self._guesses[layer] = admitted  # a stream reads it until somebody has waited
-        self._beside.submit(layer, partial(self._guess, layer, admitted))
+        self._prefetcher.submit(layer, partial(self._guess, layer, admitted))
 
     def _guess(self, layer: int, admitted: Admitted) -> None:
         """In vain, if it fails: whoever really wants the pages will hear of it."""
         try:
             self._fetch(layer, admitted)
-        except HomeError:
+        except OffloadError:
             self._vain += int((admitted.loads >= 0).sum())
 
     def holds(self, pages: int) -> bool:
@@ -136,15 +138,15 @@ class OffloadTier:
     @property
     def traffic(self) -> Traffic:
         hits, guessed, misses = self._found.tolist()
-        ahead = int(self._ahead) - self._vain
+        prefetched = int(self._prefetched) - self._vain
         heads, piece = self.spec.num_kv_heads, self.spec.read_bytes
         return Traffic(
             hits=hits,
             misses=misses + self._staged_by_tokens * heads,
-            fetched=(misses + ahead + self._staged * heads) * piece,
+            fetched=(misses + prefetched + self._staged * heads) * piece,
             written=self._written * heads * piece,
-            ahead=ahead,
-            guessed=guessed,
+            prefetched=prefetched,
+            prefetch_hits=guessed,
         )
 
     def _begin(self, step: Step) -> None:
@@ -161,12 +163,12 @@ class OffloadTier:
         self._clock += 2
         if self._clock > LATEST:
             for layer in range(self.spec.num_layers):
-                self._beside.wait(layer)
+                self._prefetcher.wait(layer)
             self._pool.restart()
             self._clock = 2
 
     def _write_chunk(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
-        """A prompt's chunk goes through the stage, where its own queries find it, to its home."""
+        """A prompt's chunk goes through the stage, where its own queries find it, to its store."""
         span, size = step.spans[0], self.spec.page_size
         first, full = span.start // size, span.stop // size - span.start // size
         frames = step.held[0][first : self.spec.pages_for(span.stop)]
@@ -200,7 +202,7 @@ class OffloadTier:
         tail = self._pool.open(layer, span.sequence, frame)
         if span.start % self.spec.page_size:
             try:
-                self.home.read(layer, [frame], tail[None])
+                self.store.read(layer, [frame], tail[None])
             except BaseException:
                 self._pool.drop(layer, [frame])  # it is not there
                 raise
@@ -208,7 +210,7 @@ class OffloadTier:
     def _send(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
         """Full pages [n, Hkv, 2, S, D] to their home, and what is known of them to where it stays."""
         if frames:
-            self.home.write(layer, frames, pages)
+            self.store.write(layer, frames, pages)
             self._descriptions.fill_from(layer, pages, frames)
             self._written += len(frames)
 
@@ -231,7 +233,7 @@ class OffloadTier:
     def _fetch(self, layer: int, admitted: Admitted) -> None:
         """All that was admitted, or as if nothing had been."""
         try:
-            self.home.fetch(layer, self._pool.pages[layer], admitted.loads, admitted.slots)
+            self.store.fetch(layer, self._pool.pages[layer], admitted.loads, admitted.slots)
         except BaseException:  # an interrupt, too, leaves slots without their pages
             self._pool.undo(layer, admitted)
             raise
@@ -256,8 +258,8 @@ class OffloadTier:
         return Frames(pages[:, :, 0], pages[:, :, 1], self._stage.table(step.table))
 
     def _bring(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
-        """Pages of all heads, from a tail or from home."""
-        self.home.read(layer, frames, pages)
+        """Pages of all heads, from a tail or from store."""
+        self.store.read(layer, frames, pages)
         for place, frame in enumerate(frames):
             if (tail := self._pool.tail(layer, frame)) is not None:
                 pages[place].copy_(tail)
@@ -274,9 +276,9 @@ class OffloadTier:
                 part[here] = mask[here]
                 yield Selection.from_mask(part)
 
-    def _too_small(self, pages: int) -> HomeError:
+    def _too_small(self, pages: int) -> OffloadError:
         page = self.spec.num_kv_heads * self.spec.read_bytes
-        return HomeError(
+        return OffloadError(
             f"kv_memory: {pages} pages of a layer must be read at once, which takes {pages * page} bytes; "
             f"there is room for {self.size.staged} pages = {self.size.staged * page} bytes",
             exhausted=True,
@@ -289,6 +291,6 @@ def _check_alone(step: Step) -> None:
         raise ValueError("a decode step over an offloaded cache takes one token of each sequence")
 
 
-def _close(beside: Ahead, home: Home) -> None:
+def _close(beside: Prefetcher, store: BackingStore) -> None:
     beside.close()
-    home.close()
+    store.close()

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 
-class Ahead(Protocol):
+class Prefetcher(Protocol):
     """Runs copies one after the other, while the caller computes."""
 
     def submit(self, layer: int, copy: Callable[[], None]) -> None:
@@ -26,7 +26,7 @@ class Thread:
     """For homes that are read by calls, which let go of the interpreter and mostly wait for a disk."""
 
     def __init__(self) -> None:
-        self._worker = ThreadPoolExecutor(1, "keysift-ahead")
+        self._worker = ThreadPoolExecutor(1, "keysift-prefetch")
         self._copies: dict[int, Future[None]] = {}
 
     def submit(self, layer: int, copy: Callable[[], None]) -> None:
@@ -69,6 +69,6 @@ class Stream:
         self._events.clear()
 
 
-def beside(device: torch.device) -> Ahead:
+def make_prefetcher(device: torch.device) -> Prefetcher:
     """What runs copies beside the computation on this device."""
     return Stream(device) if device.type == "cuda" else Thread()

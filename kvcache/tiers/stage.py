@@ -1,4 +1,4 @@
-"""Room for the pages of one layer at a time."""
+"""PaddedShape for the pages of one layer at a time."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Stage:
         return frames[self._where[frames.long()] < 0]
 
     def place(self, frames: Tensor) -> Tensor | None:
-        """Room [n, Hkv, 2, S, D] for frames [n] that are not here, in their order; None: there is not enough."""
+        """PaddedShape [n, Hkv, 2, S, D] for frames [n] that are not here, in their order; None: there is not enough."""
         start, stop = self._count, self._count + len(frames)
         if stop > self.size:
             return None

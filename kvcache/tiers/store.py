@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import HomeError
+from ..errors import OffloadError
 from ..ops.fetch import fetch
 from ..spec import CacheSpec
 
@@ -16,10 +16,10 @@ EXTENT = 64
 """Pages that a home grows by: of one layer they lie side by side, so that a prompt is written and read in long runs."""
 
 
-class Home(Protocol):
+class BackingStore(Protocol):
     """Keeps full pages by frame and layer: keys and values of all heads, [Hkv, 2, S, D].
 
-    Every method may raise `HomeError`.
+    Every method may raise `OffloadError`.
     """
 
     def claim(self, frames: Iterable[int]) -> None:
@@ -38,7 +38,7 @@ class Home(Protocol):
         """Give everything up."""
 
 
-class MemoryHome:
+class HostStore:
     """Host memory: pinned, where the pool is on a GPU.
 
     Allocated extent by extent, as pages are claimed: one large pinned allocation would hold the driver for minutes,
@@ -56,7 +56,9 @@ class MemoryHome:
             try:
                 self._extents.append(torch.empty(self._shape, dtype=self._dtype, pin_memory=self._pinned))
             except (RuntimeError, MemoryError) as error:
-                raise HomeError(f"kv_home: no memory for another {EXTENT} pages ({error})", exhausted=True) from error
+                raise OffloadError(
+                    f"kv_offload: no memory for another {EXTENT} pages ({error})", exhausted=True
+                ) from error
 
     def write(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
         for start, stop in runs(frames):

@@ -22,6 +22,8 @@ PREFIX = "KEYSIFT_"
 PLAIN = (int, float, str, Path)
 WITH_SPACES = ("stop_strings",)
 """Lists that a variable holds one value of; others are split at spaces."""
+FORMER = {"kv_offload": "kv_home", "kv_offload_memory": "kv_home_memory"}
+"""Names of fields before 0.1.0, which flags, variables and configuration files may still use until 0.2.0."""
 
 
 PROBLEM = "keysift.config"
@@ -79,7 +81,8 @@ def _flowing(command: Command) -> str:
 def _parameter(panel: str, model: type[BaseModel], name: str, as_text: bool) -> inspect.Parameter:
     field = model.model_fields[name]
     # `read_config` looks for lists itself: the command line's library splits every list at its spaces.
-    variable = None if _repeats(field) else PREFIX + name.upper()
+    names = (name, FORMER[name]) if name in FORMER else (name,)
+    variable = None if _repeats(field) else [PREFIX + each.upper() for each in names]
     common: dict[str, Any] = {"help": field.description or "", "envvar": variable, "show_envvar": False}
     kind, default_value = _type(field), _default(field)
     if as_text:
@@ -88,7 +91,12 @@ def _parameter(panel: str, model: type[BaseModel], name: str, as_text: bool) -> 
     if name == "model":
         default = typer.Argument(default_value, **{**common, "metavar": "MODEL"})
     else:
-        default = typer.Option(default_value, *_flags(name, field), rich_help_panel=panel.capitalize(), **common)
+        default = typer.Option(
+            default_value,
+            *(flag for each in names for flag in _flags(each, field)),
+            rich_help_panel=panel.capitalize(),
+            **common,
+        )
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
 

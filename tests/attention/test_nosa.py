@@ -113,11 +113,11 @@ def test_every_token_reads_what_the_description_says(options: dict[str, object])
             want = one_list(case, score[head], (position - WINDOW + 1) // PAGE, before[head], average)
             assert chosen == want.chosen
             assert estimated[head] == want.refused
-            assert selection.valve is not None
-            assert bool(selection.valve[0, head]) == want.valve
+            assert selection.bound_exceeded is not None
+            assert bool(selection.bound_exceeded[0, head]) == want.bound_exceeded
             changed += before[head] is not None and not chosen <= (before[head] or set())
             before[head], averages[head] = want.chosen, want.averages
-            opened_valves += want.valve
+            opened_valves += want.bound_exceeded
     assert changed > 5, "or nothing was tested"
     assert (opened_valves > 0) == (options["epsilon"] != 1.0)
 
@@ -130,17 +130,17 @@ def test_no_more_changes_than_is_allowed(index: str, most: int) -> None:
     reached = 0
     for selection, _, _ in decoded(strategy, cache_of(), drifting()):
         assert selection.overlap is not None
-        assert selection.valve is not None
+        assert selection.bound_exceeded is not None
         chosen = pages_of(selection)
         for head in range(KV_HEADS if before else 0):
             overlap = len(chosen[head] & before[head]) / len(chosen[head])
             assert float(selection.overlap[0, head]) == pytest.approx(overlap)
-            if not selection.valve[0, head]:
+            if not selection.bound_exceeded[0, head]:
                 assert overlap >= 1 - (most + 1) / len(chosen[head]) - 1e-9
                 reached += len(chosen[head] - before[head]) == most + 1
         if not before:
             assert bool(selection.overlap.isnan().all())
-            assert not bool(selection.valve.any())
+            assert not bool(selection.bound_exceeded.any())
         before = chosen
     assert reached > 0, "the bound is that tight"
 

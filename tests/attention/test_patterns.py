@@ -125,7 +125,7 @@ def test_a_probe_speaks_for_the_rows_up_to_its_own(step: Step, probed: list[bool
     chosen = [r for r in range(step.num_rows) if probed[r] or r == step.num_rows - 1]
     nothing = torch.zeros(len(chosen), 1, step.max_pages)
     each = probe.Probe(nothing, nothing, None, rows=torch.tensor(chosen), counts=torch.ones(len(chosen)).long())
-    spread = each.spread(torch.tensor(chosen), step.num_rows)
+    spread = each.to_rows(torch.tensor(chosen), step.num_rows)
     assert spread.tolist() == [min(other for other in chosen if other >= r) for r in range(step.num_rows)]
 
 

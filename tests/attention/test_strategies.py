@@ -166,7 +166,7 @@ def choose(strategy: Strategy, cache: PagedCache, step: Step) -> Selection:
         _, *before = qkv(span.start, seed=1)
         cache.append(0, *before, cache.prefill(Span(span.sequence, 0, span.start), ROW))
     cache.append(0, k, v, step)
-    context = cache.context(0, step, strategy.make_index())
+    context = cache.context(0, step, strategy.index_spec())
     return strategy.prefill(q, context) if step.phase is Phase.PREFILL else strategy.decode(q, context)
 
 

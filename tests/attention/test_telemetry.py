@@ -184,14 +184,14 @@ def test_choices_that_were_compared_with_the_last_token_s_count() -> None:
             ([[none, 0.4], [none, none]], [[True, False]] * 2),
         ]
     ):
-        telemetry.record(layer, Selection(pages, overlap=torch.tensor(overlaps), valve=torch.tensor(valves)))
+        telemetry.record(layer, Selection(pages, overlap=torch.tensor(overlaps), bound_exceeded=torch.tensor(valves)))
     telemetry.record(2, Selection(pages))
     first, second = telemetry.locality()
-    assert (first.choices, first.valve, second.choices, second.valve) == (3, 1.0, 1, 1.0)
+    assert (first.choices, first.bound_exceeded, second.choices, second.bound_exceeded) == (3, 1.0, 1, 1.0)
     assert first.mean_overlap == pytest.approx(0.6)
-    assert first.valve_share == pytest.approx(1 / 3)
+    assert first.bound_exceeded_share == pytest.approx(1 / 3)
     assert (first + second).mean_overlap == pytest.approx(1.9 / 4)
-    assert (Locality().mean_overlap, Locality().valve_share) == (None, 0.0)
+    assert (Locality().mean_overlap, Locality().bound_exceeded_share) == (None, 0.0)
 
 
 def test_without_such_choices_nothing_is_told_of_them() -> None:

@@ -41,7 +41,7 @@ def choose(strategy: Strategy, cache: PagedCache, q: Tensor) -> tuple[Selection,
     step = cache.decode([Span(0, LENGTH - 1, 1)])
     k, v = data(LENGTH)
     cache.append(0, k[-1:], v[-1:], step)
-    return strategy.decode(q, cache.context(0, step, strategy.make_index())), step
+    return strategy.decode(q, cache.context(0, step, strategy.index_spec())), step
 
 
 def shares(q: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from keysift.engine import Engine, FinishReason, Output
-from keysift.kvcache import DeviceTier, Frames, HomeError, Selection, Step
+from keysift.kvcache import DeviceTier, Frames, OffloadError, Selection, Step
 from tests.engine.driver import finish_of, said
 
 Act = Literal["write", "resident"]
@@ -20,11 +20,11 @@ ADDRESS_SPACE = 2**50
 
 
 def exhausted() -> None:
-    raise HomeError("kv_home: 4096 bytes needed, 0 are left", exhausted=True)
+    raise OffloadError("kv_offload: 4096 bytes needed, 0 are left", exhausted=True)
 
 
 def broken() -> None:
-    raise HomeError("kv_home: page 7 could not be read")
+    raise OffloadError("kv_offload: page 7 could not be read")
 
 
 def python_memory() -> None:

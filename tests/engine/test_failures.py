@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from keysift.engine import Engine, Finish, FinishReason, Output, Request, SamplingParams
-from keysift.kvcache import HomeError, OutOfFrames, Phase, Step
+from keysift.kvcache import OffloadError, OutOfFrames, Phase, Step
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 from tests.engine.faults import KINDS, Act, Fault, check_said, holds, install
 
@@ -197,12 +197,12 @@ def test_the_last_one_waiting_can_fail(make: Make, monkeypatch: pytest.MonkeyPat
     engine = make()
 
     def reserve(sequence: int, count: int) -> None:
-        raise HomeError("kv_home: full", exhausted=True)
+        raise OffloadError("kv_offload: full", exhausted=True)
 
     monkeypatch.setattr(engine.cache, "reserve", reserve)
     outputs = outcome(engine, requests())
     assert [type(output) for output in outputs] == [Finish] * 3
-    assert {output.error for output in outputs if isinstance(output, Finish)} == {"kv_home: full"}
+    assert {output.error for output in outputs if isinstance(output, Finish)} == {"kv_offload: full"}
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -115,24 +115,24 @@ def test_how_little_changes_is_told(make: Make) -> None:
     still = sparsity(make, "m_max=0", "epsilon=1")
     assert still.kv_overlap is not None
     assert 1 - 1 / 8 / 12 < still.kv_overlap < 1
-    assert still.valve == 0
+    assert still.bound_exceeded == 0
     moving = sparsity(make, "m_max=2", "epsilon=1")
     assert moving.kv_overlap is not None
     assert 1 - 3 / 7 < moving.kv_overlap < still.kv_overlap
-    assert moving.valve == 0
+    assert moving.bound_exceeded == 0
 
 
 def test_how_often_the_valve_opens_is_told(make: Make) -> None:
-    assert 0.1 < sparsity(make, "m_max=0", "epsilon=0.05").valve < 1
+    assert 0.1 < sparsity(make, "m_max=0", "epsilon=0.05").bound_exceeded < 1
     everything = sparsity(make, "budget=100000", "m_max=0")
-    assert (everything.kv_overlap is not None, everything.valve) == (True, 0)
+    assert (everything.kv_overlap is not None, everything.bound_exceeded) == (True, 0)
 
 
 def test_who_compares_nothing_tells_nothing(make: Make) -> None:
     engine = make()
     engine.add(Request("a", tokens(100), greedy(9), strategy="retrieval", strategy_args=("dense_below=0",)))
     found = finish_of(drain(engine), "a").sparsity
-    assert (found.kv_overlap, found.valve) == (None, 0)
+    assert (found.kv_overlap, found.bound_exceeded) == (None, 0)
 
 
 def test_read_estimated_and_dropped_are_told_apart(make: Make) -> None:

@@ -17,7 +17,7 @@ import torch
 from keysift.engine import Engine, EngineConfig, InvalidRequest, Request, ResourceExhausted
 from keysift.engine.memory.layout import lay_out, make_tier
 from keysift.kvcache import CacheSpec, OffloadTier
-from keysift.kvcache.tiers.file_store import FileHome
+from keysift.kvcache.tiers.file_store import FileStore
 from keysift.kvcache.tiers.store import EXTENT
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 
@@ -33,7 +33,7 @@ def home(make: Make, folder: Path | str, share: float = 1.0, **fields: object) -
     spec = make().cache.spec
     pool = int(share * spec.kv_bytes * spec.pages_for(LENGTH + NEW))
     sizes = {"kv_memory": pool, "max_num_seqs": 2, "prefill_chunk": 64}
-    return make(**{"kv_home": str(folder), "strategy": PAIR, "strategy_args": ARGS} | sizes | fields)
+    return make(**{"kv_offload": str(folder), "strategy": PAIR, "strategy_args": ARGS} | sizes | fields)
 
 
 def answer(engine: Engine, *requests: Request) -> list[list[int]]:
@@ -60,10 +60,10 @@ def test_many_share_one_pool(cramped: bool, make: Make, tmp_path: Path) -> None:
     """Alone, together, behind a common prefix and after preemptions."""
     prefix = tokens(128, 1)
     requests = [Request(str(i), (*prefix, *tokens(80 + 30 * i, i)), greedy(NEW)) for i in range(4)]
-    fields = {"kv_home_memory": 2**22}
+    fields = {"kv_offload_memory": 2**22}
     if cramped:
         spec = make().cache.spec
-        fields = {"kv_home_memory": spec.kv_bytes * 30, "prefix_cache": False}
+        fields = {"kv_offload_memory": spec.kv_bytes * 30, "prefix_cache": False}
     alone = [answer(home(make, tmp_path, 0.8), request)[0] for request in requests]
     engine = home(make, tmp_path, 0.8, **fields)
     assert answer(engine, *requests) == alone
@@ -86,18 +86,21 @@ def test_the_answer_says_what_moved(make: Make, tmp_path: Path) -> None:
     assert told.kv_overlap is not None
     assert told.kv_overlap >= 1 - (2 + 1) / (1 + read / (NEW - 1) / heads)
     assert told.kv_misses <= (NEW - 2) * (2 + 1) * heads + (1 + 3 + 6) * heads  # m_max, and the first token's own
-    assert told.valve == 0
+    assert told.bound_exceeded == 0
 
 
 def test_pages_beyond_the_memory_are_refused_with_a_hint(make: Make, tmp_path: Path) -> None:
     request = Request("one", tokens(LENGTH), greedy(NEW))
     spec = make().cache.spec
     engine = make(kv_memory=spec.page_bytes * 10, prefill_chunk=64)
-    with pytest.raises(ResourceExhausted, match=r"kv_memory: 440 tokens .* the cache has 10 pages = .* with kv_home"):
-        engine.add(request)
-    engine = home(make, tmp_path, kv_home_memory=spec.kv_bytes * 10)
     with pytest.raises(
-        ResourceExhausted, match=rf"kv_home_memory: 440 .* need 28 pages = {28 * spec.kv_bytes} bytes, .* has 10 pages"
+        ResourceExhausted, match=r"kv_memory: 440 tokens .* the cache has 10 pages = .* with kv_offload"
+    ):
+        engine.add(request)
+    engine = home(make, tmp_path, kv_offload_memory=spec.kv_bytes * 10)
+    with pytest.raises(
+        ResourceExhausted,
+        match=rf"kv_offload_memory: 440 .* need 28 pages = {28 * spec.kv_bytes} bytes, .* has 10 pages",
     ):
         engine.add(request)
 
@@ -116,18 +119,18 @@ def test_who_looks_at_all_keys_needs_a_layer_of_them(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kv_home": "/nowhere"}, "kv_home: an existing folder, or 'pinned' .* got '/nowhere'"),
-        ({"kv_home_memory": 2**20}, "kv_home_memory: takes kv_home as well, got 1048576 alone"),
-        ({"kv_prefetch": 4}, "kv_prefetch: takes kv_home as well, got 4 alone"),
+        ({"kv_offload": "/nowhere"}, "kv_offload: an existing folder, or 'pinned' .* got '/nowhere'"),
+        ({"kv_offload_memory": 2**20}, "kv_offload_memory: takes kv_offload as well, got 1048576 alone"),
+        ({"kv_prefetch": 4}, "kv_prefetch: takes kv_offload as well, got 4 alone"),
         (
-            {"kv_home": "pinned", "kv_home_memory": 2**60},
-            r"kv_home_memory: at most the \d+ bytes .* free in host memory",
+            {"kv_offload": "pinned", "kv_offload_memory": 2**60},
+            r"kv_offload_memory: at most the \d+ bytes .* free in host memory",
         ),
-        ({"kv_home": "pinned", "kv_home_memory": 10}, "kv_home_memory: at least one page = .* bytes, got 10"),
-        ({"kv_home": "pinned", "kv_memory": 2**12}, r"kv_memory: at least \d+ bytes: .* got 4096"),
+        ({"kv_offload": "pinned", "kv_offload_memory": 10}, "kv_offload_memory: at least one page = .* bytes, got 10"),
+        ({"kv_offload": "pinned", "kv_memory": 2**12}, r"kv_memory: at least \d+ bytes: .* got 4096"),
         (
-            {"kv_home": ".", "kv_home_memory": 2**60},
-            r"kv_home_memory: at most the \d+ bytes .* got 1152921504606846976",
+            {"kv_offload": ".", "kv_offload_memory": 2**60},
+            r"kv_offload_memory: at most the \d+ bytes .* got 1152921504606846976",
         ),
     ],
 )
@@ -137,9 +140,9 @@ def test_sizes_are_checked_before_anything_runs(fields: dict[str, object], messa
 
 
 def wide(make: Make, folder: Path) -> Engine:
-    """Room for four requests of 27 pages each, in two extents of the file."""
+    """PaddedShape for four requests of 27 pages each, in two extents of the file."""
     spec = make().cache.spec
-    return home(make, folder, 3.0, max_num_seqs=4, kv_home_memory=128 * spec.kv_bytes, prefix_cache=False)
+    return home(make, folder, 3.0, max_num_seqs=4, kv_offload_memory=128 * spec.kv_bytes, prefix_cache=False)
 
 
 def test_a_full_disk_ends_the_request_that_meets_it(make: Make, tmp_path: Path) -> None:
@@ -161,7 +164,7 @@ def test_a_full_disk_ends_the_request_that_meets_it(make: Make, tmp_path: Path) 
     for end in ends[2:]:
         assert end.exhausted
         assert re.match(
-            rf"kv_home: the file in {tmp_path} could not be extended by \d+ bytes: .* free there", end.error
+            rf"kv_offload: the file in {tmp_path} could not be extended by \d+ bytes: .* free there", end.error
         )
     assert [said(outputs, str(i)) for i in range(2)] == wanted[:2]
     assert answer(engine, *requests) == wanted
@@ -185,16 +188,16 @@ def test_a_file_that_is_cut_is_an_error_of_whoever_reads_it(make: Make, tmp_path
         outputs = engine.step()
     tier = engine.cache.tier
     assert isinstance(tier, OffloadTier)
-    assert isinstance(tier.home, FileHome)
+    assert isinstance(tier.home, FileStore)
     os.ftruncate(tier.home.fileno(), 0)
     outputs = drain(engine)
     end = finish_of(outputs, "one")
     assert (end.reason.name, end.exhausted) == ("ERROR", False)
-    assert re.match(rf"kv_home: the file in {tmp_path} could not be read: Input/output error", end.error)
+    assert re.match(rf"kv_offload: the file in {tmp_path} could not be read: Input/output error", end.error)
     assert engine.cache.free_pages == engine.cache.allocator.total
 
 
-BASE = {"kv_home": "pinned", "max_num_seqs": 2, "prefill_chunk": 64}
+BASE = {"kv_offload": "pinned", "max_num_seqs": 2, "prefill_chunk": 64}
 SPEC = CacheSpec(num_layers=30, num_kv_heads=3, head_dim=64, dtype=torch.bfloat16)
 PIECE = SPEC.num_kv_heads * SPEC.read_bytes
 
@@ -227,9 +230,9 @@ def test_a_pool_is_within_what_it_was_given(sequences: int, longest: int, kv_mem
 
 
 def test_a_home_takes_whole_extents_within_its_bytes() -> None:
-    config = EngineConfig(**BASE | {"kv_home_memory": 200 * SPEC.kv_bytes})
+    config = EngineConfig(**BASE | {"kv_offload_memory": 200 * SPEC.kv_bytes})
     assert lay_out(config, SPEC, 10_000, 2**40, 0.4).frames == 3 * EXTENT
-    few = config.model_copy(update={"kv_home_memory": 20 * SPEC.kv_bytes})
+    few = config.model_copy(update={"kv_offload_memory": 20 * SPEC.kv_bytes})
     assert lay_out(few, SPEC, 10_000, 2**40, 0.4).frames == 20
 
 
@@ -240,8 +243,10 @@ def test_a_pinned_home_is_measured_by_host_memory() -> None:
     assert beside.home_bytes > 2**30 > beside.pool_bytes + beside.described_bytes
     little = lay_out(config, SPEC, 131_072, 2**30, 0.4, host=2**28)
     assert little.home_bytes <= 0.4 * 2**28
-    both = config.model_copy(update={"kv_memory": 2**29, "kv_home_memory": 2**29})
-    with pytest.raises(InvalidRequest, match=r"kv_home_memory: \d+ pages need \d+ .* codes and \d+ for themselves, .*"):
+    both = config.model_copy(update={"kv_memory": 2**29, "kv_offload_memory": 2**29})
+    with pytest.raises(
+        InvalidRequest, match=r"kv_offload_memory: \d+ pages need \d+ .* codes and \d+ for themselves, .*"
+    ):
         lay_out(both, SPEC, 131_072, 2**30, 0.4)
     assert lay_out(both, SPEC, 131_072, 2**30, 0.4, host=2**30).home_bytes <= 2**29
 
@@ -250,21 +255,22 @@ def test_a_pinned_home_is_measured_by_host_memory() -> None:
 def test_by_default_all_of_it_fits(page_size: int) -> None:
     """Small pages take as much to describe as to keep."""
     spec = replace(SPEC, page_size=page_size)
-    layout = lay_out(EngineConfig(kv_home="pinned"), spec, 131_072, 2**30, 0.4)
+    layout = lay_out(EngineConfig(kv_offload="pinned"), spec, 131_072, 2**30, 0.4)
     assert 0.7 * 2**30 < layout.home_bytes + layout.described_bytes + layout.pool_bytes <= 0.8 * 2**30
 
 
 def test_a_gpu_reads_no_files(tmp_path: Path) -> None:
-    config = EngineConfig(**BASE | {"kv_home": str(tmp_path)})
+    config = EngineConfig(**BASE | {"kv_offload": str(tmp_path)})
     layout = lay_out(config, SPEC, 1000, 2**32, 0.4)
-    with pytest.raises(InvalidRequest, match="kv_home: 'pinned' on cuda, which reads no files, got '/"):
+    with pytest.raises(InvalidRequest, match="kv_offload: 'pinned' on cuda, which reads no files, got '/"):
         make_tier(config, SPEC, layout, torch.device("cuda"))
 
 
 SCRIPT = """
 import sys
 from keysift.engine import Engine, EngineConfig, Request, SamplingParams
-engine = Engine(EngineConfig(model=sys.argv[1], kv_home=sys.argv[2], kv_memory=2**20, prefill_chunk=64, max_num_seqs=2))
+sizes = dict(kv_memory=2**20, prefill_chunk=64, max_num_seqs=2)
+engine = Engine(EngineConfig(model=sys.argv[1], kv_offload=sys.argv[2], **sizes))
 engine.add(Request("one", tuple(range(3, 203)), SamplingParams(max_new_tokens=100, ignore_eos=True)))
 for _ in range(20):
     engine.step()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keysift.engine import Engine, Request
 from keysift.kvcache.tiers.offload import OffloadTier
-from keysift.kvcache.tiers.store import Home
+from keysift.kvcache.tiers.store import BackingStore
 from tests.engine.driver import Make, drain, greedy, tokens
 from tests.engine.faults import KINDS, check_said
 
@@ -21,7 +21,7 @@ ARGS = ("retrieval.dense_below=0", "retrieval.sink=16", "retrieval.window=32", "
 class FaultyHome:
     """A home whose reads, writes and claims fail by chance, half done."""
 
-    def __init__(self, home: Home, share: float, seed: int) -> None:
+    def __init__(self, home: BackingStore, share: float, seed: int) -> None:
         self._home, self._share = home, share
         self._chance = random.Random(seed)
         self.failed = self.fetched = 0
@@ -60,11 +60,11 @@ def home(make: Make, folder: Path, strategy: str) -> Engine:
     spec = make().cache.spec
     sizes = {
         "kv_memory": spec.kv_bytes * 46,
-        "kv_home_memory": spec.kv_bytes * 60,
+        "kv_offload_memory": spec.kv_bytes * 60,
         "max_num_seqs": 4,
         "max_model_len": 256,
     }
-    return make(kv_home=str(folder), strategy=strategy, strategy_args=ARGS, prefill_chunk=64, **sizes)
+    return make(kv_offload=str(folder), strategy=strategy, strategy_args=ARGS, prefill_chunk=64, **sizes)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -16,7 +16,7 @@ from keysift.engine import Engine, EngineConfig, InvalidRequest, Request
 from keysift.engine.errors import Unsupported
 from keysift.engine.memory import budget
 from keysift.engine.model import load, placement
-from keysift.kvcache import CacheSpec, SpreadTier, Step
+from keysift.kvcache import CacheSpec, MultiDeviceTier, Step
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 from tests.engine.execution.test_graphs import arguments
 from tests.models import llama
@@ -106,7 +106,7 @@ def test_layers_on_two_devices_say_what_they_say_on_one(
     request.getfixturevalue("two_devices")
     engine = make(**config(four_layers, strategy, device="cpu:0"))
     assert engine.model.devices == (FIRST, FIRST, SECOND, SECOND)
-    assert isinstance(engine.cache.tier, SpreadTier)
+    assert isinstance(engine.cache.tier, MultiDeviceTier)
     got = answer(engine)
     assert [said for said, _ in got] == [said for said, _ in expected]
     for (_, mine), (_, theirs) in zip(got, expected, strict=True):
@@ -144,7 +144,7 @@ def test_a_tensor_that_strays_is_found_out(
 
 def test_pages_are_where_their_layers_are(two_devices: None) -> None:
     spec = CacheSpec(num_layers=3, num_kv_heads=2, head_dim=8)
-    tier = SpreadTier(spec, 5, [FIRST, SECOND, SECOND])
+    tier = MultiDeviceTier(spec, 5, [FIRST, SECOND, SECOND])
     for layer, device in enumerate((FIRST, SECOND, SECOND)):
         assert device_of(tier.summaries(layer)) == device
         assert {device_of(part) for part in tier.codes(layer)} == {device}
@@ -168,7 +168,7 @@ def test_pages_are_as_many_as_the_fullest_device_has_room_for(
     [
         ({}, "device_map: none on cpu"),
         ({"device": "cpu"}, "device_map: none on cpu"),
-        ({"kv_home": "/tmp"}, "kv_home: none with device_map auto"),
+        ({"kv_offload": "/tmp"}, "kv_offload: none with device_map auto"),
         ({"cuda_graphs": True}, "cuda_graphs: false with device_map auto"),
         ({"tensor_parallel_size": 2}, "tensor_parallel_size: 1 with device_map auto"),
         ({"device_map": "balanced"}, "device_map: .*'none' or 'auto'"),

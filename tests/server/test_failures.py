@@ -130,7 +130,7 @@ def test_the_command_says_what_failed(run: Run, faulty: Running, form: list[str]
     for length, told in ((77, "4096 bytes needed"), (78, "page 7")):
         status, _, err = run("generate", "--address", faulty.address, "--prompt", "x" * length, *form)
         assert status == 1
-        assert f"keysift: kv_home: {told}" in err
+        assert f"keysift: kv_offload: {told}" in err
 
 
 def test_an_offline_run_yields_every_completion(engine_config: EngineConfig) -> None:

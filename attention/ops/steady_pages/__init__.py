@@ -28,7 +28,7 @@ class SteadyPages(NamedTuple):
     """[R, H, F] fp32, the moving average of each page's share, this token's included; 0 behind the row's own page."""
     overlap: Tensor
     """[R, H] fp32, share of the chosen pages that the token before had chosen; NaN where nothing is known of it."""
-    valve: Tensor
+    bound_exceeded: Tensor
     """[R, H] bool, lists that took more pages than the bound allows."""
 
 
@@ -116,7 +116,7 @@ def steady_pages(
     choice = _ask(group.masked_fill(zone | ~seen, 0.0), asked)
     allowed = torch.where(past, count if most < 0 else most, count)
     limits = _Limits(budget, allowed, factor, torch.where(past, int(epsilon * ONE), ONE))
-    between, valve = _exchange(choice, resident, now, torch.maximum(now, group), limits)
+    between, bound_exceeded = _exchange(choice, resident, now, torch.maximum(now, group), limits)
     mask = zone | between
     refused = _scatter(choice.pages, choice.asked) & ~mask
     both = (mask & read & past).sum(-1) / mask.sum(-1)
@@ -127,7 +127,7 @@ def steady_pages(
         read=mask,
         averages=now,
         overlap=torch.where(known[:, None], both, torch.nan),
-        valve=valve,
+        bound_exceeded=bound_exceeded,
     )
 
 
@@ -141,7 +141,7 @@ def _ask(shares: Tensor, asked: Tensor) -> _Choice:
 def _exchange(
     choice: _Choice, resident: Tensor, averages: Tensor, bars: Tensor, limits: _Limits
 ) -> tuple[Tensor, Tensor]:
-    """The residents [R, H, F] of this token, between the zones, and which lists [R, H] the valve has opened.
+    """The residents [R, H, F] of this token, between the zones, and which lists [R, H] the bound_exceeded has opened.
 
     Candidates are numbered by `place`, victims in the order in which they leave. With so many places to spare,
     candidate n takes that of victim n - spare; too many residents are fewer than none to spare.

@@ -90,7 +90,7 @@ def average_kernel(
 @triton.jit(do_not_specialize=["F", "N", "C", "P", "Q", "sinks", "budget", "queried", "most", "refusable"])
 def steady_kernel(
     masses, firsts, lasts, known, read, averages, tops, sums, found,
-    pages, refused, kept, now_read, now_averages, overlap, valve,
+    pages, refused, kept, now_read, now_averages, overlap, bound_exceeded,
     F, N, C, P, Q, sinks, budget, queried, most, factor, keep, rest, refusable,
     H: tl.constexpr, G: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -155,7 +155,7 @@ def steady_kernel(
     store_list(pages + i_l * P, m_chosen, o_f, P)
     store_list(refused + i_l * Q, m_candidate & ~m_chosen, o_f, Q)
     tl.store(now_read + i_l * F + o_f, m_chosen.to(tl.int8), mask=o_f < F)
-    tl.store(valve + i_l, opened.to(tl.int8))
+    tl.store(bound_exceeded + i_l, opened.to(tl.int8))
     both = tl.sum((m_chosen & m_read).to(tl.int32), 0).to(tl.float32)
     tl.store(overlap + i_l, tl.where(past, both / tl.sum(m_chosen.to(tl.int32), 0), float("nan")))
     for i_g in range(G):

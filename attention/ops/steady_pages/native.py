@@ -56,7 +56,7 @@ def _room(rows: int, num_heads: int, heads: int, pages: int, width: int, queried
         read=torch.empty((*lists, pages), dtype=torch.bool),
         averages=torch.empty((*lists, pages)),
         overlap=torch.empty(lists),
-        valve=torch.empty(lists, dtype=torch.bool),
+        bound_exceeded=torch.empty(lists, dtype=torch.bool),
     )
 
 

@@ -111,5 +111,5 @@ def _empty(masses: Tensor, heads: int, widths: tuple[int, int]) -> SteadyPages:
         read=made(rows, heads, count, dtype=torch.bool),
         averages=made(rows, heads, count),
         overlap=made(rows, heads),
-        valve=made(rows, heads, dtype=torch.bool),
+        bound_exceeded=made(rows, heads, dtype=torch.bool),
     )

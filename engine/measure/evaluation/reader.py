@@ -109,7 +109,7 @@ class Reader:
         sizes = [min(len(prompt) + room, self.engine.model.max_model_len) for prompt in prompts]
         if not self.fits(sizes):
             raise ResourceExhausted(f"kv_memory: {sum(sizes)} tokens in {len(sizes)} sequences do not fit at once")
-        indexes = {index for each in (strategy, *also) if (index := each.make_index()) is not None}
+        indexes = {index for each in (strategy, *also) if (index := each.index_spec()) is not None}
         for index in indexes:
             self._cache.index(index)
         readings: list[Reading] = []
@@ -121,7 +121,7 @@ class Reader:
         finally:
             for reading in readings:
                 self._cache.release(reading.handle)
-            for index in indexes - {self.engine.default.make_index()}:
+            for index in indexes - {self.engine.default.index_spec()}:
                 self._cache.retire(index)
 
     def _open(self, prompt: SequenceOf[int], strategy: Strategy, size: int) -> Reading:

@@ -92,8 +92,8 @@ class Watched(Strategy):
         self.ledger.note(context.layer, shares)
         return selection
 
-    def make_index(self) -> IndexSpec | None:
-        return self.inner.make_index()
+    def index_spec(self) -> IndexSpec | None:
+        return self.inner.index_spec()
 
     def part(self, phase: Phase) -> Strategy:
         return self

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ...model.cpu.heap import give_back
+from ...model.cpu.heap import release_heap
 
 PROCESS = Path("/proc/self")
 
@@ -36,7 +36,7 @@ class PeakMemory:
 
 def _reset() -> bool:
     """Whether Linux has forgotten the process' peak: 5 is its word for that."""
-    give_back()  # what was freed before is no part of what comes
+    release_heap()  # what was freed before is no part of what comes
     with suppress(OSError):
         (PROCESS / "clear_refs").write_text("5")
         return (PROCESS / "status").exists()

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..percentiles import spread
+from ..percentiles import percentiles
 from .drive import Run
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
@@ -23,7 +23,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         **{
             key: value
             for name in METRICS
-            for key, value in spread(name, [x for run in runs for x in _values(run, name)]).items()
+            for key, value in percentiles(name, [x for run in runs for x in _values(run, name)]).items()
         },
         **_throughput(runs),
         "ttfts": [seconds for run in runs for seconds in run.ttfts],

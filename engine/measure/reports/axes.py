@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 NAME_CHARS, NAME_LINES = 21, 3
-"""Room for a strategy's name beside a chart."""
+"""PaddedShape for a strategy's name beside a chart."""
 
 
 def marks_between(low: float, high: float) -> list[float]:

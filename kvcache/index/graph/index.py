@@ -73,7 +73,7 @@ class GraphIndex:
     the work of building.
     """
 
-    tells_shares: ClassVar[bool] = False
+    estimates_mass: ClassVar[bool] = False
 
     def __init__(self, options: Graph) -> None:
         self.options = options
@@ -93,7 +93,7 @@ class GraphIndex:
         for row, span in enumerate(step.spans):
             self._of(context, row).kept.add(q[first : first + span.length], span.start)
             first += span.length
-        if step.phase is Phase.PREFILL and not step.rows_behind and not self._waits(context):
+        if step.phase is Phase.PREFILL and not step.rows_left and not self._waits(context):
             self._prepare(context, 0)
 
     def forget(self, frames: Sequence[int]) -> None:

@@ -77,7 +77,7 @@ class _View:
 class IvfIndex:
     """The lists of all segments of a cache's sequences, built when a segment is full or when they are first needed."""
 
-    tells_shares: ClassVar[bool] = False
+    estimates_mass: ClassVar[bool] = False
 
     def __init__(self, options: Ivf, spec: CacheSpec) -> None:
         self._options = options

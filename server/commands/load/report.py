@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from keysift.engine.errors import InvalidRequest
-from keysift.engine.measure.percentiles import spread
+from keysift.engine.measure.percentiles import percentiles
 from keysift.engine.request import Finish, FinishReason, Output, PromptInfo, TokenOutput
 
 TARGETS = ("ttft", "tpot", "e2el")
@@ -143,7 +143,7 @@ def _statistics(done: Sequence[Record]) -> dict[str, float | None]:
         "itl": [gap for record in done for gap in record.itl],
         "e2el": [record.e2el for record in done],
     }
-    return {name: value for metric, seconds in values.items() for name, value in spread(metric, seconds).items()}
+    return {name: value for metric, seconds in values.items() for name, value in percentiles(metric, seconds).items()}
 
 
 def _sparsity(done: Sequence[Record]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ CASES = {
     "any-number-comes-in": Case((99, 64), 100, most=-1, epsilon=1.0),
     "no-comparison": Case((99, 64), 100, most=-1, factor=0.0, epsilon=1.0),
     "nothing-is-refused": Case((99, 64), 100, most=0, epsilon=0.0),
-    "valve": Case((99, 64), 100, most=1, epsilon=0.02),
+    "bound_exceeded": Case((99, 64), 100, most=1, epsilon=0.02),
     "reluctant": Case((99, 64), 100, factor=3.0, most=-1, epsilon=0.5),
     "no-budget": Case((99, 50), 100, budget=0),
     "nothing-asked-for": Case((99, 50), 100, queried=0),
@@ -108,7 +108,7 @@ class List:
     refused: set[int]
     averages: list[float]
     overlap: float
-    valve: bool
+    bound_exceeded: bool
     kept: Tensor
 
 

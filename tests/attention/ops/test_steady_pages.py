@@ -40,8 +40,8 @@ def run(backend: Backend, case: Case, inputs: Inputs) -> SteadyPages:
     assert got.pages.dtype == got.refused.dtype == torch.int32
     assert got.pages.shape == (*lists, min(case.pages, case.sinks + case.window + case.budget))
     assert got.refused.shape == (*lists, min(case.pages, case.queried, case.budget))
-    assert got.read.dtype == got.valve.dtype == torch.bool
-    assert got.overlap.shape == got.valve.shape == lists
+    assert got.read.dtype == got.bound_exceeded.dtype == torch.bool
+    assert got.overlap.shape == got.bound_exceeded.shape == lists
     return got
 
 
@@ -54,7 +54,7 @@ def test_the_contract(case: Case, backend: Backend, seed: int) -> None:
     expected = list(written_out(case, inputs))
     assert as_lists(got.pages) == [sorted(each.chosen) for each in expected]
     assert as_lists(got.refused) == [sorted(each.refused) for each in expected]
-    assert got.valve.flatten().tolist() == [each.valve for each in expected]
+    assert got.bound_exceeded.flatten().tolist() == [each.bound_exceeded for each in expected]
     overlap = torch.tensor([each.overlap for each in expected], dtype=torch.float64)
     torch.testing.assert_close(got.overlap.flatten().double(), overlap, equal_nan=True)
     kept = torch.stack([each.kept for each in expected]).view(got.kept.shape)
@@ -67,12 +67,12 @@ def test_the_contract(case: Case, backend: Backend, seed: int) -> None:
 
 
 def test_the_cases_are_what_they_are_called() -> None:
-    """Else they would test nothing: some are refused, the valve opens, the comparison ends it."""
+    """Else they would test nothing: some are refused, the bound_exceeded opens, the comparison ends it."""
     got = {name: run("reference", case, make_inputs(case)) for name, case in CASES.items()}
     for name in ("nothing-comes-in", "reluctant", "long"):
         assert bool((got[name].refused >= 0).any()), name
-    for name in ("valve", "nothing-is-refused"):
-        assert bool(got[name].valve.any()), name
+    for name in ("bound_exceeded", "nothing-is-refused"):
+        assert bool(got[name].bound_exceeded.any()), name
     assert not bool((got["no-comparison"].refused >= 0).any())
 
 
@@ -86,7 +86,7 @@ def test_every_instruction_set(case: Case) -> None:
     for isa in isas():
         with use_isa(isa):
             got = run("native", case, inputs)
-        for name in ("pages", "refused", "read", "valve"):
+        for name in ("pages", "refused", "read", "bound_exceeded"):
             assert torch.equal(getattr(got, name), getattr(reference, name)), name
         for name in ("kept", "averages", "overlap"):
             ours, theirs = getattr(got, name), getattr(reference, name)
@@ -141,10 +141,10 @@ def check_laws(backend: Backend, case: Case, inputs: Inputs) -> None:
         assert all(page < first for page in rest), "only full pages stand in by their means"
         if not known[row]:
             assert not rest
-            assert not got.valve[row, index]
+            assert not got.bound_exceeded[row, index]
             continue
         new = len(set(pages) - set(read[row, index].nonzero().flatten().tolist()))
-        if case.most >= 0 and not got.valve[row, index]:
+        if case.most >= 0 and not got.bound_exceeded[row, index]:
             assert new <= case.most + 1, "those that came in, and the row's own page"
             assert float(got.overlap[row, index]) >= 1 - (case.most + 1) / len(pages) - 1e-6
         shares = inputs[0][row, index * case.group : (index + 1) * case.group, : last + 1].softmax(-1).mean(0)
@@ -205,7 +205,7 @@ def test_neither_company_nor_spare_pages_nor_threads_change_a_bit(
 
 
 @BACKENDS
-@pytest.mark.parametrize("name", ["ragged", "valve", "equal-pages"])
+@pytest.mark.parametrize("name", ["ragged", "bound_exceeded", "equal-pages"])
 def test_nothing_is_known_of_pages_behind_the_rows_own(backend: Backend, name: str) -> None:
     """Whatever memory holds there."""
     case = CASES[name]
@@ -231,7 +231,7 @@ def test_as_many_pages_as_a_program_holds_and_one_more(pages: int) -> None:
     case = Case((pages - 1, 4000), pages, lists=1, group=2, budget=64, queried=32, most=4, epsilon=0.02)
     inputs = make_inputs(case)
     got, expected = run("triton", case, inputs), run("reference", case, inputs)
-    for name in ("pages", "refused", "read", "valve"):
+    for name in ("pages", "refused", "read", "bound_exceeded"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
     larger = replace(case, pages=8193, budget=1100)
     with pytest.raises(BackendUnavailable, match="steady_pages"):
@@ -243,7 +243,7 @@ PIECES = {
     "three": LONG,
     "group-of-8": replace(LONG, group=8, lists=1),
     "equal-pages": replace(LONG, steps=1.0, factor=1.0),
-    "valve": replace(LONG, most=1, epsilon=0.02),
+    "bound_exceeded": replace(LONG, most=1, epsilon=0.02),
     "any-number-comes-in": replace(LONG, most=-1, factor=0.0, epsilon=1.0),
     "no-budget": replace(LONG, budget=0),
     "nothing-asked-for": replace(LONG, queried=0),

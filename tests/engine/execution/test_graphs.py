@@ -18,7 +18,7 @@ from transformers import MistralConfig, PreTrainedConfig, Qwen3Config, masking_u
 from keysift.attention import Strategy
 from keysift.engine import Engine, InvalidRequest, Output, Request, TokenOutput
 from keysift.engine.execution import graphs
-from keysift.engine.execution.forward import Pass
+from keysift.engine.execution.forward import ForwardInput
 from keysift.engine.model import load
 from keysift.kvcache import Context, DeviceTier, Phase, Selection, Span
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
@@ -257,7 +257,7 @@ def test_several_tokens_of_one_sequence_run_op_by_op(make: Make) -> None:
     recorder = recorded(engine)
     cache = engine.cache
     cache.reserve(sequence := cache.open(), 60)
-    work = Pass(Phase.DECODE, engine.default, tuple(Span(sequence, i, 1) for i in range(3)), [1, 2, 3], 0)
+    work = ForwardInput(Phase.DECODE, engine.default, tuple(Span(sequence, i, 1) for i in range(3)), [1, 2, 3], 0)
     for _ in range(graphs.USES + 1):
         engine.runner.compute(work, torch.arange(3))
     cache.release(sequence)
@@ -411,7 +411,7 @@ def test_a_warm_up_that_fails_is_waited_for(monkeypatch: pytest.MonkeyPatch, err
     ("fields", "message"),
     [
         ({}, "cuda_graphs: false on cpu"),
-        ({"kv_home": "/tmp"}, "cuda_graphs: false with kv_home"),
+        ({"kv_offload": "/tmp"}, "cuda_graphs: false with kv_offload"),
         ({"tensor_parallel_size": 2}, "cuda_graphs: false with tensor_parallel_size 2"),
     ],
 )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from keysift.engine import Engine, EngineConfig, InvalidRequest, Request
-from keysift.engine.model.cpu.heap import give_back
+from keysift.engine.model.cpu.heap import release_heap
 from keysift.engine.model.cpu.quantized import GROUP, Int8Linear, quantize, swap_linears
 from keysift.engine.model.load import _swap
 from tests.engine.driver import drain, greedy, said, tokens
@@ -125,11 +125,11 @@ def test_takes_half_of_the_memory_and_another_name(folder: Path) -> None:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another allocator than glibc's")
 def test_the_weights_as_they_were_go_back_to_the_system() -> None:
     """Weights of 1 MiB, which come from the heap as those of a model of this size do."""
-    give_back()
+    release_heap()
     model = nn.Sequential(*(nn.Linear(1024, 512, bias=False, dtype=torch.bfloat16) for _ in range(128)))
     _swap(model, torch.device("cpu"), "int8", layers=False)
     kept = psutil.Process().memory_info().rss
-    give_back()
+    release_heap()
     assert kept - psutil.Process().memory_info().rss < 2**24
 
 

@@ -24,9 +24,9 @@ from keysift.engine import (
     TokenOutput,
 )
 from keysift.engine import ranks as group
-from keysift.engine.execution.forward import Pass, StepResult
+from keysift.engine.execution.forward import ForwardInput, StepResult
 from keysift.engine.measure.evaluation.reader import Reader
-from keysift.engine.parallel.merge import whole
+from keysift.engine.parallel.merge import merge_ranks
 from keysift.engine.parallel.orders import Order, RecordedCache, replay
 from keysift.kvcache import CacheSpec, OutOfFrames, PagedCache, Phase, Traffic
 from keysift.kvcache.index import FlatIndex, Ivf
@@ -154,7 +154,7 @@ def test_a_process_leads_one_team_and_it_is_not_for_evaluations(tiny_llama: Path
         ({"tensor_parallel_size": 0}, r"tensor_parallel_size: .* greater than or equal to 1, got 0"),
         ({"tensor_parallel_size": 3}, r"tensor_parallel_size: a divisor of the model's 2 KV heads, got 3"),
         ({"quantization": "int8"}, r"quantization: none with tensor_parallel_size 2, got int8"),
-        ({"kv_home": "."}, r"kv_home: none with tensor_parallel_size 2, got '.'"),
+        ({"kv_offload": "."}, r"kv_offload: none with tensor_parallel_size 2, got '.'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -197,7 +197,7 @@ def test_pages_and_indexes_of_a_replica_change_alike() -> None:
     cache.retire(FlatIndex())
     cache.withdraw(first)
     cache.release(first)
-    order = Order(cache.take_changes(), cache.free_pages, Pass(Phase.DECODE, Dense(), (), [], 0), [])
+    order = Order(cache.take_changes(), cache.free_pages, ForwardInput(Phase.DECODE, Dense(), (), [], 0), [])
     replay(replica, pickle.loads(pickle.dumps(order)))
     assert replica._frames == cache._frames
     assert replica.allocator._free == cache.allocator._free
@@ -212,7 +212,7 @@ def test_the_least_and_the_mean_of_all_ranks_count() -> None:
     reads = [Reads(4.0, 8.0, 100), Reads(8.0, 8.0, 200)]
     both = zip(reads, parts, strict=True)
     ranks = [StepResult([], [read], [part], Traffic(1), [Locality(1, 0.5)]) for read, part in both]
-    found = whole(ranks)
+    found = merge_ranks(ranks)
     assert (found.reads, found.traffic, found.locality) == ([Reads(6.0, 8.0, 300)], Traffic(2), [Locality(2, 1.0)])
     (kept,) = found.coverage
     assert (kept.tokens, kept.mean, kept.least, kept.widened_share, kept.estimated_share) == (10, 0.8, 0.1, 0.05, 0.1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from keysift.attention import Telemetry
 from keysift.engine import Engine, EngineConfig, InvalidRequest, KeysiftError, Request
-from keysift.engine.execution.forward import Pass
+from keysift.engine.execution.forward import ForwardInput
 from keysift.engine.parallel.group import Leader, _end
 from keysift.engine.parallel.orders import Order
 from keysift.engine.parallel.peers import Peer, RankFailed
@@ -58,7 +58,7 @@ def test_a_process_that_fails_tells_why(
     engine, team = build(tiny_llama)
     compute = engine.runner.compute
 
-    def stray(work: Pass, last: Tensor) -> tuple[Tensor, Telemetry]:
+    def stray(work: ForwardInput, last: Tensor) -> tuple[Tensor, Telemetry]:
         team._send(Order([("open", ())], 0, work, []))
         return compute(work, last)
 

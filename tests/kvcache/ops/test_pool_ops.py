@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from keysift.kvcache import CacheSpec, MemoryHome
+from keysift.kvcache import CacheSpec, HostStore
 from keysift.kvcache.ops import use_backend
 from keysift.kvcache.ops.admit import Admitted, Residents, admit
 from keysift.kvcache.ops.dispatch import Backend
-from keysift.kvcache.tiers.file_store import FileHome
+from keysift.kvcache.tiers.file_store import FileStore
 from keysift.kvcache.tiers.store import EXTENT
 
 FRAMES, HEADS = 40, 2
@@ -149,7 +149,7 @@ def test_homes_give_back_what_they_got(backend: Backend, where: str, dtype: torc
         pytest.importorskip("triton")
     device = torch.device("cuda" if where == "triton" and torch.cuda.is_available() else "cpu")
     spec = CacheSpec(num_layers=2, num_kv_heads=3, head_dim=8, page_size=4, dtype=dtype)
-    home = FileHome(spec, tmp_path) if where == "file" else MemoryHome(spec, device)
+    home = FileStore(spec, tmp_path) if where == "file" else HostStore(spec, device)
     count = 2 * EXTENT + 3
     home.claim(range(count))
     written = torch.randn(2, count, 3, 2, 4, 8).to(dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from keysift.attention import bind, make
-from keysift.kvcache import CacheSpec, HomeError, MemoryHome, Span
+from keysift.kvcache import CacheSpec, HostStore, OffloadError, Span
 from tests.attention.test_strategies import IDS, ROWS, Row
 from tests.tiers import in_file, in_memory, offloaded, on_device, run
 
@@ -59,7 +59,7 @@ def test_a_stage_smaller_than_a_layer_reads_in_parts(name: str, staged: int) -> 
 def test_what_cannot_be_read_at_once_says_so() -> None:
     cache = offloaded(in_memory, slots=3, staged=10)(spec_of())
     with pytest.raises(
-        HomeError, match=r"kv_memory: 1\d pages of a layer .* room for 10 pages = 10240 bytes"
+        OffloadError, match=r"kv_memory: 1\d pages of a layer .* room for 10 pages = 10240 bytes"
     ) as caught:
         run(cache, make("sift"), (90,), CHUNK, ROW, new=0)
     assert caught.value.exhausted
@@ -96,7 +96,7 @@ def test_traffic_is_what_moved(name: str) -> None:
     """Counted by hand at the home's door."""
     moved = {"read": 0, "written": 0, "pieces": 0}
 
-    class Counting(MemoryHome):
+    class Counting(HostStore):
         def write(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
             moved["written"] += pages.nbytes
             super().write(layer, frames, pages)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from keysift.attention import bind, make
-from keysift.kvcache import CacheSpec, HomeError, MemoryHome, OffloadTier, PagedCache, Span, Step
+from keysift.kvcache import CacheSpec, HostStore, OffloadError, OffloadTier, PagedCache, Span, Step
 from keysift.kvcache.ops import use_backend
 from keysift.kvcache.tiers import offload as offload_module
-from keysift.kvcache.tiers.file_store import FileHome
+from keysift.kvcache.tiers.file_store import FileStore
 from keysift.kvcache.tiers.store import EXTENT
 from tests.tiers import in_file, offloaded, on_device, qkv, run
 
@@ -25,7 +25,7 @@ SPEC = CacheSpec(num_layers=2, num_kv_heads=2, head_dim=16, page_size=4)
 RETRIEVAL = make("retrieval", sink=4, window=6, budget=16, epsilon=0.0, dense_below=0)
 
 
-class Fragile(MemoryHome):
+class Fragile(HostStore):
     """Fails where it is told to, having done nothing."""
 
     def __init__(self, spec: CacheSpec) -> None:
@@ -88,8 +88,8 @@ def pair(length: int, stop: int, slots: int = 30) -> tuple[PagedCache, Fragile, 
 
 def test_a_page_that_could_not_be_reopened_is_not_open() -> None:
     cache, home, twin = pair(50, 22)
-    step, home.fails = cache.decode([Span(0, 22, 1)]), {"read": HomeError("broken")}
-    with pytest.raises(HomeError, match="broken"):
+    step, home.fails = cache.decode([Span(0, 22, 1)]), {"read": OffloadError("broken")}
+    with pytest.raises(OffloadError, match="broken"):
         forward(cache, step)
     home.fails = {}
     assert torch.equal(forward(cache, step), forward(twin, twin.decode([Span(0, 22, 1)])))
@@ -97,14 +97,14 @@ def test_a_page_that_could_not_be_reopened_is_not_open() -> None:
 
 def test_a_chunk_that_could_not_be_written_leaves_its_first_page_open() -> None:
     cache, home, twin = pair(50, 50)
-    step, home.fails = cache.prefill(Span(0, 50, 20), 8), {"write": HomeError("broken")}
-    with pytest.raises(HomeError, match="broken"):
+    step, home.fails = cache.prefill(Span(0, 50, 20), 8), {"write": OffloadError("broken")}
+    with pytest.raises(OffloadError, match="broken"):
         forward(cache, step)
     home.fails = {}
     assert torch.equal(forward(cache, step), forward(twin, twin.prefill(Span(0, 50, 20), 8)))
 
 
-@pytest.mark.parametrize("error", [HomeError("broken"), KeyboardInterrupt()], ids=["home", "interrupt"])
+@pytest.mark.parametrize("error", [OffloadError("broken"), KeyboardInterrupt()], ids=["home", "interrupt"])
 @pytest.mark.parametrize(("slots", "name"), [(30, "fetch"), (0, "read")])
 def test_pages_that_did_not_come_are_asked_for_again(slots: int, name: str, error: BaseException) -> None:
     cache, home, twin = pair(50, 50, slots)
@@ -124,7 +124,7 @@ def test_a_step_that_runs_again_has_the_whole_pool() -> None:
         one.reserve(one.open(), 100)
         for start in range(0, 88, 8):
             forward(one, one.prefill(Span(0, start, 8), 8))
-    home.fails = {"read": HomeError("the stage is not asked")}
+    home.fails = {"read": OffloadError("the stage is not asked")}
     step, same = (one.decode([Span(0, 88, 1)]) for one in (cache, twin))
     for text in (0, 1, 2, 3, 0):
         torch.testing.assert_close(forward(cache, step, text), forward(twin, same, text))
@@ -133,15 +133,15 @@ def test_a_step_that_runs_again_has_the_whole_pool() -> None:
 def test_guesses_in_vain_are_not_counted() -> None:
     cache, home, tier = fragile(ahead=4)
     begin(cache, 90)
-    home.fails = {"guess": HomeError("broken")}
+    home.fails = {"guess": OffloadError("broken")}
     for i in range(6):
         forward(cache, cache.decode([Span(0, 90 + i, 1)]))
     tier._beside.wait(0)
     tier._beside.wait(1)
-    assert tier.traffic.ahead == tier.traffic.guessed == 0
+    assert tier.traffic.prefetched == tier.traffic.prefetch_hits == 0
     home.fails = {}
     forward(cache, cache.decode([Span(0, 96, 1)]))
-    assert tier.traffic.ahead > 0
+    assert tier.traffic.prefetched > 0
 
 
 def test_a_guess_that_breaks_is_heard_of() -> None:
@@ -212,7 +212,7 @@ def test_files_whose_blocks_cannot_be_reserved_grow(
     if how == "missing":
         monkeypatch.delattr(os, "posix_fallocate")
         monkeypatch.delattr(os, "posix_fadvise")
-    home = FileHome(SPEC, tmp_path)
+    home = FileStore(SPEC, tmp_path)
     home.claim([EXTENT])
     home.claim([0])
     assert os.fstat(home.fileno()).st_size == 2 * EXTENT * SPEC.kv_bytes
@@ -226,10 +226,10 @@ def test_a_full_disk_is_no_system_without_reservations(monkeypatch: pytest.Monke
     def refuse(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    home = FileHome(SPEC, tmp_path)
+    home = FileStore(SPEC, tmp_path)
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with pytest.raises(
-        HomeError, match=r"kv_home: .* extended by \d+ bytes: No space left .* bytes free there"
+        OffloadError, match=r"kv_offload: .* extended by \d+ bytes: No space left .* bytes free there"
     ) as caught:
         home.claim([0])
     assert caught.value.exhausted
@@ -240,7 +240,7 @@ def test_calls_that_move_less_than_asked_are_made_again(monkeypatch: pytest.Monk
     read, write = os.preadv, os.pwrite
     monkeypatch.setattr(os, "preadv", lambda fd, parts, at: read(fd, [parts[0][:7]], at))
     monkeypatch.setattr(os, "pwrite", lambda fd, part, at: write(fd, part[:100], at))
-    home = FileHome(SPEC, tmp_path)
+    home = FileStore(SPEC, tmp_path)
     home.claim([0, 1])
     pages = torch.randn(2, 2, 2, 4, 16)
     home.write(1, [0, 1], pages)

@@ -16,8 +16,8 @@ from keysift.attention import Strategy, bind, make
 from keysift.kvcache import (
     CacheSpec,
     DeviceTier,
-    HomeError,
-    MemoryHome,
+    HostStore,
+    OffloadError,
     OffloadTier,
     PagedCache,
     PageKeys,
@@ -26,7 +26,7 @@ from keysift.kvcache import (
     Span,
     Step,
 )
-from keysift.kvcache.tiers.file_store import FileHome
+from keysift.kvcache.tiers.file_store import FileStore
 from tests.failing import Failing
 
 CPU = torch.device("cpu")
@@ -108,7 +108,7 @@ class World:
             try:
                 self.cache.reserve(life.handle, tokens)
                 return True
-            except HomeError:
+            except OffloadError:
                 self.failures += 1
                 assert self.cache.free_pages == free
         raise AssertionError("never")
@@ -188,7 +188,7 @@ class World:
     def _tried(self, strategy: Strategy, step: Step, words: Sequence[int]) -> list[Tensor] | None:
         try:
             return self._run(strategy, self.cache, step, words)
-        except HomeError:
+        except OffloadError:
             self.failures += 1
             return None
 
@@ -257,7 +257,7 @@ def world(seed: int, folder: Path | None) -> Iterator[World]:
     staged = FRAMES if dice.random() < 0.6 else dice.randrange(3, 12)
     size = PoolSize(dice.choice([1, 4, 9, 16, 60]), staged, SEQUENCES, dice.choice([0, 0, 1, 3, 8]))
     home = Failing(
-        MemoryHome(spec, CPU) if folder is None else FileHome(spec, folder), spec, dice.choice([0.0, 0.1, 0.25]), seed
+        HostStore(spec, CPU) if folder is None else FileStore(spec, folder), spec, dice.choice([0.0, 0.1, 0.25]), seed
     )
     tiers = OffloadTier(spec, FRAMES, home, size, CPU), DeviceTier(spec, FRAMES, CPU)
     caches = [PagedCache(spec, FRAMES, max_sequences=SEQUENCES, max_len=256, tier=tier) for tier in tiers]

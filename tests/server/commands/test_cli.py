@@ -20,7 +20,7 @@ from ..conftest import Run, Running
 
 SPARSITY = (
     "strategy prefill_density decode_density coverage dense_fallback kv_bytes_read kv_bytes_moved coverage_min widened"
-    " estimated dropped_bound kv_bytes_written decode_bytes_moved kv_hits kv_misses kv_overlap valve"
+    " estimated dropped_bound kv_bytes_written decode_bytes_moved kv_hits kv_misses kv_overlap bound_exceeded"
 )
 
 
@@ -83,6 +83,22 @@ def test_command_line_before_environment_before_file(
 
 
 @pytest.mark.parametrize("key", ["strategy-arg", "strategy_arg", "strategy_args"])
+@pytest.mark.parametrize("way", ["flag", "variable", "file"])
+def test_a_former_name_still_works(
+    run: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """By its error the folder that was asked for is known: kv_offload's, whichever way kv_home is spelt."""
+    nowhere, file = str(tmp_path / "nowhere"), tmp_path / "config.yaml"
+    file.write_text(f"kv_home: {nowhere}\n" if way == "file" else "")
+    if way == "variable":
+        monkeypatch.setenv("KEYSIFT_KV_HOME", nowhere)
+    asked = ("--kv-home", nowhere) if way == "flag" else ()
+    status, _, err = run("generate", model_folder, "--prompt", "x", "--config", file, *asked)
+    assert status == 2
+    assert "kv_offload" in err
+    assert nowhere in " ".join(err.split()) or "nowhere" in err
+
+
 def test_a_list_goes_by_either_name(
     run: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:

@@ -20,7 +20,7 @@ class Task:
     name: str
     summary: str
     max_new_tokens: int
-    """Room for the answer; the length of a sample counts it."""
+    """PaddedShape for the answer; the length of a sample counts it."""
     build: Build
 
 

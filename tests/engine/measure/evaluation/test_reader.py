@@ -158,7 +158,7 @@ def test_counts_prompts_and_tokens_apart(make: Make) -> None:
 
 
 def test_a_tier_that_takes_one_token_at_a_time(make: Make, tmp_path: Path) -> None:
-    plain, home = make(), make(kv_home=str(tmp_path), kv_memory=2**21)
+    plain, home = make(), make(kv_offload=str(tmp_path), kv_memory=2**21)
     found = []
     for engine in (plain, home):
         reader = Reader(engine)
