@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from keysift.kvcache import Context, Phase, Selection, Step
+from keysift.kvcache import Context, Evidence, Phase, Selection, Step
 
 from . import patterns, probe
 from .probe import Probe
@@ -62,7 +62,7 @@ class PromptStrategy(Strategy, ABC):
         evidence = evidence or probe.take(q, context, probe.every_row(step, 1))
         mask = (self._fill(mask, evidence, step) | patterns.zones(step, self.sink, self.local)[:, None]) & causal
         mask, kept, short = self._widen(mask, evidence, causal)
-        return Selection.from_mask(mask | (self._dense_rows(step) & causal), coverage=kept, widened=short)
+        return Selection.from_mask(mask | (self._dense_rows(step) & causal), Evidence(coverage=kept, widened=short))
 
     def decode(self, q: Tensor, context: Context) -> Selection:
         return context.all()

@@ -108,19 +108,20 @@ class Telemetry:
         self._counts[layer] = None if selection.complete else self._home(selection.counts())
         if selection.complete:
             return
+        evidence = selection.evidence
         if selection.estimated is not None and exact is not None and lse is not None:
             kept, estimated = self._parts(selection, exact, lse)
             self._kept[layer], self._estimated[layer] = (self._home(kept), None), self._home(estimated)
-        elif selection.coverage is not None:
-            widened = selection.widened
-            self._kept[layer] = self._home(selection.coverage), None if widened is None else self._home(widened)
-        if selection.overlap is not None:
-            bound_exceeded = selection.bound_exceeded
+        elif evidence.coverage is not None:
+            widened = evidence.widened
+            self._kept[layer] = self._home(evidence.coverage), None if widened is None else self._home(widened)
+        if evidence.overlap is not None:
+            bound_exceeded = evidence.bound_exceeded
             self._moves.append(
-                (self._home(selection.overlap), None if bound_exceeded is None else self._home(bound_exceeded))
+                (self._home(evidence.overlap), None if bound_exceeded is None else self._home(bound_exceeded))
             )
-        if selection.bound is not None and lse is not None:
-            self._bounds[layer] = self._home(torch.sigmoid(selection.bound - lse))
+        if evidence.dropped_bound is not None and lse is not None:
+            self._bounds[layer] = self._home(torch.sigmoid(evidence.dropped_bound - lse))
 
     def _home(self, told: Tensor) -> Tensor:
         """Where the step is: layers may lie on several devices."""
@@ -137,7 +138,8 @@ class Telemetry:
         pages = selection.counts() + (selection.estimated >= 0).sum(-1)  # [R, H]
         group = read.shape[1] // pages.shape[1]
         whole = (pages > self._step.last_pages.to(pages.device)[:, None]).repeat_interleave(group, 1)
-        told = torch.full_like(read, torch.nan) if selection.coverage is None else selection.coverage
+        coverage = selection.evidence.coverage
+        told = torch.full_like(read, torch.nan) if coverage is None else coverage
         kept = torch.where(whole, read, told)
         estimated = torch.minimum(kept * (torch.exp(lse - exact) - 1), 1 - kept)
         return kept, estimated.nan_to_num(0.0).clamp(min=0.0)

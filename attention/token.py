@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from keysift.kvcache import Context, Phase, Selection, Step
+from keysift.kvcache import Context, Evidence, Phase, Selection, Step
 
 from . import estimates, patterns
 from .ops.top_pages import top_pages
@@ -81,7 +81,8 @@ class TokenStrategy(Strategy, ABC):
             budget=self.budget // context.step.page_size,
             epsilon=self.epsilon,
         )
-        return Selection(chosen.pages, coverage=chosen.kept if context.estimates_mass else None)
+        evidence = Evidence(coverage=chosen.kept if context.estimates_mass else None)
+        return Selection(chosen.pages, evidence=evidence)
 
     def zones(self, step: Step) -> Zones:
         """What every token reads, in pages."""
@@ -99,7 +100,8 @@ class TokenStrategy(Strategy, ABC):
             return replace(selection, estimated=Selection.from_mask(rest).pages)
         if selection.estimated is not None:
             mask = mask | Selection(selection.estimated).mask(context.step.max_pages)
-        return replace(selection, bound=estimates.bound(q, context, mask))
+        evidence = replace(selection.evidence, dropped_bound=estimates.bound(q, context, mask))
+        return replace(selection, evidence=evidence)
 
     @property
     def scans(self) -> bool:

@@ -19,7 +19,7 @@ from .context import Context
 from .errors import OffloadError
 from .prefix import PageKeys, PrefixCache
 from .recent import Past, Recent
-from .selection import Selection
+from .selection import Evidence, Selection
 from .spec import CacheSpec
 from .step import PaddedShape, Phase, Span, Step
 from .tiers.base import Frames, Tier, Traffic
@@ -33,6 +33,7 @@ __all__ = [
     "CacheSpec",
     "Context",
     "DeviceTier",
+    "Evidence",
     "FrameAllocator",
     "Frames",
     "HostStore",

@@ -1,4 +1,4 @@
-"""The pages chosen for each row and head."""
+"""Page selections: the pages that each row and head of a step reads."""
 
 from __future__ import annotations
 
@@ -11,27 +11,40 @@ from .step import Step
 
 
 @dataclass(frozen=True, slots=True)
+class Evidence:
+    """Measurements of a selection, read by telemetry alone; None: not measured.
+
+    A decode step has one probe for each row, a prompt chunk as many as the strategy takes.
+    """
+
+    coverage: Tensor | None = None
+    """[B, Hq] fp32, share of each probe's attention that the chosen pages hold."""
+    widened: Tensor | None = None
+    """[B, Hq] bool, probes whose rows read more pages than the strategy chose, as the coverage was below its target."""
+    dropped_bound: Tensor | None = None
+    """[R, Hq] fp32, upper bound of the log mass of dropped pages, which are neither chosen nor estimated."""
+    overlap: Tensor | None = None
+    """[R, Hkv] fp32, share of the chosen pages that the previous token read, too; NaN: its pages are unknown."""
+    bound_exceeded: Tensor | None = None
+    """[R, Hkv] bool, lists that took in more pages than the strategy's locality bound allows."""
+
+
+UNMEASURED = Evidence()
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
     """Ascending, unique page numbers per row and head; the row's own pages are always among them."""
 
     pages: Tensor
     """[R, H, P] int32, page numbers of the row's sequence, -1 pads the end; the head axis may have stride 0."""
     complete: bool = False
-    """Every page that a row may see is chosen: known to the host, so that nobody has to count."""
-    coverage: Tensor | None = None
-    """[B, H] fp32, share of the attention of each probe that the chosen pages hold; None: nothing measured it."""
-    widened: Tensor | None = None
-    """[B, H] bool, probes whose rows read more than was chosen because too little was covered."""
+    """Every page that a row may see is chosen, as far as the host knows without counting."""
     estimated: Tensor | None = None
-    """[R, H, P] int32, full pages besides the chosen that stand in by mean key and mean value, listed as `pages` is."""
+    """[R, H, P] int32, padded as `pages`: full pages besides these, approximated by mean key and mean value."""
     prefetch: Tensor | None = None
-    """[R, H, P] int32, pages that were nearly chosen, listed as `pages` is: the next token may want them."""
-    bound: Tensor | None = None
-    """[R, Hq] fp32, log of the most mass that pages which are neither chosen nor estimated can hold."""
-    overlap: Tensor | None = None
-    """[B, H] fp32, share of the chosen pages that the token before read; NaN: it is unknown what that one read."""
-    bound_exceeded: Tensor | None = None
-    """[B, H] bool, choices that a locality bound held for and that took more pages than it allows."""
+    """[R, H, P] int32, padded as `pages`: the best pages that were not chosen, likely candidates of the next token."""
+    evidence: Evidence = UNMEASURED
 
     @classmethod
     def all(cls, step: Step, heads: int) -> Selection:
@@ -59,53 +72,42 @@ class Selection:
         return cls(pages[:, None].expand(-1, heads, -1))
 
     @classmethod
-    def from_mask(cls, mask: Tensor, *, coverage: Tensor | None = None, widened: Tensor | None = None) -> Selection:
+    def from_mask(cls, mask: Tensor, evidence: Evidence = UNMEASURED) -> Selection:
         """The true pages of mask [R, H, F]."""
         width = mask.shape[-1]
         every = torch.arange(width, dtype=torch.int32, device=mask.device)
-        place = (mask.cumsum(-1) - 1).masked_fill_(~mask, width)  # what is not chosen goes to one slot behind the end
+        targets = (mask.cumsum(-1) - 1).masked_fill_(~mask, width)  # false pages share one slot after the end
         pages = torch.full((*mask.shape[:-1], width + 1), -1, dtype=torch.int32, device=mask.device)
-        pages.scatter_(-1, place, every.expand(mask.shape))
-        return cls(pages[..., :width], coverage=coverage, widened=widened)
-
-    @classmethod
-    def top(cls, scores: Tensor, count: int) -> Selection:
-        """The `count` best pages of scores [R, H, F]; -inf is never chosen, ties go to the lower page."""
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
-        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
-        return cls.from_mask(mask & ~scores.isneginf())
+        pages.scatter_(-1, targets, every.expand(mask.shape))
+        return cls(pages[..., :width], evidence=evidence)
 
     def mask(self, max_pages: int) -> Tensor:
-        """[R, H, F] bool."""
+        """[R, H, F] bool, true for chosen pages."""
         rows, heads, _ = self.pages.shape
         mask = torch.zeros(rows, heads, max_pages + 1, dtype=torch.bool, device=self.pages.device)
         return mask.scatter_(-1, self.pages.long() % (max_pages + 1), True)[..., :max_pages]
 
-    def union(self, other: Selection, max_pages: int) -> Selection:
-        """Pages that are in either."""
-        return Selection.from_mask(self.mask(max_pages) | other.mask(max_pages))
-
     def counts(self) -> Tensor:
-        """[R, H] int64, pages chosen."""
+        """[R, H] int64, number of chosen pages."""
         return (self.pages >= 0).sum(-1)
 
     def frames(self, step: Step) -> Tensor:
-        """[n] int32, where its pages are by a table that heads share, ascending and unique; waits for the device."""
+        """[n] int32, ascending and unique frames of all chosen pages; heads share the table; waits for the device."""
         pages = self.pages.flatten(1)
         frames = step.table[:, 0].gather(1, pages.clamp(min=0).long())
-        named: Tensor = frames[pages >= 0].unique()  # type: ignore[no-untyped-call]
-        return named
+        unique: Tensor = frames[pages >= 0].unique()  # type: ignore[no-untyped-call]
+        return unique
 
     def density(self, step: Step) -> Tensor:
-        """[R, H] fp32: chosen share of the (query, key) pairs that causality allows each row."""
+        """[R, H] fp32, chosen share of the (query, key) pairs that causality allows each row."""
         chosen, causal = pairs(step, self.counts())
         return (chosen / causal[:, None]).float()
 
 
 def pairs(step: Step, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """(query, key) pairs of the rows, float64: chosen [..., R, H] for page counts [..., R, H], and possible [R].
+    """Numbers of (query, key) pairs, float64: chosen [..., R, H] for page counts [..., R, H], and causal [R].
 
-    A row's own pages are always chosen, so all its triangle is, and every other chosen page counts in full.
+    A row's own pages are always chosen, so all of its triangle is, and every other chosen page counts in full.
     """
     starts = step.starts.double()
     queries = (step.lasts - step.starts + 1).double()

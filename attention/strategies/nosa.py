@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from keysift.kvcache import CacheSpec, Context, Selection
+from keysift.kvcache import CacheSpec, Context, Evidence, Selection
 from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, IndexSpec, MeanIndex
 
 from ..ops.steady_pages import SteadyPages, steady_pages
@@ -88,10 +88,12 @@ class Nosa(TokenStrategy):
         chosen = _joined([self._turn(masses, context, rows) for rows in turns], turns, context)
         return Selection(
             chosen.pages,
-            coverage=chosen.kept if context.estimates_mass else None,
             estimated=chosen.refused if self.refused == "mean" and chosen.refused.shape[2] else None,
-            overlap=chosen.overlap,
-            bound_exceeded=chosen.bound_exceeded,
+            evidence=Evidence(
+                coverage=chosen.kept if context.estimates_mass else None,
+                overlap=chosen.overlap,
+                bound_exceeded=chosen.bound_exceeded,
+            ),
         )
 
     def _turn(self, masses: Tensor, context: Context, rows: Sequence[int]) -> SteadyPages:

@@ -113,8 +113,8 @@ def test_every_token_reads_what_the_description_says(options: dict[str, object])
             want = one_list(case, score[head], (position - WINDOW + 1) // PAGE, before[head], average)
             assert chosen == want.chosen
             assert estimated[head] == want.refused
-            assert selection.bound_exceeded is not None
-            assert bool(selection.bound_exceeded[0, head]) == want.bound_exceeded
+            assert selection.evidence.bound_exceeded is not None
+            assert bool(selection.evidence.bound_exceeded[0, head]) == want.bound_exceeded
             changed += before[head] is not None and not chosen <= (before[head] or set())
             before[head], averages[head] = want.chosen, want.averages
             opened_valves += want.bound_exceeded
@@ -129,18 +129,18 @@ def test_no_more_changes_than_is_allowed(index: str, most: int) -> None:
     before: list[set[int]] = []
     reached = 0
     for selection, _, _ in decoded(strategy, cache_of(), drifting()):
-        assert selection.overlap is not None
-        assert selection.bound_exceeded is not None
+        assert selection.evidence.overlap is not None
+        assert selection.evidence.bound_exceeded is not None
         chosen = pages_of(selection)
         for head in range(KV_HEADS if before else 0):
             overlap = len(chosen[head] & before[head]) / len(chosen[head])
-            assert float(selection.overlap[0, head]) == pytest.approx(overlap)
-            if not selection.bound_exceeded[0, head]:
+            assert float(selection.evidence.overlap[0, head]) == pytest.approx(overlap)
+            if not selection.evidence.bound_exceeded[0, head]:
                 assert overlap >= 1 - (most + 1) / len(chosen[head]) - 1e-9
                 reached += len(chosen[head] - before[head]) == most + 1
         if not before:
-            assert bool(selection.overlap.isnan().all())
-            assert not bool(selection.bound_exceeded.any())
+            assert bool(selection.evidence.overlap.isnan().all())
+            assert not bool(selection.evidence.bound_exceeded.any())
         before = chosen
     assert reached > 0, "the bound is that tight"
 
@@ -251,7 +251,7 @@ def test_what_an_index_cannot_tell_stays_unknown() -> None:
     strategy = make("nosa", **SMALL | {"index": "bound", "m_max": 0, "epsilon": 1.0})
     *_, (selection, _, telemetry) = decoded(strategy, cache_of(), drifting())
     (covered,) = telemetry.covered(telemetry.reads())
-    assert selection.coverage is None
+    assert selection.evidence.coverage is None
     assert covered.mean is None
     assert covered.estimated_share == 0
 
@@ -269,12 +269,12 @@ def test_the_bound_is_of_what_was_dropped(refused: str) -> None:
         true = [float(true_shares(data, position)[head, pages].sum()) for head, pages in enumerate(dropped)]
         if refused == "drop":
             assert sum(true) / HEADS - 1e-5 <= covered.dropped_bound < 1
-        assert selection.bound is not None
+        assert selection.evidence.dropped_bound is not None
         keys = data[1][: position + 1].double().repeat_interleave(HEADS // KV_HEADS, 1)
         scores = torch.einsum("hd,jhd->hj", data[0][position].double(), keys) * DIM**-0.5
         for head, pages in enumerate(dropped):
             inside = [token for page in pages for token in range(page * PAGE, page * PAGE + PAGE)]
-            assert float(selection.bound[0, head]) >= float(scores[head, inside].logsumexp(-1)) - 1e-4
+            assert float(selection.evidence.dropped_bound[0, head]) >= float(scores[head, inside].logsumexp(-1)) - 1e-4
 
 
 @pytest.mark.parametrize("options", [{"m_max": "-1"}, {"delta": "-inf"}, {"delta": "0"}, {"m_max": 0}], ids=str)

@@ -36,14 +36,15 @@ def test_a_budget_fills_up_what_a_strategy_would_leave_out(name: str) -> None:
 def test_rows_that_cover_too_little_read_more_and_say_so(name: str) -> None:
     loose = select(make(name, **SPARSE[name], **FEW), PROMPT)
     strict = select(make(name, **{**SPARSE[name], **FEW, "coverage": 0.9}), PROMPT)
-    assert loose.coverage is not None
-    assert strict.coverage is not None
-    assert strict.widened is not None
-    assert bool((loose.coverage < 0.9).any()), "nothing would show"
-    assert torch.equal(strict.widened, loose.coverage < 0.9 - 1e-4)
-    assert bool((strict.coverage >= 0.9 - 1e-4).all())
+    coverage, widened = strict.evidence.coverage, strict.evidence.widened
+    assert loose.evidence.coverage is not None
+    assert coverage is not None
+    assert widened is not None
+    assert bool((loose.evidence.coverage < 0.9).any()), "nothing would show"
+    assert torch.equal(widened, loose.evidence.coverage < 0.9 - 1e-4)
+    assert bool((coverage >= 0.9 - 1e-4).all())
     before, after = loose.mask(PAGES), strict.mask(PAGES)
-    widened = strict.widened if len(strict.widened) == ROWS else strict.widened.any(0).expand(ROWS, -1)
+    widened = widened if len(widened) == ROWS else widened.any(0).expand(ROWS, -1)
     assert torch.equal(before[~widened], after[~widened])
     assert not bool((before & ~after).any())
 
@@ -51,14 +52,14 @@ def test_rows_that_cover_too_little_read_more_and_say_so(name: str) -> None:
 @pytest.mark.parametrize("name", SPARSE)
 def test_dense_last_rows_do_not_hide_what_the_rows_before_them_lose(name: str) -> None:
     options = {**SPARSE[name], **FEW}
-    told = [select(make(name, **{**options, "last_rows_dense": rows}), PROMPT).coverage for rows in (0, 1)]
+    told = [select(make(name, **{**options, "last_rows_dense": rows}), PROMPT).evidence.coverage for rows in (0, 1)]
     assert torch.equal(*told)  # type: ignore[arg-type]
 
 
 def test_without_a_target_coverage_is_told_and_nothing_is_widened() -> None:
     selection = select(make("sift", **SPARSE["sift"], **FEW), PROMPT)
-    assert selection.widened is not None
-    assert not bool(selection.widened.any())
+    assert selection.evidence.widened is not None
+    assert not bool(selection.evidence.widened.any())
 
 
 def test_the_first_layers_read_everything() -> None:

@@ -71,8 +71,8 @@ def test_flexprefill_keeps_its_gamma(prompts: dict[int, Prompt], layer: int) -> 
     prompt = prompts[layer]
     strategy = make("flexprefill", gamma=0.95, min_budget=64, last_rows_dense=0)
     selection = select(strategy, prompt)
-    assert selection.coverage is not None
-    assert (selection.coverage.amin(0) > 0.95 - 1e-4).all()  # of its representatives
+    assert selection.evidence.coverage is not None
+    assert (selection.evidence.coverage.amin(0) > 0.95 - 1e-4).all()  # of its representatives
     exact = kept(prompt, selection.mask(prompt.num_pages))
     assert exact.mean(1).min() > 0.94  # of everyone, mean of each head
     more = select(make("flexprefill", gamma=0.99, min_budget=64, last_rows_dense=0), prompt)

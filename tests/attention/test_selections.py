@@ -120,8 +120,8 @@ def test_logits_of_any_size_are_chosen_by(choice: Choice) -> None:
         assert (sure <= chosen).all()
         assert (chosen <= possible).all()
     selection = select(make(choice.name, **choice.options), prompt)
-    assert selection.coverage is not None
-    assert selection.coverage.isfinite().all()
+    assert selection.evidence.coverage is not None
+    assert selection.evidence.coverage.isfinite().all()
 
 
 PROMPT_STRATEGIES = sorted(name for name, strategy in known().items() if issubclass(strategy, PromptStrategy))
@@ -135,9 +135,9 @@ def test_what_nobody_wrote_changes_nothing(name: str) -> None:
         for poison in (float("nan"), 3e38):
             other = select(strategy, prompt, poison=poison)
             assert torch.equal(other.pages, clean.pages)
-            assert clean.coverage is not None
-            assert other.coverage is not None
-            assert torch.equal(other.coverage, clean.coverage)
+            assert clean.evidence.coverage is not None
+            assert other.evidence.coverage is not None
+            assert torch.equal(other.evidence.coverage, clean.evidence.coverage)
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
@@ -147,12 +147,12 @@ def test_the_coverage_that_is_told_is_that_of_the_selection(choice: Choice) -> N
     strategy = make(choice.name, last_rows_dense=0, **EDGES, **choice.options)
     selection = select(strategy, prompt)
     exact = kept(prompt, selection.mask(prompt.num_pages))  # [Hq, Nq]
-    assert selection.coverage is not None
-    assert (selection.coverage >= exact.amin(1) - 1e-5).all()
-    assert (selection.coverage <= exact.amax(1) + 1e-5).all()
+    assert selection.evidence.coverage is not None
+    assert (selection.evidence.coverage >= exact.amin(1) - 1e-5).all()
+    assert (selection.evidence.coverage <= exact.amax(1) + 1e-5).all()
     wide = select(make(choice.name, last_rows_dense=0, coverage=1.0, **EDGES, **choice.options), prompt)
-    assert wide.coverage is not None
-    assert (wide.coverage > 1 - 1e-3).all()
+    assert wide.evidence.coverage is not None
+    assert (wide.evidence.coverage > 1 - 1e-3).all()
 
 
 @pytest.mark.parametrize("name", PROMPT_STRATEGIES)

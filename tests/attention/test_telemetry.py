@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keysift.attention import Locality, Telemetry, bind, make
 from keysift.attention.telemetry import Coverage
-from keysift.kvcache import CacheSpec, PagedCache, Selection, Span, Step
+from keysift.kvcache import CacheSpec, Evidence, PagedCache, Selection, Span, Step
 
 from .devices import NoWaiting
 
@@ -40,12 +40,12 @@ def some(step: Step, coverage: Tensor | None, widened: Tensor | None = None) -> 
     """Each row's own pages and no others."""
     page = torch.arange(step.max_pages, device=step.starts.device)
     mask = (page >= (step.starts // PAGE)[:, None]) & (page <= step.last_pages[:, None])
-    return Selection.from_mask(mask[:, None].expand(-1, HEADS, -1), coverage=coverage, widened=widened)
+    return Selection.from_mask(mask[:, None].expand(-1, HEADS, -1), Evidence(coverage=coverage, widened=widened))
 
 
 def all_of(step: Step, coverage: Tensor | None = None) -> Selection:
     """Every page, found by counting: nothing says that it is complete."""
-    return Selection(Selection.all(step, KV_HEADS).pages, coverage=coverage)
+    return Selection(Selection.all(step, KV_HEADS).pages, evidence=Evidence(coverage=coverage))
 
 
 def covered(telemetry: Telemetry) -> list[Coverage]:
@@ -184,7 +184,8 @@ def test_choices_that_were_compared_with_the_last_token_s_count() -> None:
             ([[none, 0.4], [none, none]], [[True, False]] * 2),
         ]
     ):
-        telemetry.record(layer, Selection(pages, overlap=torch.tensor(overlaps), bound_exceeded=torch.tensor(valves)))
+        evidence = Evidence(overlap=torch.tensor(overlaps), bound_exceeded=torch.tensor(valves))
+        telemetry.record(layer, Selection(pages, evidence=evidence))
     telemetry.record(2, Selection(pages))
     first, second = telemetry.locality()
     assert (first.choices, first.bound_exceeded, second.choices, second.bound_exceeded) == (3, 1.0, 1, 1.0)

@@ -91,17 +91,17 @@ def test_epsilon_reads_as_little_as_keeps_enough(cache: PagedCache, epsilon: flo
 def test_coverage_is_the_share_that_is_read(cache: PagedCache, index: str, error: float) -> None:
     q = query(2.0)
     selection, _ = choose(make("retrieval", index=index, budget=32, **ZONES), cache, q)
-    assert selection.coverage is not None
+    assert selection.evidence.coverage is not None
     true = shares(q)
     for head in range(HEADS):
         chosen = [page for page in selection.pages[0, head // 2].tolist() if page >= 0]
-        assert float(selection.coverage[0, head]) == pytest.approx(float(true[head, chosen].sum()), abs=error)
+        assert float(selection.evidence.coverage[0, head]) == pytest.approx(float(true[head, chosen].sum()), abs=error)
 
 
 @pytest.mark.parametrize("name", ["quest", "retrieval"])
 def test_what_only_bounds_or_misses_pages_tells_no_coverage(cache: PagedCache, name: str) -> None:
     strategy = make(name, budget=16, **({"index": "summary"} if name == "retrieval" else {"dense_layers": 0}))
-    assert choose(strategy, cache, query())[0].coverage is None
+    assert choose(strategy, cache, query())[0].evidence.coverage is None
 
 
 def run(strategy: Strategy, cache: PagedCache, q: Tensor) -> tuple[Tensor, Telemetry]:

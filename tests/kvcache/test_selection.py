@@ -83,15 +83,3 @@ def test_frames_are_those_of_all_rows_once() -> None:
     pages = torch.tensor([[[0, 2, -1], [1, 2, 3]], [[5, -1, -1], [0, 1, 5]], [[7, -1, -1], [-1, -1, -1]]])
     held = step.held[0]
     assert Selection(pages.int()).frames(step).tolist() == sorted(held[page] for page in (0, 1, 2, 3, 5, 7))
-
-
-def test_top_breaks_ties_towards_the_lower_page_and_skips_minus_infinity() -> None:
-    scores = torch.tensor([[[1.0, 3.0, 3.0, 3.0, 2.0]], [[float("-inf"), 0.0, float("-inf"), -1.0, float("-inf")]]])
-    assert Selection.top(scores, 2).pages[..., :3].tolist() == [[[1, 2, -1]], [[1, 3, -1]]]
-    assert Selection.top(scores, 4).pages[1].tolist() == [[1, 3, -1, -1, -1]]
-
-
-def test_union_is_the_union() -> None:
-    left = Selection(torch.tensor([[[0, 3, -1]]], dtype=torch.int32))
-    right = Selection(torch.tensor([[[1, 3, 4]]], dtype=torch.int32))
-    assert left.union(right, 6).pages[0, 0, :5].tolist() == [0, 1, 3, 4, -1]
