@@ -1,4 +1,4 @@
-"""A home that cannot be relied on."""
+"""A store that cannot be relied on."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from keysift.kvcache import BackingStore, CacheSpec, OffloadError
 class Failing:
     """Now and then does half of what it was asked for, and then fails; what it was not told to keep is NaN."""
 
-    def __init__(self, home: BackingStore, spec: CacheSpec, rate: float, seed: int) -> None:
-        self.home, self.spec, self.rate = home, spec, rate
+    def __init__(self, store: BackingStore, spec: CacheSpec, rate: float, seed: int) -> None:
+        self.store, self.spec, self.rate = store, spec, rate
         self.claimed: set[int] = set()
         self._main = threading.current_thread()
-        self._dice, self._beside = Random(seed), Random(seed + 1)
+        self._dice, self._worker_dice = Random(seed), Random(seed + 1)
 
     def _fails(self) -> bool:
-        dice = self._dice if threading.current_thread() is self._main else self._beside
+        dice = self._dice if threading.current_thread() is self._main else self._worker_dice
         return dice.random() < self.rate
 
     def claim(self, frames: Iterable[int]) -> None:
         frames = list(frames)
         if self._fails():
             raise OffloadError("full", exhausted=True)
-        self.home.claim(frames)
+        self.store.claim(frames)
         fresh = [frame for frame in frames if frame not in self.claimed]
         self.claimed.update(fresh)
         self.poison(fresh)
@@ -41,29 +41,29 @@ class Failing:
             (len(frames), spec.num_kv_heads, 2, spec.page_size, spec.head_dim), torch.nan, dtype=spec.dtype
         )
         for layer in range(spec.num_layers):
-            self.home.write(layer, frames, nothing)
+            self.store.write(layer, frames, nothing)
 
     def write(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
         if self._fails():
-            self.home.write(layer, frames[: len(frames) // 2], pages[: len(frames) // 2])
+            self.store.write(layer, frames[: len(frames) // 2], pages[: len(frames) // 2])
             raise OffloadError("no write")
-        self.home.write(layer, frames, pages)
+        self.store.write(layer, frames, pages)
 
     def read(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
         if self._fails():
-            self.home.read(layer, frames[: len(frames) // 2], pages[: len(frames) // 2])
+            self.store.read(layer, frames[: len(frames) // 2], pages[: len(frames) // 2])
             pages[len(frames) // 2 :] = torch.nan
             raise OffloadError("no read")
-        self.home.read(layer, frames, pages)
+        self.store.read(layer, frames, pages)
 
     def fetch(self, layer: int, pool: Tensor, loads: Tensor, slots: Tensor) -> None:
         if threading.current_thread() is not self._main:
-            time.sleep(0.002 * self._beside.random())
+            time.sleep(0.002 * self._worker_dice.random())
         if self._fails():
             for head, targets in enumerate(slots.tolist()):
                 pool[[slot for slot in targets if slot >= 0], head] = torch.nan
             raise OffloadError("no fetch")
-        self.home.fetch(layer, pool, loads, slots)
+        self.store.fetch(layer, pool, loads, slots)
 
     def close(self) -> None:
-        self.home.close()
+        self.store.close()

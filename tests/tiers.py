@@ -21,12 +21,12 @@ def on_device(spec: CacheSpec) -> PagedCache:
     return PagedCache(spec, FRAMES, max_sequences=SEQUENCES, max_len=MAX_LEN)
 
 
-def offloaded(home: Callable[[CacheSpec], BackingStore], *, slots: int, staged: int, ahead: int = 0) -> Make:
+def offloaded(store: Callable[[CacheSpec], BackingStore], *, slots: int, staged: int, prefetch_pages: int = 0) -> Make:
     """Everything that an op must not read is NaN."""
 
     def make(spec: CacheSpec) -> PagedCache:
-        size = PoolSize(slots, staged, SEQUENCES, ahead)
-        tier = OffloadTier(spec, FRAMES, home(spec), size, torch.device("cpu"))
+        size = PoolSize(slots, staged, SEQUENCES, prefetch_pages)
+        tier = OffloadTier(spec, FRAMES, store(spec), size, torch.device("cpu"))
         for pages in (tier._pool.pages, tier._stage.pages):
             pages.fill_(torch.nan)
         return PagedCache(spec, FRAMES, max_sequences=SEQUENCES, max_len=MAX_LEN, tier=tier)

@@ -26,8 +26,8 @@ def spec_of(dtype: torch.dtype = torch.float32, **changes: object) -> CacheSpec:
 def test_a_large_pool_changes_no_bit(row: Row, tmp_path: Path) -> None:
     strategy, spec = make(row.name, **row.sparse), spec_of(**row.spec)
     wanted = run(on_device(spec), strategy, LENGTHS, CHUNK, ROW, new=12)
-    for home in (in_memory, in_file(tmp_path)):
-        cache = offloaded(home, slots=100, staged=100)(spec)
+    for store in (in_memory, in_file(tmp_path)):
+        cache = offloaded(store, slots=100, staged=100)(spec)
         found = run(cache, strategy, LENGTHS, CHUNK, ROW, new=12)
         assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
         cache.tier.close()
@@ -78,22 +78,22 @@ def test_windows_are_read_from_the_pool() -> None:
 def test_guesses_change_no_bit(slots: int, tmp_path: Path) -> None:
     strategy = make("retrieval", sink=4, window=6, budget=16, epsilon=0.0, dense_below=0)
     wanted = run(on_device(spec_of()), strategy, (90,), CHUNK, ROW, new=40)
-    plain, eager = (offloaded(in_file(tmp_path), slots=slots, staged=80, ahead=ahead)(spec_of()) for ahead in (0, 4))
+    plain, eager = (offloaded(in_file(tmp_path), slots=slots, staged=80, prefetch_pages=n)(spec_of()) for n in (0, 4))
     for cache in (plain, eager):
         found = run(cache, strategy, (90,), CHUNK, ROW, new=40)
         assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
     before, after = plain.tier.traffic, eager.tier.traffic
-    assert before.ahead == before.guessed == 0
+    assert before.prefetched == before.prefetch_hits == 0
     assert after.hits + after.misses == before.hits + before.misses
     if slots == 60:
-        assert 0 < after.guessed <= after.ahead
+        assert 0 < after.prefetch_hits <= after.prefetched
         assert after.misses < before.misses
-    assert after.fetched - before.fetched == (after.ahead + after.misses - before.misses) * plain.spec.read_bytes
+    assert after.fetched - before.fetched == (after.prefetched + after.misses - before.misses) * plain.spec.read_bytes
 
 
 @pytest.mark.parametrize("name", ["retrieval", "quest"])
 def test_traffic_is_what_moved(name: str) -> None:
-    """Counted by hand at the home's door."""
+    """Counted by hand at the store's door."""
     moved = {"read": 0, "written": 0, "pieces": 0}
 
     class Counting(HostStore):

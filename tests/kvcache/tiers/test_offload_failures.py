@@ -55,11 +55,11 @@ class Fragile(HostStore):
         super().fetch(layer, pool, loads, slots)
 
 
-def fragile(*, slots: int = 30, staged: int = 40, ahead: int = 0) -> tuple[PagedCache, Fragile, OffloadTier]:
-    cache = offloaded(Fragile, slots=slots, staged=staged, ahead=ahead)(SPEC)
+def fragile(*, slots: int = 30, staged: int = 40, prefetch_pages: int = 0) -> tuple[PagedCache, Fragile, OffloadTier]:
+    cache = offloaded(Fragile, slots=slots, staged=staged, prefetch_pages=prefetch_pages)(SPEC)
     assert isinstance(cache.tier, OffloadTier)
-    assert isinstance(cache.tier.home, Fragile)
-    return cache, cache.tier.home, cache.tier
+    assert isinstance(cache.tier.store, Fragile)
+    return cache, cache.tier.store, cache.tier
 
 
 def begin(cache: PagedCache, length: int) -> int:
@@ -76,79 +76,79 @@ def forward(cache: PagedCache, step: Step, text: int = 0) -> Tensor:
 
 
 def pair(length: int, stop: int, slots: int = 30) -> tuple[PagedCache, Fragile, PagedCache]:
-    """A cache with its home, and the same on the device, behind a prompt that was rolled back."""
-    cache, home, _ = fragile(slots=slots)
+    """A cache with its store, and the same on the device, behind a prompt that was rolled back."""
+    cache, store, _ = fragile(slots=slots)
     twin = on_device(SPEC)
     for one in (cache, twin):
         assert begin(one, length) == 0
         one.rollback(0, stop)
         one.reserve(0, length + 40)
-    return cache, home, twin
+    return cache, store, twin
 
 
 def test_a_page_that_could_not_be_reopened_is_not_open() -> None:
-    cache, home, twin = pair(50, 22)
-    step, home.fails = cache.decode([Span(0, 22, 1)]), {"read": OffloadError("broken")}
+    cache, store, twin = pair(50, 22)
+    step, store.fails = cache.decode([Span(0, 22, 1)]), {"read": OffloadError("broken")}
     with pytest.raises(OffloadError, match="broken"):
         forward(cache, step)
-    home.fails = {}
+    store.fails = {}
     assert torch.equal(forward(cache, step), forward(twin, twin.decode([Span(0, 22, 1)])))
 
 
 def test_a_chunk_that_could_not_be_written_leaves_its_first_page_open() -> None:
-    cache, home, twin = pair(50, 50)
-    step, home.fails = cache.prefill(Span(0, 50, 20), 8), {"write": OffloadError("broken")}
+    cache, store, twin = pair(50, 50)
+    step, store.fails = cache.prefill(Span(0, 50, 20), 8), {"write": OffloadError("broken")}
     with pytest.raises(OffloadError, match="broken"):
         forward(cache, step)
-    home.fails = {}
+    store.fails = {}
     assert torch.equal(forward(cache, step), forward(twin, twin.prefill(Span(0, 50, 20), 8)))
 
 
-@pytest.mark.parametrize("error", [OffloadError("broken"), KeyboardInterrupt()], ids=["home", "interrupt"])
+@pytest.mark.parametrize("error", [OffloadError("broken"), KeyboardInterrupt()], ids=["store", "interrupt"])
 @pytest.mark.parametrize(("slots", "name"), [(30, "fetch"), (0, "read")])
 def test_pages_that_did_not_come_are_asked_for_again(slots: int, name: str, error: BaseException) -> None:
-    cache, home, twin = pair(50, 50, slots)
-    step, before, home.fails = cache.decode([Span(0, 50, 1)]), cache.tier.traffic, {name: error}
+    cache, store, twin = pair(50, 50, slots)
+    step, before, store.fails = cache.decode([Span(0, 50, 1)]), cache.tier.traffic, {name: error}
     with pytest.raises(type(error)):
         forward(cache, step)
     assert cache.tier.traffic == before, "nothing has moved"
-    home.fails = {}
+    store.fails = {}
     assert torch.equal(forward(cache, step), forward(twin, twin.decode([Span(0, 50, 1)])))
 
 
 def test_a_step_that_runs_again_has_the_whole_pool() -> None:
     """8 slots take what one run reads, not what two read that choose otherwise; the stage would take neither."""
-    cache, home, _ = fragile(slots=8, staged=5, ahead=4)
+    cache, store, _ = fragile(slots=8, staged=5, prefetch_pages=4)
     twin = on_device(SPEC)
     for one in (cache, twin):
         one.reserve(one.open(), 100)
         for start in range(0, 88, 8):
             forward(one, one.prefill(Span(0, start, 8), 8))
-    home.fails = {"read": OffloadError("the stage is not asked")}
+    store.fails = {"read": OffloadError("the stage is not asked")}
     step, same = (one.decode([Span(0, 88, 1)]) for one in (cache, twin))
     for text in (0, 1, 2, 3, 0):
         torch.testing.assert_close(forward(cache, step, text), forward(twin, same, text))
 
 
 def test_guesses_in_vain_are_not_counted() -> None:
-    cache, home, tier = fragile(ahead=4)
+    cache, store, tier = fragile(prefetch_pages=4)
     begin(cache, 90)
-    home.fails = {"guess": OffloadError("broken")}
+    store.fails = {"guess": OffloadError("broken")}
     for i in range(6):
         forward(cache, cache.decode([Span(0, 90 + i, 1)]))
-    tier._beside.wait(0)
-    tier._beside.wait(1)
+    tier._prefetcher.wait(0)
+    tier._prefetcher.wait(1)
     assert tier.traffic.prefetched == tier.traffic.prefetch_hits == 0
-    home.fails = {}
+    store.fails = {}
     forward(cache, cache.decode([Span(0, 96, 1)]))
     assert tier.traffic.prefetched > 0
 
 
 def test_a_guess_that_breaks_is_heard_of() -> None:
-    """No home's error: whoever touches the layer next gets it, and nothing of the guess is there."""
-    cache, home, tier = fragile(ahead=4)
+    """No store's error: whoever touches the layer next gets it, and nothing of the guess is there."""
+    cache, store, tier = fragile(prefetch_pages=4)
     begin(cache, 90)
-    home.fails = {"guess": ZeroDivisionError("a bug")}
+    store.fails = {"guess": ZeroDivisionError("a bug")}
     forward(cache, cache.decode([Span(0, 90, 1)]))
     with pytest.raises(ZeroDivisionError, match="a bug"):
         forward(cache, cache.decode([Span(0, 91, 1)]))
@@ -158,7 +158,7 @@ def test_a_guess_that_breaks_is_heard_of() -> None:
 def test_the_clock_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offload_module, "LATEST", 12)
     wanted = run(on_device(SPEC), RETRIEVAL, (90, 37), 32, 8, new=40)
-    cache = offloaded(Fragile, slots=24, staged=40, ahead=4)(SPEC)
+    cache = offloaded(Fragile, slots=24, staged=40, prefetch_pages=4)(SPEC)
     found = run(cache, RETRIEVAL, (90, 37), 32, 8, new=40)
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
     assert isinstance(cache.tier, OffloadTier)
@@ -168,29 +168,29 @@ def test_the_clock_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_closing_waits_for_a_guess() -> None:
     """And may be done twice."""
-    cache, home, tier = fragile(ahead=4)
+    cache, store, tier = fragile(prefetch_pages=4)
     begin(cache, 90)
-    home.gate.clear()
+    store.gate.clear()
     forward(cache, cache.decode([Span(0, 90, 1)]))
     closing = threading.Thread(target=tier.close)
     closing.start()
     closing.join(0.1)
     assert closing.is_alive()
-    assert home._extents
-    home.gate.set()
+    assert store._extents
+    store.gate.set()
     closing.join(10)
     assert not closing.is_alive()
-    assert not home._extents
+    assert not store._extents
     tier.close()
 
 
 def test_a_cache_may_be_dropped_while_a_guess_runs() -> None:
-    cache, home, tier = fragile(ahead=4)
+    cache, store, tier = fragile(prefetch_pages=4)
     begin(cache, 90)
-    home.gate.clear()
+    store.gate.clear()
     forward(cache, cache.decode([Span(0, 90, 1)]))
-    gone, closed, gate, workers = weakref.ref(tier), tier.close, home.gate, tier._beside._worker._threads  # type: ignore[attr-defined]
-    del cache, home, tier
+    gone, closed, gate, workers = weakref.ref(tier), tier.close, store.gate, tier._prefetcher._worker._threads  # type: ignore[attr-defined]
+    del cache, store, tier
     gate.set()
     for worker in list(workers):
         gc.collect()
@@ -212,11 +212,11 @@ def test_files_whose_blocks_cannot_be_reserved_grow(
     if how == "missing":
         monkeypatch.delattr(os, "posix_fallocate")
         monkeypatch.delattr(os, "posix_fadvise")
-    home = FileStore(SPEC, tmp_path)
-    home.claim([EXTENT])
-    home.claim([0])
-    assert os.fstat(home.fileno()).st_size == 2 * EXTENT * SPEC.kv_bytes
-    home.close()
+    store = FileStore(SPEC, tmp_path)
+    store.claim([EXTENT])
+    store.claim([0])
+    assert os.fstat(store.fileno()).st_size == 2 * EXTENT * SPEC.kv_bytes
+    store.close()
     wanted = run(on_device(SPEC), RETRIEVAL, (90,), 30, 8, new=8)
     found = run(offloaded(in_file(tmp_path), slots=24, staged=40)(SPEC), RETRIEVAL, (90,), 30, 8, new=8)
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
@@ -226,29 +226,29 @@ def test_a_full_disk_is_no_system_without_reservations(monkeypatch: pytest.Monke
     def refuse(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    home = FileStore(SPEC, tmp_path)
+    store = FileStore(SPEC, tmp_path)
     monkeypatch.setattr(os, "posix_fallocate", refuse)
     with pytest.raises(
         OffloadError, match=r"kv_offload: .* extended by \d+ bytes: No space left .* bytes free there"
     ) as caught:
-        home.claim([0])
+        store.claim([0])
     assert caught.value.exhausted
-    home.close()
+    store.close()
 
 
 def test_calls_that_move_less_than_asked_are_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     read, write = os.preadv, os.pwrite
     monkeypatch.setattr(os, "preadv", lambda fd, parts, at: read(fd, [parts[0][:7]], at))
     monkeypatch.setattr(os, "pwrite", lambda fd, part, at: write(fd, part[:100], at))
-    home = FileStore(SPEC, tmp_path)
-    home.claim([0, 1])
+    store = FileStore(SPEC, tmp_path)
+    store.claim([0, 1])
     pages = torch.randn(2, 2, 2, 4, 16)
-    home.write(1, [0, 1], pages)
+    store.write(1, [0, 1], pages)
     back, pool = torch.empty_like(pages), torch.empty_like(pages)
-    home.read(1, [0, 1], back)
+    store.read(1, [0, 1], back)
     with use_backend("reference"):
         loads = torch.tensor([[0, 1], [0, 1]], dtype=torch.int32)
-        home.fetch(1, pool, loads, loads)
+        store.fetch(1, pool, loads, loads)
     assert torch.equal(back, pages)
     assert torch.equal(pool, pages)
-    home.close()
+    store.close()

@@ -61,7 +61,7 @@ class World:
     dice: Random
     cache: PagedCache
     twin: PagedCache
-    home: Failing
+    store: Failing
     embedded: tuple[Tensor, ...]
     """q, k and v of each layer and word: [L, WORDS, heads, D]"""
     lives: list[Life] = field(default_factory=list)
@@ -227,7 +227,7 @@ class World:
         """What nobody may read is no number."""
         tier, free = self.tier, self.cache.allocator._free
         for layer in range(self.spec.num_layers):
-            tier._beside.wait(layer)
+            tier._prefetcher.wait(layer)
             pool, owner = tier._pool.pages[layer], tier._pool.residents(layer).owner
             unused = (owner < 0) | torch.isin(owner, torch.tensor(free, dtype=torch.int32))
             for head, slot in unused.nonzero().tolist():
@@ -236,7 +236,7 @@ class World:
                 if tier._pool.opened(layer, handle) in {*free, None}:
                     pool[tier.size.slots + handle] = torch.nan
         tier._stage.pages[tier._stage._count :] = torch.nan
-        self.home.poison(sorted(self.home.claimed & set(free)))
+        self.store.poison(sorted(self.store.claimed & set(free)))
 
     def events(self) -> Iterator[Callable[[], None]]:
         for _ in range(EVENTS):
@@ -256,10 +256,10 @@ def world(seed: int, folder: Path | None) -> Iterator[World]:
     spec = CacheSpec(layers, heads, dim, page, dtype, windows=windows)
     staged = FRAMES if dice.random() < 0.6 else dice.randrange(3, 12)
     size = PoolSize(dice.choice([1, 4, 9, 16, 60]), staged, SEQUENCES, dice.choice([0, 0, 1, 3, 8]))
-    home = Failing(
+    store = Failing(
         HostStore(spec, CPU) if folder is None else FileStore(spec, folder), spec, dice.choice([0.0, 0.1, 0.25]), seed
     )
-    tiers = OffloadTier(spec, FRAMES, home, size, CPU), DeviceTier(spec, FRAMES, CPU)
+    tiers = OffloadTier(spec, FRAMES, store, size, CPU), DeviceTier(spec, FRAMES, CPU)
     caches = [PagedCache(spec, FRAMES, max_sequences=SEQUENCES, max_len=256, tier=tier) for tier in tiers]
     nowhere = (tiers[0]._pool.pages, tiers[0]._stage.pages, tiers[1].k, tiers[1].v)
     for pages in (*nowhere, *(tier._descriptions._summaries for tier in tiers)):
@@ -268,7 +268,7 @@ def world(seed: int, folder: Path | None) -> Iterator[World]:
     embedded = [
         torch.randn(layers, WORDS, count, dim, generator=generator).to(dtype) for count in (GROUP * heads, heads, heads)
     ]
-    yield World(dice, caches[0], caches[1], home, (2 * embedded[0], *embedded[1:]))
+    yield World(dice, caches[0], caches[1], store, (2 * embedded[0], *embedded[1:]))
     tiers[0].close()
 
 
