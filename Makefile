@@ -21,7 +21,7 @@ lock: install
 	$(BIN)/python tools/lock.py $(UPGRADE)
 
 demo: install
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo
 
 test: install
 	$(BIN)/python $(PYTEST)
@@ -42,20 +42,20 @@ check: install
 # About four hours on two cores, most of it for the quality of prompts and tokens.
 bench: install
 	$(BIN)/python -m uv pip install --quiet --no-deps --python $(BIN)/python --requirement requirements/bench.txt
-	$(BIN)/python benchmarks/attention.py
-	$(BIN)/python benchmarks/engine.py
-	$(BIN)/python benchmarks/peers.py
-	$(BIN)/python benchmarks/quantization.py
-	$(BIN)/python benchmarks/prefill.py
-	$(BIN)/python benchmarks/dense_kernel.py
-	$(BIN)/python benchmarks/decode.py
-	$(BIN)/python benchmarks/index.py --plot benchmarks/index.svg
-	$(BIN)/python benchmarks/recall.py
-	$(BIN)/python benchmarks/recall.py --phase decode
-	$(BIN)/python benchmarks/prefill_quality.py --plot benchmarks/prefill_quality.svg
-	$(BIN)/python benchmarks/decode_quality.py --plot benchmarks/decode_quality.svg
-	$(BIN)/python benchmarks/locality.py --texts manual scripture --lengths 8000 --plot benchmarks/locality.svg
-	$(BIN)/python benchmarks/offload.py
+	$(BIN)/python -m benchmarks.ops.attention
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.engine.quantization
+	$(BIN)/python -m benchmarks.ops.prefill
+	$(BIN)/python -m benchmarks.ops.dense_kernel
+	$(BIN)/python -m benchmarks.ops.decode
+	$(BIN)/python -m benchmarks.ops.index --plot benchmarks/ops/index.svg
+	$(BIN)/python -m benchmarks.quality.recall
+	$(BIN)/python -m benchmarks.quality.recall --phase decode
+	$(BIN)/python -m benchmarks.quality.prefill --plot benchmarks/quality/prefill.svg
+	$(BIN)/python -m benchmarks.quality.decode --plot benchmarks/quality/decode.svg
+	$(BIN)/python -m benchmarks.quality.locality --texts manual scripture --lengths 8000 --plot benchmarks/quality/locality.svg
+	$(BIN)/python -m benchmarks.engine.offload
 
 # The generator needs an older protobuf than the product runs with: an environment of its own.
 proto: install

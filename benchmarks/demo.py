@@ -20,13 +20,15 @@ from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
 
-from document import TOPICS
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
 from keysift.engine import Finish, PrefillProgress, SamplingParams, TokenOutput
 from keysift.server.client import Client
+
+from .lib import cli
+from .lib.document import TOPICS
 
 STRATEGIES = ("dense", "sift+retrieval")
 DOCUMENT = ("assignment", "import", "naming", "class")
@@ -45,6 +47,7 @@ console = Console()
 
 
 def main() -> int:
+    cli.parser("benchmarks.demo", __doc__).parse_args()
     document = "\n\n".join(TOPICS[name] for name in DOCUMENT)[:CHARACTERS] + f"\n\n{TOPICS[ABOUT]}"
     console.print(f"Document: CPython's help on {', '.join(DOCUMENT)} and {ABOUT} ({len(document):,} characters)")
     with serve() as address, Client(address) as client:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-from pathlib import Path
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -17,25 +12,6 @@ from keysift.engine.model.loaded import LoadedModel
 from keysift.kvcache import PagedCache, Span
 
 CHUNK, ROW = 1024, 64
-
-
-def _load(path: Path) -> ModuleType:
-    """Benchmarks are scripts that import each other by name, no package: one that tests share is loaded by its path."""
-    spec = spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[path.stem] = module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-_builder = _load(Path(__file__).parent.parent / "benchmarks" / "recall_model.py")
-RecallPrompt, recall_prompt, write_recall_model = (
-    _builder.RecallPrompt,
-    _builder.recall_prompt,
-    _builder.write_recall_model,
-)
-NAMES, WORDS = _builder.NAMES, _builder.WORDS
 
 
 def probabilities(model: LoadedModel, tokens: Tensor, asked: Tensor, strategy: Strategy) -> tuple[Tensor, float]:

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: all of it with tiny sizes on the CPU, its arithmetic, and what it says of what fails."""
+"""`benchmarks.gpu`: all of it with tiny sizes on the CPU, its arithmetic, and what it says of what fails."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from .scripts import BENCHMARKS, imported
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import correctness
+from benchmarks.lib.process import ROOT, command
 
 TABLES = ("correctness", "prefill", "decode", "offload", "model")
 CHECKS = 20 * 3
@@ -23,15 +23,8 @@ TIMES = ("ms", "attend_ms", "choose_ms", "us", "attend_us", "choose_us", "TTFT s
 RATES = ("GB/s", "TFLOP/s", "attend GB/s", "of copy")
 
 
-@pytest.fixture(scope="module")
-def parts() -> Iterator[SimpleNamespace]:
-    with imported("gpu", "gpu_correctness") as found:
-        yield found
-
-
 def run(out: Path, *words: str) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:
-    command = [sys.executable, str(BENCHMARKS / "gpu.py"), "--out", str(out), *words]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command("benchmarks.gpu", "--out", out, *words), capture_output=True, text=True, cwd=ROOT)
     assert out.exists(), done.stderr
     return done, json.loads(out.read_text())
 
@@ -105,14 +98,14 @@ def test_a_cpu_claims_nothing_about_a_gpu(smoke: tuple[Any, dict[str, Any]]) -> 
     assert not any("graph us" in row for _, row in rows_of(report))
 
 
-def test_without_a_gpu_it_refuses(parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
     with pytest.raises(SystemExit, match="no CUDA GPU here: `--smoke` tries the script on the CPU"):
-        parts.gpu.main()
+        gpu.main()
 
 
-def in_process(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+def in_process(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", *words])
     try:
@@ -123,9 +116,7 @@ def in_process(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, *words: str) ->
     return int(ended.value.code or 0)
 
 
-def test_a_failed_check_is_the_exit_status(
-    parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_failed_check_is_the_exit_status(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def broken(_: object) -> tuple[float, float]:
         raise RuntimeError("an illegal memory access")
 
@@ -135,9 +126,9 @@ def test_a_failed_check_is_the_exit_status(
         "nan": lambda _: (math.nan, 1.0),
         "broken": broken,
     }
-    monkeypatch.setattr(parts.gpu_correctness, "CHECKS", checks)
+    monkeypatch.setattr(correctness, "CHECKS", checks)
     out = tmp_path / "gpu.json"
-    assert in_process(parts.gpu, monkeypatch, "--tables", "correctness", "--out", str(out)) == 1
+    assert in_process(monkeypatch, "--tables", "correctness", "--out", str(out)) == 1
     rows = json.loads(out.read_text())["tables"]["correctness"]["rows"]
     assert [row["passed"] for row in rows] == [True] * 3 + [False] * 9
     assert rows[6]["worst"] == "nan", "a word: JSON has no such number"
@@ -145,18 +136,18 @@ def test_a_failed_check_is_the_exit_status(
 
 
 def test_a_table_in_a_process_of_its_own_takes_no_other_with_it(
-    parts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    made = parts.gpu.command
+    made = gpu.command
 
-    def command(options: Any, table: str, out: Path) -> list[str]:
+    def crash_decode(options: Any, table: str, out: Path) -> list[str]:
         killed = [sys.executable, "-c", "import os; os.abort()"]
         return killed if table == "decode" else made(options, table, out)
 
-    monkeypatch.setattr(parts.gpu, "command", command)
+    monkeypatch.setattr(gpu, "command", crash_decode)
     out = tmp_path / "gpu.json"
     words = ("--apart", "--tables", "decode", "correctness", "--out", str(out))
-    assert in_process(parts.gpu, monkeypatch, *words) == 0
+    assert in_process(monkeypatch, *words) == 0
     tables = json.loads(out.read_text())["tables"]
     assert tables["decode"]["rows"] == [{"what": "all of it", "error": "its process ended with -6"}]
     assert len(tables["correctness"]["rows"]) == CHECKS

@@ -1,4 +1,4 @@
-"""benchmarks/peers.py: how it asks its peers, and what it says of those that fail. Peers here are small scripts."""
+"""`benchmarks.peers`: requests to peers, and rows of those that fail. Peers here are small modules."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import json
 import shutil
 import sys
 import venv
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from benchmarks.lib import runs
+from benchmarks.peers import __main__ as peers
+from benchmarks.peers import side
+
 OPTIONS = argparse.Namespace(new=3, runs=2)
-SIDE = """
+GOOD = """
 import sys
-from peer_side import options, serve
+from side import options, serve
 asked = options()
 print("a library's own words", flush=True)
 count = 0
@@ -31,85 +33,71 @@ serve(run, "made here")
 BROKEN = "import sys\nprint('out of luck', file=sys.stderr)\nsys.exit(3)\n"
 
 
-@pytest.fixture(scope="module")
-def peers() -> Iterator[ModuleType]:
-    """The script as a module; its neighbours have names that must not stay."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import peers as module
-
-        yield module
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-        own = {file.stem for file in BENCHMARKS.glob("*.py")}
-        for name in (set(sys.modules) - before) & own:
-            del sys.modules[name]
-
-
 @pytest.fixture
-def sides(peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two peers that run this Python: one that answers and one that breaks."""
-    shutil.copy(BENCHMARKS / "peer_side.py", tmp_path)
-    scripts = {"good": tmp_path / "good.py", "broken": tmp_path / "broken.py"}
-    scripts["good"].write_text(SIDE)
-    scripts["broken"].write_text(BROKEN)
-    monkeypatch.setattr(peers, "SCRIPTS", {name: str(file) for name, file in scripts.items()})
-    monkeypatch.setattr(peers, "PEERS", dict.fromkeys(scripts, lambda plain, settings: settings))
+    shutil.copy(side.__file__, tmp_path)
+    (tmp_path / "good.py").write_text(GOOD)
+    (tmp_path / "broken.py").write_text(BROKEN)
+    monkeypatch.setattr(peers, "ROOT", tmp_path)
+    monkeypatch.setattr(peers, "MODULES", {name: name for name in ("good", "broken")})
+    monkeypatch.setattr(peers, "PEERS", dict.fromkeys(("good", "broken"), lambda plain, settings: settings))
     monkeypatch.setattr(peers, "environment", lambda name: Path(sys.executable))
     monkeypatch.setattr(peers, "prompt", lambda length: list(range(length)))
-    monkeypatch.setattr(peers.engine, "ATTEMPTS", 1)
-    return peers
+    monkeypatch.setattr(runs, "ATTEMPTS", 1)
 
 
-def test_medians_leave_out_the_first_run(sides: ModuleType) -> None:
-    row = sides.measured("good step=0.25", 10, OPTIONS)
+@pytest.mark.usefixtures("sides")
+def test_medians_leave_out_the_first_run() -> None:
+    row = peers.measured("good step=0.25", 10, OPTIONS)
     assert row["ttft_s"] == 2.5  # of runs 2 and 3
     assert row["tpot_ms"] == pytest.approx(250)
     assert row["first_tokens"] == [0, 1, 2]
     assert row["about"] == "made here"
 
 
-def test_peak_memory_is_the_peers_own(sides: ModuleType) -> None:
+@pytest.mark.usefixtures("sides")
+def test_peak_memory_is_the_peers_own() -> None:
     """This process has torch in its memory, a bare Python has not; what a process inherits would show here."""
     import psutil
 
     here = psutil.Process().memory_info().rss / 2**20
-    assert 0 < sides.measured("good step=1", 10, OPTIONS)["peak_memory_mb"] < here / 3
+    assert 0 < peers.measured("good step=1", 10, OPTIONS)["peak_memory_mb"] < here / 3
 
 
-def test_cpu_time_of_a_peer_is_not_of_others(sides: ModuleType) -> None:
-    with sides.Side("good", {"prompt": [1], "new": 1, "step": 1}) as side:
-        before = side.cpu_seconds()
+@pytest.mark.usefixtures("sides")
+def test_cpu_time_of_a_peer_is_not_of_others() -> None:
+    with peers.Side("good", {"prompt": [1], "new": 1, "step": 1}) as peer:
+        before = peer.cpu_seconds()
         sum(range(3_000_000))
-        assert side.cpu_seconds() > before
+        assert peer.cpu_seconds() > before
 
 
-def test_a_broken_peer_is_named_and_the_rest_runs(sides: ModuleType) -> None:
-    rows = [sides.measured(side, 10, OPTIONS) for side in ("broken", "good step=1")]
+@pytest.mark.usefixtures("sides")
+def test_a_broken_peer_is_named_and_the_rest_runs() -> None:
+    rows = [peers.measured(name, 10, OPTIONS) for name in ("broken", "good step=1")]
     assert rows[0]["missing"] == "out of luck"
     assert "missing" not in rows[1]
-    table = sides.table({"machine": {}, "new_tokens": 3, "rows": rows})
+    table = peers.table({"machine": {}, "new_tokens": 3, "rows": rows})
     assert table.row_count == 2
     assert "out of luck" in list(table.columns[2].cells)
 
 
-def test_our_settings_do_not_reach_a_peer(sides: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("sides")
+def test_our_settings_do_not_reach_a_peer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GOMP_SPINCOUNT", "1")
     monkeypatch.setenv("HOLIDAY", "1")
-    assert "GOMP_SPINCOUNT" not in sides.plain_environment()
-    assert sides.plain_environment()["HOLIDAY"] == "1"
+    assert "GOMP_SPINCOUNT" not in peers.plain_environment()
+    assert peers.plain_environment()["HOLIDAY"] == "1"
 
 
-def test_words_and_settings_of_a_side(peers: ModuleType) -> None:
+def test_words_and_settings_of_a_side() -> None:
     plain, settings = peers.words("BF16 batch=2048 flash=false KV_CACHE_PRECISION=f16")
     assert plain == ["BF16"]
     assert settings == {"batch": 2048, "flash": False, "KV_CACHE_PRECISION": "f16"}
 
 
-def test_an_environment_is_made_once_for_each_recipe(
-    peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_environment_is_made_once_for_each_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
 
     def install(name: str, folder: Path) -> None:
@@ -124,7 +112,7 @@ def test_an_environment_is_made_once_for_each_recipe(
     assert made == ["a==1", "a==2"]
 
 
-def test_a_failed_install_is_tried_once(peers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_install_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[list[str]] = []
 
     def refuse(command: list[str], **_: Any) -> SimpleNamespace:
@@ -141,7 +129,7 @@ def test_a_failed_install_is_tried_once(peers: ModuleType, tmp_path: Path, monke
     assert "--no-cache-dir" in calls[0]
 
 
-def test_ratios_are_against_the_best_peer(peers: ModuleType) -> None:
+def test_ratios_are_against_the_best_peer() -> None:
     def row(side: str, ttft: float, tokens: list[int]) -> dict[str, Any]:
         numbers = {"ttft_s": ttft, "tpot_ms": 10.0, "peak_memory_mb": 100.0, "others_share": 0.0}
         return {"side": side, "prompt_tokens": 5, "first_tokens": tokens, **numbers}
@@ -153,7 +141,8 @@ def test_ratios_are_against_the_best_peer(peers: ModuleType) -> None:
     assert [cell[-1] for cell in cells] == ["3", "2", "0"]
 
 
-def test_an_answer_is_one_line_of_json(sides: ModuleType) -> None:
-    with sides.Side("good", {"prompt": [4, 5], "new": 2, "step": 1}) as side:
-        assert side.once().tokens == [4, 5]
-        assert json.loads(json.dumps(side.last))["times"] == [1, 2]
+@pytest.mark.usefixtures("sides")
+def test_an_answer_is_one_line_of_json() -> None:
+    with peers.Side("good", {"prompt": [4, 5], "new": 2, "step": 1}) as peer:
+        assert peer.once().tokens == [4, 5]
+        assert json.loads(json.dumps(peer.last))["times"] == [1, 2]

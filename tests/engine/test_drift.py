@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from benchmarks.lib.recall_model import NAMES, WORDS, write_recall_model
 from keysift.attention import Dense, Strategy, bind, make
 from keysift.engine.config import EngineConfig
 from keysift.engine.memory.budget import cache_spec
@@ -17,7 +18,6 @@ from keysift.engine.model.load import load
 from keysift.engine.model.loaded import LoadedModel
 from keysift.kvcache import PagedCache, Span, Step
 from tests.models import llama
-from tests.recall import NAMES, WORDS, write_recall_model
 
 PROMPT, GENERATED = 96, 2112
 """Tokens; the prompt is longer than the sinks, so that everything generated has to be found."""

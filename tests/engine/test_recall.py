@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from benchmarks.lib.recall_model import recall_prompt, write_recall_model
 from keysift.attention import Attend, Dense, Strategy
 from keysift.attention import make as make_strategy
 from keysift.engine import EngineConfig, Request
 from keysift.engine.model.load import load
 from keysift.engine.model.loaded import LoadedModel
 from tests.engine.driver import Make, drain, finish_of, greedy, said
-from tests.recall import probabilities, recall_prompt, write_recall_model
+from tests.recall import probabilities
 
 LENGTHS = [2048, 4096, pytest.param(8192, marks=pytest.mark.slow)]
 RUNS = [1, 16]

@@ -1,0 +1,1 @@
+"""Checks and tables for a CUDA GPU; `--smoke` runs all of them on a CPU with tiny sizes."""

@@ -1,0 +1,1 @@
+"""Shared helpers of the benchmarks: timing, texts, structured inputs, quality readings, peers of the indexes."""

@@ -1,0 +1,1 @@
+"""Keysift beside transformers, llama.cpp and OpenVINO GenAI; the last two in virtual environments of their own."""
