@@ -2,10 +2,10 @@
 
 from .attend import Attend, bind
 from .contiguous import DenseKernel
-from .locality import Locality
 from .registry import DEFAULT, StrategyError, find, known, make, parse
 from .strategy import Dense, Split, Strategy
-from .telemetry import Coverage, Reads, Telemetry
+from .telemetry import Telemetry
+from .totals import Coverage, Locality, Reads
 from .tracing import PARTS, Part, Spans, Stretch, unwatched
 
 __all__ = [

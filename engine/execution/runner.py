@@ -78,7 +78,7 @@ class Runner:
         """All that a step brought, given the tier's traffic before it."""
         reads = telemetry.reads()
         moved = self._cache.tier.traffic - before
-        return StepResult(sampled, reads, telemetry.covered(reads), moved, telemetry.locality())
+        return StepResult(sampled, reads, telemetry.coverage(reads), moved, telemetry.locality())
 
     def forward(self, batch: Batch, last: torch.Tensor) -> tuple[torch.Tensor, Telemetry]:
         """Next-token logits [B, V] fp32 after the tokens at indices last [B] of the packed ones, and what was read."""

@@ -167,7 +167,7 @@ def run(
         (reads,) = watch.reads()
         assert reads.density == 1.0
         assert reads.bytes > 0
-        (kept,) = watch.covered([reads])
+        (kept,) = watch.coverage([reads])
         assert (kept.mean, kept.least) == (1.0, 1.0)
     return out
 

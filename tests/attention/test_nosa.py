@@ -242,7 +242,7 @@ def test_refused_pages_stand_in_by_their_means_and_others_are_dropped(refused: s
             shares[head, 0] = true_shares(data, position)[head, sorted(chosen)].sum()
             ratio = scores[weights > 0].exp().sum() / scores[weights == 0].exp().sum()
             shares[head, 1] = torch.minimum(shares[head, 0] * ratio, 1 - shares[head, 0])
-        (covered,) = telemetry.covered(telemetry.reads())
+        (covered,) = telemetry.coverage(telemetry.reads())
         assert covered.mean == pytest.approx(float(shares[:, 0].mean()), abs=1e-4)
         assert covered.estimated_share == pytest.approx(float(shares[:, 1].mean()), abs=1e-4)
 
@@ -250,7 +250,7 @@ def test_refused_pages_stand_in_by_their_means_and_others_are_dropped(refused: s
 def test_what_an_index_cannot_tell_stays_unknown() -> None:
     strategy = make("nosa", **SMALL | {"index": "bound", "m_max": 0, "epsilon": 1.0})
     *_, (selection, _, telemetry) = decoded(strategy, cache_of(), drifting())
-    (covered,) = telemetry.covered(telemetry.reads())
+    (covered,) = telemetry.coverage(telemetry.reads())
     assert selection.evidence.coverage is None
     assert covered.mean is None
     assert covered.estimated_share == 0
@@ -263,7 +263,7 @@ def test_the_bound_is_of_what_was_dropped(refused: str) -> None:
     for position, (selection, _, telemetry) in enumerate(
         decoded(make("nosa", **SMALL | options), cache_of(), data), PROMPT
     ):
-        (covered,) = telemetry.covered(telemetry.reads())
+        (covered,) = telemetry.coverage(telemetry.reads())
         assert covered.dropped_bound is not None
         dropped = [sorted(parts(selection, head // 2, position)[2]) for head in range(HEADS)]
         true = [float(true_shares(data, position)[head, pages].sum()) for head, pages in enumerate(dropped)]

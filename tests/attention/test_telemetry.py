@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from keysift.attention import Locality, Telemetry, bind, make
-from keysift.attention.telemetry import Coverage
+from keysift.attention import Coverage, Locality, Telemetry, bind, make
 from keysift.kvcache import CacheSpec, Evidence, PagedCache, Selection, Span, Step
 
 from .devices import NoWaiting
@@ -49,7 +48,7 @@ def all_of(step: Step, coverage: Tensor | None = None) -> Selection:
 
 
 def covered(telemetry: Telemetry) -> list[Coverage]:
-    return telemetry.covered(telemetry.reads())
+    return telemetry.coverage(telemetry.reads())
 
 
 def test_layers_heads_and_probes_count_alike() -> None:
@@ -102,12 +101,12 @@ def test_layers_with_a_window_are_left_out() -> None:
     for layer in range(2):
         attend(layer, q, k, v)
     (found,) = covered(telemetry)
-    each = telemetry.coverage()
-    assert found.mean == pytest.approx(float(each[0, :, 1].mean()))
-    assert found.least == pytest.approx(float(each[0, :, 0].min()))
+    coverage = strategy.prefill(q, cache.context(0, step)).evidence.coverage
+    assert coverage is not None
+    assert found.mean == pytest.approx(float(coverage.mean()))
+    assert found.least == pytest.approx(float(coverage.min()))
     assert found.mean is not None
     assert 0 < found.mean < 1
-    assert bool((each[1] == 1).all())
 
 
 def test_every_sequence_of_a_decode_step_has_its_own() -> None:
@@ -133,21 +132,6 @@ def test_steps_weigh_by_their_tokens() -> None:
     both = Coverage(90, 90.0) + Coverage(10, 5.0, 0.25, 10.0, chose=True)
     assert (both.mean, both.least, both.widened_share, both.chose) == (0.95, 0.25, 0.1, True)
     assert (Coverage().mean, Coverage().least, Coverage().widened_share) == (1.0, 1.0, 0.0)
-
-
-def test_coverage_by_layer_and_head() -> None:
-    cache = cache_of(4)
-    telemetry = Telemetry(cache.spec, step := chunk(cache))
-    coverage = torch.tensor([[0.5, 0.6, 0.7, 0.8], [0.9, 0.6, 0.3, 1.0]])
-    telemetry.record(0, Selection.all(step, KV_HEADS))
-    telemetry.record(1, some(step, coverage))
-    telemetry.record(2, some(step, None))
-    telemetry.record(3, all_of(step))
-    found = telemetry.coverage()
-    assert found.shape == (4, HEADS, 2)
-    torch.testing.assert_close(found[1], torch.stack([coverage.amin(0), coverage.mean(0)], -1))
-    assert bool((found[[0, 3]] == 1).all())
-    assert bool(found[2].isnan().all())
 
 
 def test_noting_a_selection_waits_for_nothing() -> None:

@@ -120,7 +120,7 @@ def test_the_bound_is_never_less_than_what_was_dropped(cache: PagedCache, height
     chosen = [[page for page in pages if page >= 0] for pages in selection.pages[0].tolist()]
     dropped = [1 - float(true[head, chosen[head // 2]].sum()) for head in range(HEADS)]
     _, telemetry = run(strategy, cache, q)
-    (covered,) = telemetry.covered(telemetry.reads())
+    (covered,) = telemetry.coverage(telemetry.reads())
     assert covered.dropped_bound is not None
     assert sum(dropped) / HEADS - 1e-5 <= covered.dropped_bound < 1
     assert covered.estimated_share == 0
@@ -128,10 +128,10 @@ def test_the_bound_is_never_less_than_what_was_dropped(cache: PagedCache, height
 
 def test_what_nobody_bounds_is_unknown(cache: PagedCache) -> None:
     _, telemetry = run(make("retrieval", budget=16, **ZONES), cache, query())
-    (covered,) = telemetry.covered(telemetry.reads())
+    (covered,) = telemetry.coverage(telemetry.reads())
     assert covered.dropped_bound is None
     _, telemetry = run(make("retrieval", budget=10**6, epsilon=0.0, **ZONES), cache, query())
-    (covered,) = telemetry.covered(telemetry.reads())
+    (covered,) = telemetry.coverage(telemetry.reads())
     assert covered.dropped_bound == 0
 
 
@@ -156,7 +156,7 @@ def test_pages_that_are_not_read_stand_in_by_their_means(cache: PagedCache) -> N
         expected = scores.softmax(-1) @ torch.cat(values)
         torch.testing.assert_close(out[0, head].double(), expected, rtol=1e-4, atol=1e-4)
         estimated[head] = scores.softmax(-1)[torch.cat(weight) > 0].sum()
-    (covered,) = telemetry.covered(telemetry.reads())
+    (covered,) = telemetry.coverage(telemetry.reads())
     assert covered.estimated_share == pytest.approx(float(estimated.mean()), abs=1e-4)
     assert covered.mean == pytest.approx(1 - float(estimated.mean()), abs=1e-4), "read or estimated, nothing dropped"
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client import REGISTRY
 
-from keysift.attention import Dense
-from keysift.attention.telemetry import Coverage
+from keysift.attention import Coverage, Dense
 from keysift.engine import Request, Sparsity
 from keysift.engine.scheduling.sequence import Sequence
 from keysift.kvcache import Phase

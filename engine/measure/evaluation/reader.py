@@ -207,7 +207,7 @@ class Reader:
         watched = batch if self._ledger is None else self._ledger.witness(batch)
         logits, telemetry = self.engine.runner.forward(watched, last.to(self._cache.device))
         reads = telemetry.reads()
-        covered = telemetry.covered(reads)
+        covered = telemetry.coverage(reads)
         if batch.phase is Phase.PREFILL:
             reads, covered = [sum(reads, Reads())], [sum(covered, Coverage())]
         for sequence, read, kept in zip(batch.sequences, reads, covered, strict=True):
