@@ -10,6 +10,7 @@ from keysift.attention import DEFAULT, DenseKernel
 
 from .checked import Checked
 from .errors import InvalidRequest
+from .support import check
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 RopeScaling = Literal["yarn", "linear"]
@@ -105,22 +106,7 @@ class EngineConfig(Checked):
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
-        for name in ("kv_offload_memory", "kv_prefetch"):
-            if getattr(self, name) and self.kv_offload is None:
-                raise InvalidRequest(name, f"takes kv_offload as well, got {int(getattr(self, name))} alone")
-        if self.cuda_graphs and self.kv_offload is not None:
-            raise InvalidRequest("cuda_graphs", "false with kv_offload, whose pages move between steps, got true")
-        if self.device_map != "none":
-            self._check_device_map()
+        check(self)
         for name, unit in (("queries_per_row", "page_size"), ("prefill_chunk", "queries_per_row")):
             if getattr(self, name) % getattr(self, unit):
                 raise InvalidRequest(name, f"a multiple of {unit} ({getattr(self, unit)}), got {getattr(self, name)}")
-
-    def _check_device_map(self) -> None:
-        """What layers on several devices cannot have yet."""
-        if self.cuda_graphs:
-            raise InvalidRequest("cuda_graphs", "false with device_map auto, got true")
-        if self.kv_offload is not None:
-            raise InvalidRequest("kv_offload", f"none with device_map auto, got {self.kv_offload!r}")
-        if self.tensor_parallel_size > 1:
-            raise InvalidRequest("tensor_parallel_size", f"1 with device_map auto, got {self.tensor_parallel_size}")

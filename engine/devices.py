@@ -20,6 +20,12 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def check_count(device: torch.device, ranks: int) -> None:
+    """Raises `InvalidRequest` where there are fewer CUDA devices than ranks that need one each."""
+    if device.type == "cuda" and ranks > (count := torch.cuda.device_count()):
+        raise InvalidRequest("tensor_parallel_size", f"at most {count}, the CUDA devices here, got {ranks}")
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype called `name`; ``auto`` is bfloat16 where the hardware multiplies it, else float32."""
     if name != "auto":

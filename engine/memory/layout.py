@@ -75,10 +75,6 @@ def _check_fits(layout: Layout, home: int, free: float) -> None:
 def make_tier(config: EngineConfig, spec: CacheSpec, layout: Layout, device: torch.device) -> OffloadTier:
     """Raises `InvalidRequest` where the home cannot be made."""
     assert config.kv_offload is not None
-    if config.kv_offload != PINNED and device.type != "cpu":
-        raise InvalidRequest(
-            "kv_offload", f"{PINNED!r} on {device.type}, which reads no files, got {config.kv_offload!r}"
-        )
     home: BackingStore
     try:
         home = HostStore(spec, device) if config.kv_offload == PINNED else FileStore(spec, Path(config.kv_offload))

@@ -86,28 +86,34 @@ def of(module: nn.Module) -> KeyBias | None:
     return getattr(module, NAME, None)
 
 
+def found(unexpected: Sequence[str]) -> bool:
+    """The checkpoint has a bias among the tensors that transformers did not use."""
+    return bool(_names(unexpected))
+
+
 def attach(
     module: nn.Module, source: Source, unexpected: Sequence[str], *, layers: int, kv_heads: int, head_dim: int
-) -> bool:
-    """Give every layer the bias that is among the checkpoint's `unexpected` tensors; whether there is one.
+) -> int:
+    """Attach to every layer the bias that is among the checkpoint's `unexpected` tensors, if there is one.
 
-    Raises `Unsupported` naming the tensors that are missing or of another shape.
+    Returns the channels that it takes in the cache, 0 for none. Raises `Unsupported` naming the tensors that are
+    missing or of another shape.
     """
     names = _names(unexpected)
     if not names:
-        return False
+        return 0
     _check_complete(names, layers)
     tensors = _read(source, names)
     _check_shapes(names, tensors, kv_heads, head_dim)
-    homes = _homes(module)
+    modules = _attention_modules(module)
     for layer in range(layers):
-        if layer not in homes:
+        if layer not in modules:
             raise Unsupported(f"{type(module).__name__}: no attention for {names[layer, 'A']}")
         a, weight, bias = (tensors.get((layer, part)) for part in PARTS)
         assert a is not None
         assert weight is not None
-        homes[layer].add_module(NAME, KeyBias(a, weight, bias).to(next(homes[layer].parameters()).device))
-    return True
+        modules[layer].add_module(NAME, KeyBias(a, weight, bias).to(next(modules[layer].parameters()).device))
+    return channels(head_dim)
 
 
 @contextmanager
@@ -194,7 +200,7 @@ def _check_shapes(names: dict[Place, str], tensors: dict[Place, Tensor], kv_head
             )
 
 
-def _homes(module: nn.Module) -> dict[int, nn.Module]:
+def _attention_modules(module: nn.Module) -> dict[int, nn.Module]:
     """The attention module of each layer."""
     return {
         layer: part

@@ -27,13 +27,11 @@ def placed(config: EngineConfig, device: torch.device) -> dict[str, Any]:
     return {"device_map": "balanced"} if config.device_map == "auto" else shards.placed(config, device)
 
 
-def check_placed(module: nn.Module, *, biased: bool) -> None:
-    """Raises `Unsupported` for a spread model that nothing here can run."""
+def check_placed(module: nn.Module) -> None:
+    """Raises `Unsupported` where transformers left some weights on the host."""
     where = {str(device) for device in getattr(module, "hf_device_map", {}).values()}
     if where & {"cpu", "disk"}:
         raise Unsupported("device_map: the weights do not fit on the CUDA devices together")
-    if biased and len(where) > 1:
-        raise Unsupported("device_map: a checkpoint with a bias of its keys takes one device")
 
 
 @contextmanager

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import RopeScaling
+from ..config import EngineConfig, RopeScaling
 from ..errors import InvalidRequest
+from .source import Source
 
 FULL = "full_attention"
 """Under this name lies the embedding of layers that read everything, where layers have different ones."""
+
+
+def stretched(source: Source, config: EngineConfig) -> Any:
+    """The model's own configuration with its rotary embedding stretched; None without ``rope_scaling``."""
+    if config.rope_scaling is None or config.max_model_len is None:
+        return None
+    found = source.read_config(config.trust_remote_code)
+    stretch(found, config.rope_scaling, config.max_model_len)
+    return found
 
 
 def stretch(config: Any, scaling: RopeScaling, max_model_len: int) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
 from ..config import EngineConfig
 from ..errors import InvalidRequest, ModelNotFound, Unsupported
@@ -14,28 +13,33 @@ from .seam import AttentionCall
 from .source import Source
 
 
+def splits_weights() -> bool:
+    """This transformers can load a rank's part of the weights."""
+    try:
+        from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def placed(config: EngineConfig, device: torch.device) -> dict[str, Any]:
-    """What tells transformers where the weights go: all of them to the device, or this rank's part to its own."""
+    """Arguments of `from_pretrained` that put all weights on the device, or this rank's part on its own."""
     ranks = config.tensor_parallel_size
     if ranks == 1:
         return {"device_map": None if device.type == "cpu" else {"": device}}
-    try:
-        from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]
-    except ImportError:
-        raise InvalidRequest("tensor_parallel_size", f"1 with this transformers, got {ranks}; 5.23 can do it") from None
+    from transformers.distributed import DistributedConfig  # type: ignore[attr-defined]
+
     return {"distributed_config": DistributedConfig(tp_size=ranks)}
 
 
-def check_split(call: AttentionCall, text: Any, ranks: int, *, biased: bool) -> None:
-    """Raises `Unsupported` where a rank has other heads than its even share, or would need those of others."""
+def check_split(call: AttentionCall, text: Any, ranks: int) -> None:
+    """Raises `Unsupported` where a rank has other heads than its even share."""
     if ranks == 1:
         return
     queries = text.num_attention_heads
     kept = getattr(text, "num_key_value_heads", None) or queries
     if (call.num_query_heads * ranks, call.num_kv_heads * ranks) != (queries, kept):
         raise Unsupported(f"{text.model_type}: its tensor parallel plan does not split attention by heads")
-    if biased:
-        raise Unsupported("a checkpoint with a bias of its keys, which mixes all KV heads: takes one process")
 
 
 def own(parameter: Tensor) -> Tensor:
@@ -56,9 +60,7 @@ def check_heads(config: EngineConfig, source: Source) -> None:
 
 def _text_config(config: EngineConfig, source: Source) -> Any:
     try:
-        found = AutoConfig.from_pretrained(
-            source.path, gguf_file=source.gguf_file, trust_remote_code=config.trust_remote_code
-        )
+        found = source.read_config(config.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"{source.name}: {error}") from error
     return found.get_text_config(decoder=True)

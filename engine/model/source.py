@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
 
 from ..errors import ModelNotFound
 from . import embedded
@@ -17,6 +20,10 @@ class Source:
     name: str
     path: str
     gguf_file: str | None = None
+
+    def read_config(self, trust_remote_code: bool) -> Any:
+        """The model's configuration. Raises `OSError` or `ValueError` where transformers cannot read it."""
+        return AutoConfig.from_pretrained(self.path, gguf_file=self.gguf_file, trust_remote_code=trust_remote_code)
 
 
 def locate(model: str | None, report: Callable[[str], None]) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from keysift.attention import Telemetry
@@ -18,16 +21,17 @@ from keysift.kvcache import PagedCache
 
 from .. import ranks as group
 from ..config import EngineConfig
+from ..devices import check_count, choose_device
 from ..errors import KeysiftError
 from ..execution.forward import ForwardInput, StepResult
 from ..execution.recorder import CudaRecorder
 from ..execution.runner import Runner
 from ..execution.sampler import SamplerState
 from ..model.loaded import LoadedModel
-from ..model.shards import check_heads
+from ..model.shards import check_heads, splits_weights
 from ..model.source import locate
 from ..scheduling.scheduler import Batch
-from ..support import check_ranks
+from ..support import Facts, check
 from .merge import merge_ranks
 from .orders import Order, RecordedCache
 from .peers import GRACE_S, Peer, RankFailed
@@ -167,7 +171,21 @@ def assemble(config: EngineConfig, report: Report) -> RankGroup:
     """The team that `config` asks for. Raises `InvalidRequest` naming what several processes cannot have or do."""
     if config.tensor_parallel_size == 1:
         return RankGroup()
-    device = check_ranks(config)
+    device = choose_device(config.device)
+    check_count(device, config.tensor_parallel_size)
     check_heads(config, locate(config.model, report))
+    check(config, _facts(device))
     report(f"starting {config.tensor_parallel_size - 1} more processes, as tensor_parallel_size asks")
     return Leader(config, device.type)
+
+
+def _facts(device: torch.device) -> Facts:
+    """Facts that decide whether this process can start ranks on devices of this kind."""
+    return Facts(
+        runs_on=device,
+        gpus=torch.cuda.device_count(),
+        torch_distributed=dist.is_available(),
+        splits_weights=splits_weights(),
+        torchrun=int(os.environ.get("WORLD_SIZE", "1")) > 1,
+        process_group=dist.is_available() and dist.is_initialized(),
+    )

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from keysift.engine import Engine, EngineConfig, InvalidRequest, Request, ResourceExhausted
-from keysift.engine.memory.layout import lay_out, make_tier
+from keysift.engine.memory.layout import lay_out
+from keysift.engine.support import Facts, check
 from keysift.kvcache import CacheSpec, OffloadTier
 from keysift.kvcache.tiers.file_store import FileStore
 from keysift.kvcache.tiers.store import EXTENT
@@ -120,8 +121,8 @@ def test_who_looks_at_all_keys_needs_a_layer_of_them(
     ("fields", "message"),
     [
         ({"kv_offload": "/nowhere"}, "kv_offload: an existing folder, or 'pinned' .* got '/nowhere'"),
-        ({"kv_offload_memory": 2**20}, "kv_offload_memory: takes kv_offload as well, got 1048576 alone"),
-        ({"kv_prefetch": 4}, "kv_prefetch: takes kv_offload as well, got 4 alone"),
+        ({"kv_offload_memory": 2**20}, "kv_offload_memory: none without kv_offload, as .*, got 1048576"),
+        ({"kv_prefetch": 4}, "kv_prefetch: 0 without kv_offload, as .*, got 4"),
         (
             {"kv_offload": "pinned", "kv_offload_memory": 2**60},
             r"kv_offload_memory: at most the \d+ bytes .* free in host memory",
@@ -188,8 +189,8 @@ def test_a_file_that_is_cut_is_an_error_of_whoever_reads_it(make: Make, tmp_path
         outputs = engine.step()
     tier = engine.cache.tier
     assert isinstance(tier, OffloadTier)
-    assert isinstance(tier.home, FileStore)
-    os.ftruncate(tier.home.fileno(), 0)
+    assert isinstance(tier.pages.store, FileStore)
+    os.ftruncate(tier.pages.store.fileno(), 0)
     outputs = drain(engine)
     end = finish_of(outputs, "one")
     assert (end.reason.name, end.exhausted) == ("ERROR", False)
@@ -261,9 +262,8 @@ def test_by_default_all_of_it_fits(page_size: int) -> None:
 
 def test_a_gpu_reads_no_files(tmp_path: Path) -> None:
     config = EngineConfig(**BASE | {"kv_offload": str(tmp_path)})
-    layout = lay_out(config, SPEC, 1000, 2**32, 0.4)
-    with pytest.raises(InvalidRequest, match="kv_offload: 'pinned' on cuda, which reads no files, got '/"):
-        make_tier(config, SPEC, layout, torch.device("cuda"))
+    with pytest.raises(InvalidRequest, match=r"kv_offload: none or pinned on cuda, as files are read by .*, got '/"):
+        check(config, Facts(runs_on=torch.device("cuda")))
 
 
 SCRIPT = """

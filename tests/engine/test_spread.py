@@ -16,6 +16,7 @@ from keysift.engine import Engine, EngineConfig, InvalidRequest, Request
 from keysift.engine.errors import Unsupported
 from keysift.engine.memory import budget
 from keysift.engine.model import load, placement
+from keysift.engine.model.cpu import swap
 from keysift.kvcache import CacheSpec, MultiDeviceTier, Step
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 from tests.engine.execution.test_graphs import arguments
@@ -53,7 +54,7 @@ def four_layers(write_model: Callable[[PreTrainedConfig], Path]) -> Path:
 @pytest.fixture(autouse=True)
 def _torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: no native modules, whose tensors nobody watches."""
-    monkeypatch.setattr(load, "native_kernel", lambda: None)
+    monkeypatch.setattr(swap, "native_kernel", lambda: None)
 
 
 @pytest.fixture
@@ -182,14 +183,12 @@ def test_what_cannot_be_spread_is_refused(make: Make, fields: dict[str, Any], me
 
 def test_weights_that_do_not_fit_are_not_left_on_the_host() -> None:
     module = nn.Linear(2, 2)
-    placement.check_placed(module, biased=True)
+    placement.check_placed(module)
     module.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}  # type: ignore[assignment]
-    placement.check_placed(module, biased=False)
-    with pytest.raises(Unsupported, match="bias of its keys takes one device"):
-        placement.check_placed(module, biased=True)
+    placement.check_placed(module)
     module.hf_device_map = {"model.layers.0": 0, "model.layers.1": "disk"}  # type: ignore[assignment]
     with pytest.raises(Unsupported, match="do not fit on the CUDA devices together"):
-        placement.check_placed(module, biased=False)
+        placement.check_placed(module)
 
 
 def test_transformers_spreads_where_it_is_asked_to() -> None:

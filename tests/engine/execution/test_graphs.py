@@ -19,7 +19,7 @@ from keysift.attention import Strategy
 from keysift.engine import Engine, InvalidRequest, Output, Request, TokenOutput
 from keysift.engine.execution import graphs
 from keysift.engine.execution.forward import ForwardInput
-from keysift.engine.model import load
+from keysift.engine.model.cpu import swap
 from keysift.kvcache import Context, DeviceTier, Phase, Selection, Span
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 from tests.models import llama
@@ -62,7 +62,7 @@ MODELS: dict[str, PreTrainedConfig] = {
 @pytest.fixture(autouse=True)
 def _torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: no native modules, whose work no op of torch would show."""
-    monkeypatch.setattr(load, "native_kernel", lambda: None)
+    monkeypatch.setattr(swap, "native_kernel", lambda: None)
 
 
 def start(engine: Engine, *, prompts: list[int] = PROMPTS, count: int = 24) -> list[str]:

@@ -16,7 +16,7 @@ from torch import nn
 from keysift.engine import Engine, EngineConfig, InvalidRequest, Request
 from keysift.engine.model.cpu.heap import release_heap
 from keysift.engine.model.cpu.quantized import GROUP, Int8Linear, quantize, swap_linears
-from keysift.engine.model.load import _swap
+from keysift.engine.model.cpu.swap import swap_modules
 from tests.engine.driver import drain, greedy, said, tokens
 from tests.models import llama, save
 
@@ -127,7 +127,7 @@ def test_the_weights_as_they_were_go_back_to_the_system() -> None:
     """Weights of 1 MiB, which come from the heap as those of a model of this size do."""
     release_heap()
     model = nn.Sequential(*(nn.Linear(1024, 512, bias=False, dtype=torch.bfloat16) for _ in range(128)))
-    _swap(model, torch.device("cpu"), "int8", layers=False)
+    swap_modules(model, "int8", layers=False)
     kept = psutil.Process().memory_info().rss
     release_heap()
     assert kept - psutil.Process().memory_info().rss < 2**24
