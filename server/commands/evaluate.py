@@ -1,193 +1,61 @@
-"""What `keysift eval` does: asks, keeps what it finds, and shows how far each strategy is from dense."""
+"""`keysift eval`: answers and agreement of each strategy against dense attention."""
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Iterator
-from typing import Any
+from typing import Annotated
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
+import typer
 
-from keysift.engine.checked import ready
 from keysift.engine.config import EngineConfig
-from keysift.engine.engine import Engine
 from keysift.engine.errors import InvalidRequest
-from keysift.engine.measure.evaluation.journal import writing
-from keysift.engine.measure.evaluation.output import write_page, write_results
-from keysift.engine.measure.evaluation.reader import check_ranks
-from keysift.engine.measure.evaluation.runner import Run
 from keysift.engine.measure.evaluation.settings import Evaluation
-from keysift.engine.measure.evaluation.tasks import TASKS
 
-from ..interrupts import INTERRUPTED, importing
-from .generate import report
+from ..interrupts import importing
+from .flags import Config, Json, flag, from_fields, given
 
-WIDTH = 140
-"""Columns of a table that nobody's terminal bounds."""
-
-
-def print_tasks(*, as_json: bool) -> None:
-    """The built-in tasks, and what each asks."""
-    about = {name: task.summary for name, task in TASKS.items()}
-    if as_json:
-        print(json.dumps(about))
-        return
-    table = Table("task", "what it asks", box=None, pad_edge=False)
-    for each in about.items():
-        table.add_row(*each)
-    Console().print(table)
+BUILT_IN_ONLY = ("tasks", "texts", "agreement", "chat", "restart", "max_loss")
+"""Fields that lm-evaluation-harness does not read."""
 
 
-def harness(settings: Evaluation, config: EngineConfig, *, as_json: bool) -> None:
-    """Tasks of lm-evaluation-harness under every strategy, at every length that its tasks can be made for.
+@from_fields(
+    evaluation=Evaluation, engine=EngineConfig, skip=("engine.strategy", "engine.strategy_args", "engine.seed")
+)
+def evaluate(
+    context: typer.Context,
+    evaluation: Evaluation,
+    engine: EngineConfig,
+    list_tasks: Annotated[bool, typer.Option("--list-tasks", help="name the built-in tasks, and do nothing")] = False,
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Measure the quality of strategies: scores of their answers, and agreement with dense attention.
 
-    What is known is written after every length. Raises `InvalidRequest` for several processes, for tasks that the
-    harness does not know, and for lengths beyond the model's.
+    Asks questions after long contexts (RULER's tasks and more, or your own), under dense and under every --strategy,
+    and compares next-token distributions along questions, answers and real texts. Downloads nothing. A run that was
+    killed goes on where it was. Writes results.json and report.html, one page that opens offline.
+
+    [bold]Examples[/bold]
+
+      keysift eval --strategy sift+retrieval --strategy flexprefill+quest
+
+      keysift eval ./my-model --strategy sift+retrieval,sift.threshold=0.002 --lengths 4096,32768 --samples 20
+
+      keysift eval --tasks my-questions.jsonl --text my-report.txt --strategy nosa --max-loss 0.02
+
+      keysift eval --lm-eval niah_single_1 --lengths 4096 --samples 50
     """
-    check_ranks(config)
     with importing():
-        from keysift.engine.measure.lm_eval_model import check_tasks
+        from .evaluation import evaluate, harness, print_tasks
 
-    check_tasks(settings.lm_eval)
-    path = settings.output_dir / "lm_eval.json"
-    ready(path.parent)
-    rows: list[dict[str, Any]] = []
-    for part in _harness_rows(settings, config):
-        rows += part
-        with writing(path):
-            path.write_text(json.dumps(rows, indent=1, default=str), encoding="utf-8")
-    print(json.dumps(rows, default=str)) if as_json else _show_harness(rows)
-    report(f"done: {path}")
+    if list_tasks:
+        print_tasks(as_json=json)
+    elif evaluation.lm_eval:
+        _refuse_built_in_only(context)
+        harness(evaluation, engine, as_json=json)
+    elif status := evaluate(evaluation, engine, as_json=json):
+        raise typer.Exit(status)
 
 
-def _harness_rows(settings: Evaluation, config: EngineConfig) -> Iterator[list[dict[str, Any]]]:
-    """Of each strategy and length; the model is loaded once for each strategy."""
-    from keysift.engine import LLM
-    from keysift.engine.measure.lm_eval_model import KeysiftLM, evaluate
-
-    for variant in settings.variants:
-        one = config.model_copy(update={"strategy": variant.name, "strategy_args": variant.args})
-        lm = KeysiftLM(LLM(**one.model_dump()))
-        if (longest := max(settings.lengths)) > lm.max_length:
-            raise InvalidRequest("lengths", f"at most {lm.max_length} tokens (max_model_len), got {longest}")
-        for length in settings.lengths:
-            report(f"lm-evaluation-harness: {variant.label}, {length:,} tokens")
-            found = evaluate(lm, settings.lm_eval, limit=settings.samples, metadata={"max_seq_lengths": [length]})
-            key = {"strategy": variant.label, "length": length}
-            yield [{**key, "task": task, **values} for task, values in found["results"].items()]
-
-
-def _show_harness(rows: list[dict[str, Any]]) -> None:
-    table = Table("task", "tokens", "strategy", "what", Column("value", justify="right"))
-    for row in rows:
-        key = row["task"], f"{row['length']:,}", row["strategy"]
-        for name, value in row.items():
-            if "," in name and "stderr" not in name and isinstance(value, float) and value >= 0:
-                table.add_row(*key, name.partition(",")[0], f"{value:.4f}")
-    Console().print(table)
-
-
-def evaluate(settings: Evaluation, config: EngineConfig, *, as_json: bool) -> int:
-    """Runs what is missing in the output folder; the exit status. Progress on standard error, results on output."""
-    check_ranks(config)
-    run = Run.open(settings, Engine(config, report))
-    interrupted = _go(run)
-    found = write_results(run)
-    page = write_page(run, found)
-    print(json.dumps(found, ensure_ascii=False)) if as_json else _show(found)
-    state = "interrupted; the same command goes on" if interrupted else "done"
-    report(f"{state}: {settings.output_dir / 'results.json'} and {page}")
-    if interrupted:
-        return INTERRUPTED
-    return _verdict(found, settings.max_loss)
-
-
-def _go(run: Run) -> bool:
-    """Whether it was interrupted; what was found until then is kept."""
-    with _progress() as bar:
-        task = bar.add_task("evaluating", total=None)
-
-        def tell(done: int, total: int, title: str) -> None:
-            bar.update(task, completed=done, total=total, description=title)
-
-        try:
-            run.go(tell, lambda: write_results(run))
-        except KeyboardInterrupt:
-            return True
-    return False
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    remaining = (TextColumn("left"), TimeRemainingColumn())
-    # A question takes long: without an hour's look back there would never be two moments to tell a pace from.
-    return Progress(*columns, *remaining, console=Console(stderr=True), speed_estimate_period=3600)
-
-
-def _verdict(found: dict[str, Any], max_loss: float | None) -> int:
-    """1 where a strategy lost more than it may."""
-    if max_loss is None:
-        return 0
-    worse = [row for row in found["summary"] if row["loss"] > max_loss]
-    for row in worse:
-        where = "over all lengths" if row["length"] is None else f"at {row['length']} tokens"
-        print(f"keysift: max_loss: {row['strategy']} scores {row['loss']:.3f} below dense {where}", file=sys.stderr)
-    return 1 if worse else 0
-
-
-def _show(found: dict[str, Any]) -> None:
-    """Of the agreement, what the longest contexts say; the rest is in the files."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    if rows := [row for row in found["summary"] if row["length"] is None]:
-        console.print(_scores(rows))
-    longest = max((row["length"] for row in found["agreement"]), default=0)
-    if rows := [row for row in found["agreement"] if row["length"] == longest and row["strategy"] != "dense"]:
-        console.print(_agreement(rows))
-
-
-def _scores(rows: list[dict[str, Any]]) -> Table:
-    columns = ("score", "95 %", "lost", "answer nats lost", "prompt density", "token density")
-    table = Table("strategy", *(Column(name, justify="right") for name in columns), "worst task", title="answers")
-    for row in rows:
-        table.add_row(
-            row["strategy"],
-            f"{row['score']:.3f}",
-            f"{row['low']:.2f} to {row['high']:.2f}",
-            f"{row['loss']:+.3f}",
-            f"{row['answer_nll_loss']:+.3f}{_error(row['answer_nll_loss_se'], '.3f')}",
-            _share(row["prefill_density"]),
-            _share(row["decode_density"]),
-            f"{row['worst_task']} ({row['worst_loss']:+.2f})" if row["worst_loss"] > 0 else "-",
-        )
-    return table
-
-
-def _agreement(rows: list[dict[str, Any]]) -> Table:
-    columns = ("KL mean", "median", "p99", "top-1", "perplexity", "density", "coverage")
-    table = Table("what", "tokens", "phase", "strategy", *(Column(name, justify="right") for name in columns))
-    table.title = "agreement with dense"
-    for row in rows:
-        table.add_row(
-            row["name"] if row["source"] == "text" else "tasks",
-            f"{row['length']:,}",
-            row["phase"],
-            row["strategy"],
-            *(f"{row[name]:.4f}" for name in ("kl_mean", "kl_median", "kl_p99")),
-            f"{row['top1']:.1%}",
-            f"{row['perplexity_change']:+.1%}{_error(row['perplexity_change_se'], '.1%')}",
-            _share(row["density"]),
-            _share(row["coverage"]),
-        )
-    return table
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _error(error: float | None, digits: str) -> str:
-    """A standard error; nothing where one sample cannot tell."""
-    return "" if error is None else f" ± {error:{digits}}"
+def _refuse_built_in_only(context: typer.Context) -> None:
+    for name in given(context, BUILT_IN_ONLY):
+        raise InvalidRequest(name, f"{flag(name)} is for the built-in evaluation, not for --lm-eval")

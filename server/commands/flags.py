@@ -1,4 +1,4 @@
-"""Command line flags made from the fields of configuration models, and the file behind ``--config``."""
+"""Command line flags from the fields of configuration models, and the file of ``--config``."""
 
 from __future__ import annotations
 
@@ -17,27 +17,20 @@ from pydantic.fields import FieldInfo
 
 from keysift.engine.errors import InvalidRequest
 
+from .aliases import FORMER_FIELDS
+
 Command = Callable[..., None]
 PREFIX = "KEYSIFT_"
 PLAIN = (int, float, str, Path)
 WITH_SPACES = ("stop_strings",)
-"""Lists that a variable holds one value of; others are split at spaces."""
-FORMER = {"kv_offload": "kv_home", "kv_offload_memory": "kv_home_memory"}
-"""Names of fields before 0.1.0, which flags, variables and configuration files may still use until 0.2.0."""
+"""Lists whose environment variable is one value; the others are split at spaces."""
 
 
-PROBLEM = "keysift.config"
-
-
-def from_fields(
-    *, skip: Collection[str] = (), later: Collection[str] = (), **models: type[BaseModel]
-) -> Callable[[Command], Command]:
-    """Gives a command one flag for each field of `models`, and hands it the models themselves under these names.
+def from_fields(*, skip: Collection[str] = (), **models: type[BaseModel]) -> Callable[[Command], Command]:
+    """Decorator: one flag of a command for each field of `models`; the command gets the models under these names.
 
     `skip` leaves out fields, spelled ``name.field``. A value comes from the command line, else from
-    ``KEYSIFT_<FIELD>``, else from ``--config``, else from the field's default. Of a model that is in `later` the
-    command gets a function that makes it: nothing looks at these values before it is called. It has no switches and no
-    lists.
+    ``KEYSIFT_<FIELD>``, else from ``--config``, else from the field's default.
     """
     names = {name: [key for key in models[name].model_fields if f"{name}.{key}" not in skip] for name in models}
 
@@ -47,11 +40,10 @@ def from_fields(
             fields = {name: {key: values.pop(key) for key in keys} for name, keys in names.items()}
             for name, model in models.items():
                 _refuse_empty_secrets(model, fields[name])
-            made: dict[str, Any] = {name: functools.partial(model, **fields[name]) for name, model in models.items()}
-            command(**{name: make if name in later else make() for name, make in made.items()}, **values)
+            command(**{name: model(**fields[name]) for name, model in models.items()}, **values)
 
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name not in models]
-        made = [_parameter(name, models[name], key, name in later) for name, keys in names.items() for key in keys]
+        made = [_parameter(name, models[name].model_fields[key], key) for name, keys in names.items() for key in keys]
         _set_signature(run, [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*made, *own)])
         run.__doc__ = _flowing(command)
         return run
@@ -60,7 +52,7 @@ def from_fields(
 
 
 def _refuse_empty_secrets(model: type[BaseModel], values: Mapping[str, Any]) -> None:
-    """An empty variable counts as not set, which would open the door that a secret is to close."""
+    """Raises `InvalidRequest` for an empty variable of a secret: read as not set, it would serve without the secret."""
     for name, value in values.items():
         secret = SecretStr in get_args(model.model_fields[name].annotation)
         if secret and value is None and os.environ.get(PREFIX + name.upper()) == "":
@@ -68,58 +60,45 @@ def _refuse_empty_secrets(model: type[BaseModel], values: Mapping[str, Any]) -> 
 
 
 def _set_signature(command: Command, parameters: list[inspect.Parameter]) -> None:
-    """What typer reads instead of the code: it looks at both places."""
+    """Parameters of the command for typer, which reads both attributes instead of the code."""
     command.__dict__["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
 def _flowing(command: Command) -> str:
-    """The docstring with one line for each paragraph: the help would keep the others' ends, however wide it is."""
+    """Docstring with one line for each paragraph; the help would keep other line ends at every width."""
     return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.getdoc(command) or "")
 
 
-def _parameter(panel: str, model: type[BaseModel], name: str, as_text: bool) -> inspect.Parameter:
-    field = model.model_fields[name]
-    # `read_config` looks for lists itself: the command line's library splits every list at its spaces.
-    names = (name, FORMER[name]) if name in FORMER else (name,)
-    variable = None if _repeats(field) else [PREFIX + each.upper() for each in names]
-    common: dict[str, Any] = {"help": field.description or "", "envvar": variable, "show_envvar": False}
-    kind, default_value = _type(field), _default(field)
-    if as_text:
-        common["metavar"] = _metavar(kind)
-        kind, default_value = str | None, None if default_value is None else str(default_value)
+def _parameter(panel: str, field: FieldInfo, name: str) -> inspect.Parameter:
+    # `read_config` reads variables of lists: typer would split every list at its spaces.
+    names = (name, FORMER_FIELDS[name]) if name in FORMER_FIELDS else (name,)
+    variables = None if _repeats(field) else [PREFIX + each.upper() for each in names]
+    common: dict[str, Any] = {"help": field.description or "", "envvar": variables, "show_envvar": False}
     if name == "model":
-        default = typer.Argument(default_value, **{**common, "metavar": "MODEL"})
+        default = typer.Argument(_default(field), metavar="MODEL", **common)
     else:
-        default = typer.Option(
-            default_value,
-            *(flag for each in names for flag in _flags(each, field)),
-            rich_help_panel=panel.capitalize(),
-            **common,
-        )
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        default = typer.Option(_default(field), *_flags(name, field), rich_help_panel=panel.capitalize(), **common)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_type(field))
 
 
-def _metavar(kind: Any) -> str:
-    """How the help spells a type that the command line does not check."""
-    if get_origin(kind) is Literal:
-        return f"<{'|'.join(get_args(kind))}>"
-    return f"<{next(a for a in (*get_args(kind), kind) if a is not type(None)).__name__}>"
+def flag(name: str) -> str:
+    """Flag of a field."""
+    return "--" + name.replace("_", "-")
 
 
 def _flags(name: str, field: FieldInfo) -> list[str]:
-    flag = name.replace("_", "-")
     if field.annotation is bool:
-        return [f"--{flag}/--no-{flag}"]
-    return list(dict.fromkeys([f"--{_singular(flag)}", f"--{flag}"])) if _repeats(field) else [f"--{flag}"]
+        return [f"{flag(name)}/{flag('no-' + name)}"]
+    return list(dict.fromkeys([flag(_singular(name)), flag(name)])) if _repeats(field) else [flag(name)]
 
 
-def _singular(flag: str) -> str:
-    return f"{flag.removesuffix('ies')}y" if flag.endswith("ies") else flag.removesuffix("s")
+def _singular(name: str) -> str:
+    return f"{name.removesuffix('ies')}y" if name.endswith("ies") else name.removesuffix("s")
 
 
 def _type(field: FieldInfo) -> Any:
-    """The field's type as far as the command line checks it; the model checks the rest."""
+    """Type that the command line checks; the model checks the rest."""
     inner = next(a for a in (*get_args(field.annotation), field.annotation) if a is not type(None))
     if field.annotation is bool or get_origin(field.annotation) is Literal:
         return field.annotation
@@ -142,7 +121,10 @@ def _default(field: FieldInfo) -> Any:
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Makes the file's values the defaults of the other flags; a key that no command knows is an error."""
+    """Callback of ``--config``: the file's values become the defaults of the other flags.
+
+    Raises `typer.BadParameter` for a file that cannot be read and for a key that no command has.
+    """
     parameters = context.command.params
     names = {spelling: parameter.name for parameter in parameters for spelling in _spellings(parameter)}
     lists = {parameter.name for parameter in parameters if getattr(parameter, "multiple", False)}
@@ -155,30 +137,17 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def read_config_later(context: typer.Context, path: Path | None) -> Path | None:
-    """As `read_config`, but what is wrong with the file is an error only once `refuse_config` is called."""
-    try:
-        return read_config(context, path)
-    except typer.BadParameter as error:
-        context.meta[PROBLEM] = error
-        return path
-
-
-def refuse_config(context: typer.Context) -> None:
-    if (problem := context.meta.get(PROBLEM)) is not None:
-        raise problem
-
-
 def given(context: typer.Context, names: Collection[str]) -> list[str]:
-    """Those of the parameters `names` that stand on the command line."""
+    """Those of the parameters `names` that are on the command line, sorted."""
     sources = {name: context.get_parameter_source(name) for name in names}
     return sorted(name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE")
 
 
 def _spellings(parameter: Any) -> list[str]:
-    """The field's name and the flag's own, which is singular where it repeats."""
+    """Keys of a parameter in a file: its name, its flags, which are singular for a list, and its former name."""
     flags = {flag[2:].replace("-", "_") for flag in parameter.opts if flag.startswith("--")}
-    return sorted(flags | {str(parameter.name)})
+    former = {FORMER_FIELDS[name] for name in flags & set(FORMER_FIELDS)}
+    return sorted(flags | former | {str(parameter.name)})
 
 
 def _from_environment(key: str, name: str) -> list[str]:

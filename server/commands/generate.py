@@ -1,28 +1,70 @@
-"""One prompt from the command line, run in this process or by a server, shown as text or as one JSON object."""
+"""`keysift generate`: the completion of one prompt, by this process or by a running server."""
 
 from __future__ import annotations
 
 import json
-import sys
 import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+import typer
 
 from keysift.engine.config import EngineConfig
+from keysift.engine.errors import InvalidRequest
 from keysift.engine.request import Finish, FinishReason, Output, PrefillProgress, Request, SamplingParams, TokenOutput
 
 from ..client import connect
 from ..errors import Cancelled, failure
 from ..interrupts import importing
-from ..options import Prompt, Remote, pair
+from ..options import Document, Prompt, Remote, Sampling, pair
+from .flags import Config, Json, flag, from_fields, given
+from .progress import count_bar, report
 
 
-def run_here(config: EngineConfig, prompt: Prompt, params: SamplingParams) -> Iterator[Output]:
-    """The outputs of an engine of our own."""
+@from_fields(document=Document, sampling=Sampling, remote=Remote, engine=EngineConfig, skip=("engine.seed",))
+def generate(
+    context: typer.Context,
+    document: Document,
+    sampling: Sampling,
+    remote: Remote,
+    engine: EngineConfig,
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Complete one prompt, in this process or on a running server.
+
+    [bold]Examples[/bold]
+
+      keysift generate --prompt-file report.txt --question "What was decided?" --chat
+
+      cat report.txt | keysift generate --prompt-file - --strategy streaming --json
+
+      keysift generate --prompt "Once upon a time" --address localhost:50051
+    """
+    if remote.address is None:
+        outputs = run_local(engine, document.value(), sampling.params())
+    else:
+        _refuse_engine_flags(context)
+        # The default strategy is for an engine in this process: a server has its own.
+        strategy = engine.strategy if _is_set(context, "strategy") else ""
+        outputs = run_remote(remote, engine, strategy, document.value(), sampling.params())
+    (show_json if json else show)(outputs)
+
+
+def _refuse_engine_flags(context: typer.Context) -> None:
+    for name in given(context, set(EngineConfig.model_fields) - {"model", "strategy", "strategy_args"}):
+        problem = f"{flag(name)} is for an engine of this process; a server at --address takes {Remote.TAKES}"
+        raise InvalidRequest(name, problem)
+
+
+def _is_set(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
+
+
+def run_local(config: EngineConfig, prompt: Prompt, params: SamplingParams) -> Iterator[Output]:
+    """Outputs of an engine in this process."""
     with importing():
         from keysift.engine.engine import Engine
 
@@ -33,40 +75,29 @@ def run_here(config: EngineConfig, prompt: Prompt, params: SamplingParams) -> It
         yield from engine.step()
 
 
-def run_there(
+def run_remote(
     remote: Remote, engine: EngineConfig, strategy: str, prompt: Prompt, params: SamplingParams
 ) -> Iterator[Output]:
-    """The outputs of a running server; of `engine`, only what one request may choose is sent."""
+    """Outputs of a running server; of `engine`, only the fields that a request has are sent."""
     arguments = dict(pair(argument) for argument in engine.strategy_args)
     with connect(remote) as client:
         model = engine.model or ""
         yield from client.generate(prompt, params, model=model, strategy=strategy, strategy_args=arguments)
 
 
-def report(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def show(outputs: Iterable[Output]) -> None:
-    """Progress on standard error, text on standard output as it comes."""
-    with _progress() as progress:
-        task = progress.add_task("reading the prompt", total=None)
+    """Print the text on standard output as it arrives, and the progress of the prompt on standard error."""
+    with count_bar("reading the prompt") as bar:
         for output in outputs:
             if isinstance(output, PrefillProgress):
-                progress.update(task, total=output.total, completed=output.processed)
+                bar.update(output.processed, output.total)
             elif isinstance(output, TokenOutput):
-                progress.stop()
+                bar.stop()
                 print(output.text, end="", flush=True)
             elif isinstance(output, Finish):
-                progress.stop()
+                bar.stop()
                 print()
                 _check(output)
-
-
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def show_json(outputs: Iterable[Output]) -> None:
@@ -74,7 +105,7 @@ def show_json(outputs: Iterable[Output]) -> None:
 
 
 def as_object(outputs: Iterable[Output]) -> dict[str, Any]:
-    """Everything that a request brought, as one object."""
+    """All outputs of a request as one object."""
     text, token_ids = "", list[int]()
     for output in outputs:
         if isinstance(output, TokenOutput):

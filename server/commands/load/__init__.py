@@ -1,1 +1,1 @@
-"""Load generation against a running server."""
+"""`keysift load`: load generation against a running server."""

@@ -1,4 +1,4 @@
-"""Prompts for a load run: cut from real text to a length in tokens, or read from a file."""
+"""Prompts of a load run: cut from real text to a length in tokens, or read from a file."""
 
 from __future__ import annotations
 
@@ -17,69 +17,69 @@ from keysift.engine.request import PromptInfo, SamplingParams
 from ...client import Client
 from ...options import Prompt
 
-PROBED = 8192
-"""Characters whose tokens the server is asked to count."""
-SPARE = 1.5
-"""So many times the characters that a prompt should need: some parts of a text have longer words than others."""
+SAMPLE_CHARACTERS = 8192
+"""Length of the text from which the characters of a token are estimated."""
+MARGIN = 1.5
+"""Factor on the characters that a prompt should need: some parts of a text have longer words than others."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """What one request sends."""
+class SizedPrompt:
+    """Prompt of one request, and the length that the server truncates it to."""
 
     prompt: Prompt
     length: int | None = None
-    """Of the prompt, only the last so many tokens; None: all of them."""
+    """Tokens that are kept, from the end; None: all."""
 
 
-def cut(lengths: Iterable[int], seed: int, token_size: float) -> list[Ask]:
-    """A prompt of each length in tokens, each from a place of its own in CPython's documentation.
+def cut(lengths: Iterable[int], seed: int, token_size: float) -> list[SizedPrompt]:
+    """One prompt for each length in tokens, from random offsets in CPython's documentation.
 
-    `token_size` is the mean number of characters in a token. The server cuts to the exact length: only it can count.
+    `token_size` is the mean number of characters in a token. The text is longer than needed; the server, which has the
+    tokenizer, truncates it to the exact length.
     """
-    whole, places = documentation(), random.Random(seed)
-    asks = []
+    text, draw = documentation(), random.Random(seed)
+    sized = []
     for length in lengths:
-        size = math.ceil(SPARE * token_size * length) + 64
-        start = places.randrange(len(whole))
-        asks.append(Ask(_around(whole, start, size), length))
-    return asks
+        size = math.ceil(MARGIN * token_size * length) + 64
+        sized.append(SizedPrompt(_wrap(text, draw.randrange(len(text)), size), length))
+    return sized
 
 
-def _around(whole: str, start: int, size: int) -> str:
-    """`size` characters from `start` on; behind the end of the text comes its beginning."""
-    turns = -(-(start + size) // len(whole))
-    return (whole * turns)[start : start + size]
+def _wrap(text: str, start: int, size: int) -> str:
+    """`size` characters from `start` on, of the text repeated without end."""
+    turns = -(-(start + size) // len(text))
+    return (text * turns)[start : start + size]
 
 
 def token_size(client: Client, max_model_len: int) -> float:
-    """Characters in a token of the text, a mean that the server is asked for; it reads nothing else of it."""
-    # A token has at least one character of this text, so it fits whatever the tokenizer is.
-    sample = documentation()[: max(1, min(PROBED, max_model_len - 2))]
+    """Mean characters of a token, from the server's token count of one sample; the request is cancelled then."""
+    # A token has at least one character of this text, so that the sample fits with every tokenizer.
+    sample = documentation()[: max(1, min(SAMPLE_CHARACTERS, max_model_len - 2))]
     outputs = client.generate(sample, SamplingParams(max_new_tokens=1), bypass_prefix_cache=True)
     for output in outputs:
         if isinstance(output, PromptInfo):
             outputs.close()  # type: ignore[attr-defined]
             return len(sample) / output.prompt_tokens
-    raise InvalidRequest("address", "the server did not say how many tokens a prompt has")
+    raise InvalidRequest("address", "a server that reports prompt_info, got none")
 
 
-def read(file: Path) -> list[Ask]:
-    """The prompts of a JSONL file, one in each line that is not blank."""
-    asks = list(_lines(file))
-    if not asks:
+def read(file: Path) -> list[SizedPrompt]:
+    """Prompts of a JSONL file, one for each line that is not blank."""
+    found = list(_lines(file))
+    if not found:
         raise InvalidRequest("prompts", f"a prompt in each line, got none in {str(file)!r}")
-    return asks
+    return found
 
 
-def _lines(file: Path) -> Iterator[Ask]:
+def _lines(file: Path) -> Iterator[SizedPrompt]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequest("prompts", f"a readable text file, got {str(file)!r} ({error})") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield Ask(_prompt(line, f"line {number} of {str(file)!r}"))
+            yield SizedPrompt(_prompt(line, f"line {number} of {str(file)!r}"))
 
 
 def _prompt(line: str, where: str) -> Prompt:

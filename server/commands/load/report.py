@@ -1,4 +1,4 @@
-"""What a load run has measured, under the field names of vLLM's serving benchmark."""
+"""Report of a load run, with the field names of vLLM's serving benchmark."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from keysift.engine.measure.percentiles import percentiles
 from keysift.engine.request import Finish, FinishReason, Output, PromptInfo, TokenOutput
 
 TARGETS = ("ttft", "tpot", "e2el")
-"""What a service level may be stated for."""
-WHOLE = {FinishReason.STOP, FinishReason.LENGTH}
+"""Metrics that a service level may bound."""
+COMPLETE = {FinishReason.STOP, FinishReason.LENGTH}
 
 
 @dataclass(slots=True)
 class Record:
-    """One request as its caller saw it. Moments are seconds since the run began, spans are seconds."""
+    """One request as the client saw it. Moments are seconds since the start of the run, spans are seconds."""
 
     number: int
     sent: float
-    """When the arrival process let it go, whatever it took to get it onto the wire."""
+    """Moment of its arrival, before any delay in this client."""
     input_len: int = 0
-    """Tokens of its prompt: those that were asked for, until the server tells."""
+    """Tokens of its prompt: the requested number, until the server reports its own."""
     output_len: int = 0
     first: float | None = None
-    """When its first token came."""
+    """Moment of its first token."""
     last: float = 0.0
     itl: list[float] = field(default_factory=list)
-    """One for each token after the first message: the gap since the message before, over the message's tokens."""
+    """One value for each token after the first message: time since the previous message / tokens of the message."""
     ended: float = 0.0
     error: str = ""
     text: str = ""
     finish: Finish | None = None
 
-    def hear(self, output: Output, now: float) -> None:
-        """Takes down what the server says."""
+    def add(self, output: Output, now: float) -> None:
+        """Record one output of the server."""
         if isinstance(output, PromptInfo):
             self.input_len = output.prompt_tokens
         elif isinstance(output, TokenOutput) and (count := len(output.token_ids)):
@@ -51,11 +51,11 @@ class Record:
             self.finish = output
 
     def end(self, now: float, error: str = "") -> None:
-        """It is over: by an error, or well if the server has said so."""
+        """Close the record; without `error`, the last output must be a complete finish with at least one token."""
         self.ended = now
         if not error and self.finish is None:
             error = "the stream ended early"
-        elif not error and self.finish is not None and self.finish.reason not in WHOLE:
+        elif not error and self.finish is not None and self.finish.reason not in COMPLETE:
             error = self.finish.error or self.finish.reason.value
         elif not error and self.first is None:
             error = "no token came"
@@ -67,21 +67,21 @@ class Record:
 
     @property
     def e2el(self) -> float:
-        """From being sent to the last token."""
+        """Arrival to the last token [s]."""
         return 0.0 if self.first is None else self.last - self.sent
 
     @property
     def tpot(self) -> float | None:
-        """None where there is only one token, so nothing to divide by."""
+        """Mean time of a token after the first [s]; None for a single token."""
         return (self.e2el - self.ttft) / (self.output_len - 1) if self.output_len > 1 else None
 
 
 Targets = dict[str, float]
-"""Milliseconds by their names, which are among `TARGETS`."""
+"""Name out of `TARGETS` -> milliseconds."""
 
 
 def parse_targets(pairs: Sequence[str]) -> Targets:
-    """``("ttft:500", "tpot:50")`` as numbers. Raises `InvalidRequest` naming the pair that is none."""
+    """``("ttft:500", "tpot:50")`` as numbers. Raises `InvalidRequest` naming the pair that does not parse."""
     targets: Targets = {}
     for pair in pairs:
         name, _, value = pair.partition(":")
@@ -96,26 +96,26 @@ def parse_targets(pairs: Sequence[str]) -> Targets:
 
 
 def is_good(record: Record, targets: Targets) -> bool:
-    """Whether it came back whole and met every target; one token alone meets any target for those behind it."""
+    """True for a complete request that met every target; a single token meets any TPOT target."""
     return not record.error and all(1e3 * (getattr(record, name) or 0.0) <= limit for name, limit in targets.items())
 
 
 def report(records: Sequence[Record], targets: Targets, duration: float) -> dict[str, Any]:
-    """Throughput [1/s], percentiles [ms] over the requests that came back whole, then every request by number [s]."""
+    """Throughput [1/s] and percentiles [ms] over the complete requests, then every request by number [s]."""
     done = [record for record in records if not record.error]
-    read, written = sum(record.input_len for record in done), sum(record.output_len for record in done)
+    inputs, outputs = sum(record.input_len for record in done), sum(record.output_len for record in done)
     good = sum(is_good(record, targets) for record in done)
     return {
         "duration": duration,
         "completed": len(done),
         "failed": len(records) - len(done),
-        "total_input_tokens": read,
-        "total_output_tokens": written,
+        "total_input_tokens": inputs,
+        "total_output_tokens": outputs,
         "request_throughput": _rate(len(done), duration),
         "request_goodput": _rate(good, duration) if targets else None,
-        "output_throughput": _rate(written, duration),
-        "total_token_throughput": _rate(read + written, duration),
-        "max_concurrent_requests": most_at_once(records),
+        "output_throughput": _rate(outputs, duration),
+        "total_token_throughput": _rate(inputs + outputs, duration),
+        "max_concurrent_requests": max_concurrent(records),
         **_statistics(done),
         **_sparsity(done),
         **_each(records),
@@ -126,8 +126,8 @@ def _rate(count: int, duration: float) -> float:
     return count / duration if duration > 0 else 0.0
 
 
-def most_at_once(records: Sequence[Record]) -> int:
-    """Requests that were under way at the same time; one that is sent when another ends takes its place."""
+def max_concurrent(records: Sequence[Record]) -> int:
+    """Largest number of requests at the same time; one that is sent when another ends takes its place."""
     changes = sorted(change for record in records for change in ((record.sent, 1), (record.ended, -1)))
     most = now = 0
     for _, change in changes:
@@ -147,10 +147,10 @@ def _statistics(done: Sequence[Record]) -> dict[str, float | None]:
 
 
 def _sparsity(done: Sequence[Record]) -> dict[str, Any]:
-    """Mean densities and summed bytes, as the server measured them; the first token comes from the prompt."""
-    told = [record.finish for record in done if record.finish is not None]
-    sparsities = [finish.sparsity for finish in told]
-    decoded = [finish.sparsity for finish in told if finish.usage.completion_tokens > 1]
+    """Mean densities and summed bytes, as measured by the server; a completion of one token has no decode step."""
+    finishes = [record.finish for record in done if record.finish is not None]
+    sparsities = [finish.sparsity for finish in finishes]
+    decoded = [finish.sparsity for finish in finishes if finish.usage.completion_tokens > 1]
     moved = {name: sum(getattr(each, name) for each in sparsities) for name in ("kv_bytes_read", "kv_bytes_moved")}
     return {
         "strategy": "/".join(sorted({each.strategy for each in sparsities})),
@@ -158,12 +158,12 @@ def _sparsity(done: Sequence[Record]) -> dict[str, Any]:
         "decode_density": statistics.fmean(each.decode_density for each in decoded) if decoded else None,
         **moved,
         "dense_fallbacks": sum(each.dense_fallback for each in sparsities),
-        "total_cached_tokens": sum(finish.usage.cached_tokens for finish in told),
+        "total_cached_tokens": sum(finish.usage.cached_tokens for finish in finishes),
     }
 
 
 def _each(records: Sequence[Record]) -> dict[str, list[Any]]:
-    """One value for each request; an `errors` entry is empty where there was none."""
+    """One value for each request; an entry of `errors` is empty for a complete request."""
     return {
         "input_lens": [record.input_len for record in records],
         "output_lens": [0 if record.error else record.output_len for record in records],

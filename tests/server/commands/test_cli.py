@@ -1,4 +1,4 @@
-"""The command line, called the way people call it."""
+"""The command line: `keysift generate`, configuration, errors and exit statuses."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from keysift.engine import Finish, FinishReason, SamplingParams, TokenOutput
 from keysift.server.client import Client
-from keysift.server.commands import flags
+from keysift.server.commands import cli, flags
 
 from ..conftest import Run, Running
 
@@ -82,12 +83,11 @@ def test_command_line_before_environment_before_file(
     assert given["sparsity"]["strategy"] == "dense"
 
 
-@pytest.mark.parametrize("key", ["strategy-arg", "strategy_arg", "strategy_args"])
 @pytest.mark.parametrize("way", ["flag", "variable", "file"])
 def test_a_former_name_still_works(
     run: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
-    """By its error the folder that was asked for is known: kv_offload's, whichever way kv_home is spelt."""
+    """The value of kv_home arrives in kv_offload, whose error names the folder."""
     nowhere, file = str(tmp_path / "nowhere"), tmp_path / "config.yaml"
     file.write_text(f"kv_home: {nowhere}\n" if way == "file" else "")
     if way == "variable":
@@ -99,6 +99,7 @@ def test_a_former_name_still_works(
     assert nowhere in " ".join(err.split()) or "nowhere" in err
 
 
+@pytest.mark.parametrize("key", ["strategy-arg", "strategy_arg", "strategy_args"])
 def test_a_list_goes_by_either_name(
     run: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
@@ -214,18 +215,26 @@ def test_strategies(run: Run) -> None:
     assert "streaming.window" in run("strategies")[1]
 
 
-FLAG_LINES = {
+EXAMPLES = {
     "serve": r"keysift serve \./my-model --strategy streaming --strategy-arg streaming\.window=4096",
     "generate": r"keysift generate --prompt-file report\.txt --question",
+    "eval": r"keysift eval --strategy sift\+retrieval --strategy flexprefill\+quest",
+    "profile": r"keysift profile \./my-model --batch-sizes 1,4 --runs 5 --compare keysift-profile/profile\.json",
+    "load": r"keysift load localhost:50051 --request-rate 0\.5 --num-prompts 40 --goodput ttft:2000",
+    "calibrate": r"keysift calibrate \./my-model --dtype bfloat16 --max-model-len 16384",
     "strategies": r"--json\s.*print one JSON object",
     "doctor": r"--json\s.*print one JSON object",
 }
 
 
-@pytest.mark.parametrize("command", FLAG_LINES)
+def test_every_command_has_an_example_to_look_for() -> None:
+    assert set(EXAMPLES) == set(typer.main.get_group(cli.app).commands)
+
+
+@pytest.mark.parametrize("command", EXAMPLES)
 def test_help_teaches_by_example(run: Run, command: str) -> None:
     status, out, _ = run(command, "--help")
     assert status == 0
     assert "Example" in out
-    assert re.search(FLAG_LINES[command], out), out
+    assert re.search(EXAMPLES[command], out), out
     assert command in run("--help")[1]

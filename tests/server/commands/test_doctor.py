@@ -1,19 +1,14 @@
-"""`keysift doctor`: what it finds, and what a calibration changes."""
+"""`keysift doctor`: its checks and its exit status."""
 
 from __future__ import annotations
 
-import functools
 import json
-import re
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
-from keysift.engine.calibration import crossover
 from keysift.kvcache.ops.dispatch import Backend
-from keysift.server.commands import cli, doctor
+from keysift.server.commands import diagnosis
 
 from ..conftest import Run
 
@@ -26,194 +21,24 @@ def test_doctor(run: Run) -> None:
     assert run("doctor")[0] == 0
 
 
-def faster(monkeypatch: pytest.MonkeyPatch, winners: dict[str, int]) -> None:
-    """Strategies take half of dense's time from the chunk of this number on, others always; counts chunks from 0.
-
-    The model has two layers, both of which are measured in each chunk.
-    """
-    calls = iter(range(1000))
-
-    def times(works: dict[str, object], device: torch.device) -> crossover.Times:
-        chunk = next(calls) // 2
-        return {name: 2.0 if name == "dense" or chunk < winners.get(name, 0) else 1.0 for name in works}
-
-    monkeypatch.setattr(crossover, "side_by_side", times)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("KEYSIFT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def test_doctor_calibrates_and_engines_take_it(
-    run: Run, model_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    faster(monkeypatch, {"sift": 1, "flexprefill": 9})
-    file, setting = cache / "calibration.json", ("--prefill-chunk", "512", "--dtype", "float32")
-    status, out, err = run("doctor", "--calibrate", "--model", model_folder, "--json", *setting)
-    found = json.loads(out)
-    assert (status, err) == (0, f"loading {model_folder.name}\n")
-    assert (found["file"], found["not_stored"]) == (str(file), [])
-    assert found["setting"]["prefill_chunk"] == 512
-    sift, flexprefill = found["crossovers"]["sift"], found["crossovers"]["flexprefill"]
-    assert [chunk["context"] for chunk in sift["chunks"]] == [512, 1024, 1536, 2048]
-    assert (sift["wins_from"], sift["dense_below"], sift["told"]) == (1024, 724, "from 1,024")  # isqrt(512 * 1024 - 1)
-    assert (flexprefill["dense_up_to"], flexprefill["dense_below"]) == (4096, 1449)  # over the root of 512 * 4096
-    told = _calibration(run)
-    assert told.startswith(f"{model_folder.name} on {found['setting']['device']} (")
-    assert "chunks of 512: in tokens, " in told
-    assert "sift from 1,024" in told
-    assert "flexprefill not up to 2,048: dense up to 4,096" in told
-    assert told.endswith(f"in {file}")
-    _edit(file, '"dense_below": 724', '"dense_below": 100')
-    asked = ("generate", model_folder, "--json", "--kv-memory", "8MiB", "--max-new-tokens", "1", "--prompt", "x" * 200)
-    sift_prompt = (*asked, "--strategy", "sift")
-    status, out, err = run(*sift_prompt, *setting)
-    assert not json.loads(out)["sparsity"]["dense_fallback"]
-    assert "sift.dense_below=100, as measured here" in err
-    for other in (("--page-size", "32"), ("--strategy-arg", "sift.dense_below=300"), ("--strategy-arg", "sink=16")):
-        status, out, err = run(*sift_prompt, *setting, *other)
-        assert json.loads(out)["sparsity"]["dense_fallback"], other
-        assert "measured" not in err
-    _edit(file, '"threads": ', '"threads": 9')
-    told = _calibration(run)
-    assert told.startswith("none for this machine")
-    assert told.endswith(f"1 of another machine or version; stored in {file}")
-
-
-def test_a_shorter_calibration_does_not_replace_a_longer_one(
-    run: Run, model_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    faster(monkeypatch, {"sift": 2})
-    calibrate = ("doctor", "--calibrate", "--model", model_folder, "--prefill-chunk", "512")
-    assert run(*calibrate)[0] == 0
-    before = (cache / "calibration.json").read_text()
-    found = json.loads(run(*calibrate, "--json", "--max-model-len", "1024")[1])
-    assert found["crossovers"]["sift"]["told"] == "from 512"
-    assert {"sift", "flexprefill"} <= set(found["not_stored"])
-    assert "not stored, because an older one goes further" in run(*calibrate, "--max-model-len", "1024")[1]
-    assert (cache / "calibration.json").read_text() == before
-    assert json.loads(run("doctor", "--forget", "--json")[1]) == {
-        "file": str(cache / "calibration.json"),
-        "deleted": True,
-    }
-    assert not (cache / "calibration.json").exists()
-    assert run("doctor", "--forget")[1] == f"nothing is stored in {cache / 'calibration.json'}\n"
-
-
-def test_a_folder_that_cannot_be_written_is_found_before_measuring(run: Run, cache: Path) -> None:
-    cache.write_text("in the way")
-    status, out, err = run("doctor", "--calibrate", "--model", "/no/such/model")
-    assert (status, out, err.count("\n")) == (1, "", 1)
-    assert str(cache / "calibration.json") in err
-
-
-WRONG = {
-    "number": ({"KEYSIFT_PAGE_SIZE": "many"}, "", "page_size"),
-    "choice": ({"KEYSIFT_DTYPE": "int3"}, "", "dtype"),
-    "relation": ({"KEYSIFT_PREFILL_CHUNK": "65"}, "", "prefill_chunk"),
-    "file": ({}, "page-size: many\n", "page_size"),
-    "key": ({}, "unknown_key: 1\n", "unknown_key"),
-    "no file": ({"KEYSIFT_CONFIG": "/no/such/file"}, "", "/no/such/file"),
-}
-
-
-@pytest.mark.parametrize(("environment", "config", "told"), WRONG.values(), ids=WRONG.keys())
-def test_what_only_calibrating_reads_does_not_stop_a_plain_doctor(
-    run: Run,
-    model_folder: Path,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    environment: dict[str, str],
-    config: str,
-    told: str,
-) -> None:
-    cache.with_name("config.yaml").write_text(config)
-    monkeypatch.setenv("KEYSIFT_CONFIG", str(cache.with_name("config.yaml")))
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert run("doctor", "--json")[0] == 0
-    status, out, err = run("doctor", "--calibrate", "--model", model_folder)
-    assert (status, out) == (2, "")
-    assert told in err
-
-
-@pytest.mark.parametrize("flag", ["--page-size", "--max-model-len", "--model", "--config"])
-def test_flags_of_a_calibration_need_one(run: Run, tmp_path: Path, flag: str) -> None:
-    status, out, err = run("doctor", flag, "32")
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert f"{flag} is for --calibrate only" in err
-    assert run("doctor", "--calibrate", "--forget")[0] == 2
-
-
-def _calibration(run: Run) -> str:
-    (told,) = (
-        check["detail"] for check in json.loads(run("doctor", "--json")[1])["checks"] if "calib" in check["name"]
-    )
-    return str(told)
-
-
-def _edit(file: Path, old: str, new: str) -> None:
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new))
-
-
-def test_a_calibration_is_shown_as_a_table(
-    run: Run, model_folder: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """32 contexts on a narrow terminal: every number is there in full."""
-    faster(monkeypatch, {"sift": 1, "flexprefill": 99})
-    monkeypatch.setattr(cli, "main", functools.partial(_narrow, cli.main, monkeypatch))
-    file = tmp_path / "config.yaml"
-    file.write_text(f"model: {model_folder}\nprefill-chunk: 64\nport: 50051\n")
-    status, out, _ = run("doctor", "--calibrate", "--config", file)
-    assert status == 0
-    assert "…" not in out
-    rows = re.findall(r"^ *([\d,]+)((?: +[\d.]+x)+)$", out, re.MULTILINE)
-    assert [context for context, _ in rows] == [f"{64 * number:,}" for number in range(1, 33)]
-    assert all(set(ratios.split()) == {"1.00x", "2.00x"} for _, ratios in rows)
-    assert re.search(r"^sift +from 128 +dense_below=90 *$", out, re.MULTILINE), out
-    assert re.search(r"^flexprefill +not up to 2,048: dense up to 4,096 +dense_below=512 *$", out, re.MULTILINE), out
-    assert out.endswith(f"stored in {cache / 'calibration.json'}\n")
-    assert run("doctor", "--calibrate", "--model", "/no/such/model")[0] == 2
-
-
-def _narrow(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    main()
-
-
-def test_the_time_of_a_calibration_is_really_taken(run: Run, model_folder: Path, cache: Path) -> None:
-    setting = ("--max-model-len", "512", "--prefill-chunk", "256")
-    found = json.loads(run("doctor", "--calibrate", "--model", model_folder, "--json", *setting)[1])
-    for each in found["crossovers"].values():
-        assert len(each["chunks"]) == 2
-        assert all(chunk["dense_ms"] > 0 and chunk["strategy_ms"] > 0 for chunk in each["chunks"])
-    assert (cache / "calibration.json").exists()
-
-
 @pytest.mark.parametrize("broken", ["native", "reference"])
 def test_doctor_reports_a_backend_that_crashes(run: Run, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
-    attention = doctor._attention
+    attention = diagnosis._attention
 
     def crash(backend: Backend) -> torch.Tensor:
         if backend == broken:
             raise RuntimeError("illegal instruction")
         return attention(backend)
 
-    monkeypatch.setattr(doctor, "_attention", crash)
+    monkeypatch.setattr(diagnosis, "_attention", crash)
     status, out, _ = run("doctor", "--json")
     (found,) = [check for check in json.loads(out)["checks"] if check["name"] == f"self-test {broken}"]
     assert (status, found["ok"]) == (1, False)
     assert "illegal instruction" in found["detail"]
 
 
-def test_the_help_says_what_a_calibration_changes(run: Run) -> None:
-    out = run("doctor", "--help")[1]
-    assert "What is stored changes from which length on prompts are sparse" in out
-    assert "--strategy-arg NAME.dense_below=N" in out
-    assert "--forget" in out
-    assert "engine flags takes it as" in out, "a paragraph flows, wherever its lines end in the docstring"
-    assert out.index("--json") < out.index("─ Calibration ─") < out.index("--page-size")
+@pytest.mark.parametrize("flag", ["--page-size", "--max-model-len", "--model", "--config"])
+def test_doctor_takes_no_flags_of_an_engine(run: Run, flag: str) -> None:
+    status, out, err = run("doctor", flag, "32")
+    assert (status, out) == (2, "")
+    assert f"No such option: {flag}" in err

@@ -54,7 +54,7 @@ def test_an_evaluation_is_printed_and_kept_and_not_done_twice(
 def test_a_loss_beyond_what_is_allowed_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from keysift.server.commands.evaluate import _verdict
+    from keysift.server.commands.evaluation import _verdict
 
     rows = [
         {"strategy": "dense", "length": None, "loss": 0.0},
@@ -76,7 +76,8 @@ def test_tasks_are_listed_without_a_model(run: Run) -> None:
 def test_several_processes_are_refused_before_a_model_is_looked_for(run: Run, kind: tuple[str, ...]) -> None:
     status, out, err = run("eval", "/no/such/model", "--tensor-parallel-size", "2", *kind)
     assert (status, out) == (2, "")
-    assert err == "keysift: tensor_parallel_size: 1 where all heads are looked at by one process, got 2\n"
+    limit = "1 for evaluation and calibration, as one process looks at all heads there"
+    assert err == f"keysift: tensor_parallel_size: {limit}, got 2\n"
 
 
 def test_without_the_harness_its_extra_is_named(

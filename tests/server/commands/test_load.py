@@ -1,4 +1,4 @@
-"""A load run: when requests leave, what is counted and timed, and what becomes of those that fail."""
+"""Load runs: arrivals, times, statistics, failed requests, prompts and configuration."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from keysift.engine import (
     Usage,
 )
 from keysift.engine.measure.evaluation.texts import documentation
-from keysift.engine.measure.percentiles import p99, spread
+from keysift.engine.measure.percentiles import p99, percentiles
 from keysift.server.client import Client
 from keysift.server.commands.flags import from_fields
 from keysift.server.commands.load import prompts
-from keysift.server.commands.load.report import Record, is_good, most_at_once, parse_targets, report
+from keysift.server.commands.load.report import Record, is_good, max_concurrent, parse_targets, report
 from keysift.server.commands.load.run import Load, arrivals, load
 from keysift.server.errors import Unauthenticated, Unavailable
 
@@ -61,7 +61,7 @@ def measure(running: Running) -> Measure:
 
 
 def press_ctrl_c() -> None:
-    """As a terminal does: it wakes the main thread, whatever that waits for."""
+    """SIGINT to the main thread, as from a terminal: it ends any wait of that thread."""
     signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
@@ -70,18 +70,18 @@ def finish(reason: FinishReason = FinishReason.LENGTH, error: str = "") -> Finis
     return Finish("r", reason, Usage(10, 3, 4), Timings(0, 0, 0, 0, 0), read, error=error)
 
 
-def told(sent: float, *messages: tuple[float, int], number: int = 0) -> Record:
-    """A request that was sent at a moment and got messages of so many tokens at others."""
+def completed(sent: float, *messages: tuple[float, int], number: int = 0) -> Record:
+    """Record of a request sent at `sent`, with messages of (moment, number of tokens)."""
     record = Record(number, sent)
-    record.hear(PromptInfo("r", 10, 0, "dense", 0.0), sent)
+    record.add(PromptInfo("r", 10, 0, "dense", 0.0), sent)
     for now, count in messages:
-        record.hear(TokenOutput("r", "x" * count, (7,) * count), now)
-    record.hear(finish(), messages[-1][0])
+        record.add(TokenOutput("r", "x" * count, (7,) * count), now)
+    record.add(finish(), messages[-1][0])
     record.end(messages[-1][0])
     return record
 
 
-# When requests leave
+# Arrivals
 
 
 def test_arrivals_repeat_for_a_seed() -> None:
@@ -90,7 +90,7 @@ def test_arrivals_repeat_for_a_seed() -> None:
 
 
 @pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
-def test_arrivals_have_the_rate_and_the_spread_that_were_asked_for(burstiness: float) -> None:
+def test_arrivals_have_the_requested_rate_and_burstiness(burstiness: float) -> None:
     moments = arrivals(40_000, 8.0, burstiness, seed=0)
     gaps = [later - earlier for earlier, later in pairwise(moments)]
     assert moments[0] == 0
@@ -115,11 +115,11 @@ def test_requests_count_from_their_arrival(measure: Measure) -> None:
     assert (result["request_rate"], result["burstiness"]) == (60.0, 0.5)
 
 
-# What is timed
+# Times and statistics
 
 
 def test_a_message_of_several_tokens() -> None:
-    record = told(1.0, (1.5, 1), (1.6, 1), (2.2, 3))
+    record = completed(1.0, (1.5, 1), (1.6, 1), (2.2, 3))
     assert (record.input_len, record.output_len) == (10, 5)
     assert record.ttft == pytest.approx(0.5)
     assert record.itl == pytest.approx([0.1, 0.2, 0.2, 0.2])
@@ -129,13 +129,13 @@ def test_a_message_of_several_tokens() -> None:
 
 
 def test_one_token_has_no_time_per_token() -> None:
-    record = told(0.0, (0.5, 1))
+    record = completed(0.0, (0.5, 1))
     assert record.tpot is None
     assert is_good(record, {"tpot": 1.0})
 
 
 def test_a_message_without_tokens_is_none() -> None:
-    record = told(0.0, (0.5, 0), (1.0, 1), (1.5, 1))
+    record = completed(0.0, (0.5, 0), (1.0, 1), (1.5, 1))
     assert (record.ttft, record.itl) == (1.0, [0.5])
 
 
@@ -147,11 +147,11 @@ def test_a_message_without_tokens_is_none() -> None:
         (finish(FinishReason.ERROR, "no room"), "no room"),
     ],
 )
-def test_what_did_not_come_back_whole_has_failed(last: Finish | None, problem: str) -> None:
+def test_an_incomplete_stream_has_failed(last: Finish | None, problem: str) -> None:
     record = Record(0, 0.0)
-    record.hear(TokenOutput("r", "x", (7,)), 1.0)
+    record.add(TokenOutput("r", "x", (7,)), 1.0)
     if last:
-        record.hear(last, 2.0)
+        record.add(last, 2.0)
     record.end(2.0)
     assert record.error == problem
     assert not is_good(record, {})
@@ -159,7 +159,7 @@ def test_what_did_not_come_back_whole_has_failed(last: Finish | None, problem: s
 
 def test_an_answer_without_a_token_is_none() -> None:
     record = Record(0, 0.0)
-    record.hear(finish(FinishReason.STOP), 1.0)
+    record.add(finish(FinishReason.STOP), 1.0)
     record.end(1.0)
     assert not is_good(record, {"ttft": 1e9})
     assert record.error == "no token came"
@@ -168,27 +168,27 @@ def test_an_answer_without_a_token_is_none() -> None:
 def test_statistics_are_those_of_numpy() -> None:
     seconds = [((7 * n) % 101) ** 1.5 / 1000 for n in range(250)]
     ms = 1e3 * np.array(seconds)
-    found = spread("itl", seconds)
+    found = percentiles("itl", seconds)
     assert list(found) == ["mean_itl_ms", "median_itl_ms", "std_itl_ms", "p99_itl_ms"]
     assert list(found.values()) == pytest.approx([ms.mean(), np.median(ms), ms.std(), np.percentile(ms, 99)])
     assert p99([3.0]) == 3.0
-    assert spread("ttft", [])["p99_ttft_ms"] is None
+    assert percentiles("ttft", [])["p99_ttft_ms"] is None
 
 
-def test_requests_under_way_at_the_same_time() -> None:
+def test_the_largest_number_of_concurrent_requests() -> None:
     spans = [(0.0, 2.0), (1.0, 3.0), (2.0, 4.0), (2.5, 2.7)]
     records = [Record(n, start, ended=stop) for n, (start, stop) in enumerate(spans)]
-    assert most_at_once(records) == 3
-    assert most_at_once(records[:3]) == 2
-    assert most_at_once([]) == 0
+    assert max_concurrent(records) == 3
+    assert max_concurrent(records[:3]) == 2
+    assert max_concurrent([]) == 0
 
 
 def test_goodput_is_what_meets_every_target() -> None:
     records = [
-        told(0.0, (0.4, 1), (0.5, 1), number=0),  # good
-        told(0.0, (0.6, 1), (0.7, 1), number=1),  # its first token is late
-        told(1.0, (1.1, 1), (1.4, 1), number=2),  # the second one takes too long
-        told(1.0, (1.5, 1), (1.7, 1), number=3),  # on the line in both
+        completed(0.0, (0.4, 1), (0.5, 1), number=0),  # good
+        completed(0.0, (0.6, 1), (0.7, 1), number=1),  # first token too late
+        completed(1.0, (1.1, 1), (1.4, 1), number=2),  # second token too late
+        completed(1.0, (1.5, 1), (1.7, 1), number=3),  # on the line in both
         Record(4, 0.0, ended=2.0, error="refused"),
     ]
     result = report(records, {"ttft": 500.0, "tpot": 200.001}, duration=4.0)
@@ -201,7 +201,7 @@ def test_goodput_is_what_meets_every_target() -> None:
 
 def test_the_report_of_a_handmade_run() -> None:
     failed = Record(1, 0.5, 99, ended=0.6, error="refused")
-    result = report([told(0.0, (1.0, 1), (3.0, 2)), failed, told(1.0, (3.0, 1), number=2)], {}, duration=4.0)
+    result = report([completed(0.0, (1.0, 1), (3.0, 2)), failed, completed(1.0, (3.0, 1), number=2)], {}, duration=4.0)
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (20, 4)
     assert (result["output_throughput"], result["total_token_throughput"]) == (1.0, 6.0)
     assert (result["mean_ttft_ms"], result["median_ttft_ms"], result["std_ttft_ms"]) == (1500, 1500, 500)
@@ -230,8 +230,8 @@ def test_every_request_is_counted_and_timed(measure: Measure) -> None:
     assert result["request_goodput"] == result["request_throughput"] == pytest.approx(6 / result["duration"])
     assert result["median_ttft_ms"] == pytest.approx(1e3 * float(np.median(result["ttfts"])))
     assert result["median_itl_ms"] == pytest.approx(1e3 * float(np.median(np.concatenate(result["itls"]))))
-    whole = [first + sum(gaps) for first, gaps in zip(result["ttfts"], result["itls"], strict=True)]
-    assert result["mean_e2el_ms"] == pytest.approx(1e3 * float(np.mean(whole)))
+    e2el = [first + sum(gaps) for first, gaps in zip(result["ttfts"], result["itls"], strict=True)]
+    assert result["mean_e2el_ms"] == pytest.approx(1e3 * float(np.mean(e2el)))
     assert "generated_texts" not in result
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
@@ -245,7 +245,7 @@ def test_answers_of_one_token_have_no_time_between_tokens(measure: Measure) -> N
     assert result["request_goodput"] == result["output_throughput"] == result["request_throughput"]
 
 
-def test_those_that_fail_are_counted_and_the_others_go_on(measure: Measure) -> None:
+def test_failed_requests_are_counted_and_the_others_go_on(measure: Measure) -> None:
     result = measure(input_lens=(40, MAX_LEN + 5), num_warmups=0)
     assert (result["completed"], result["failed"]) == (3, 3)
     assert result["errors"][::2] == [""] * 3
@@ -255,26 +255,26 @@ def test_those_that_fail_are_counted_and_the_others_go_on(measure: Measure) -> N
     assert result["input_lens"] == [40, MAX_LEN + 5] * 3
 
 
-def test_where_all_fail_nothing_was_measured(measure: Measure) -> None:
+def test_without_a_complete_request_there_are_no_statistics(measure: Measure) -> None:
     result = measure(strategy="no-such", num_prompts=2, num_warmups=0)
     assert (result["completed"], result["failed"], result["mean_ttft_ms"]) == (0, 2, None)
     assert "no-such" in result["errors"][0]
 
 
-def test_a_warm_up_that_fails_is_told_once(measure: Measure, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_warm_up_is_printed_once(measure: Measure, capsys: pytest.CaptureFixture[str]) -> None:
     result = measure(input_lens=(40, MAX_LEN + 5), num_warmups=5, num_prompts=1)
     assert (result["completed"], result["failed"]) == (1, 0)
     (line,) = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"2 of 5 warm-up requests failed: \w+: .*max_model_len.*", line)
 
 
-def test_a_warm_up_of_which_nothing_comes_back_ends_it(measure: Measure) -> None:
+def test_a_warm_up_without_a_complete_request_ends_the_run(measure: Measure) -> None:
     with pytest.raises(KeysiftError, match=r"^3 of 3 warm-up requests failed: \w+: .*no-such"):
         measure(strategy="no-such", num_prompts=2, num_warmups=3)
 
 
 @pytest.mark.parametrize("most", [1, 3])
-def test_never_more_under_way_than_asked(measure: Measure, most: int) -> None:
+def test_never_more_requests_than_max_concurrency(measure: Measure, most: int) -> None:
     result = measure(num_prompts=12, max_concurrency=most, output_len=12)
     assert result["completed"] == 12
     assert result["max_concurrent_requests"] == most
@@ -284,7 +284,7 @@ def test_never_more_under_way_than_asked(measure: Measure, most: int) -> None:
     assert moments[most] > 0, "it waits until there is room, and only then counts as sent"
 
 
-def test_what_the_servers_queue_refuses_has_failed(slow: Running) -> None:
+def test_a_request_that_the_queue_refuses_has_failed(slow: Running) -> None:
     """One request runs and one may wait."""
     config = Load(address=slow.address, num_prompts=6, input_lens=(20,), output_len=20, num_warmups=0)
     result = load(config, quiet)
@@ -299,7 +299,7 @@ def test_the_strategy_of_the_requests(measure: Measure) -> None:
     assert sparse["decode_density"] < 0.2 < measure(input_lens=(600,))["decode_density"]
 
 
-def test_prompts_share_a_prefix_only_where_asked(measure: Measure, tmp_path: Path) -> None:
+def test_prompts_share_a_prefix_only_with_the_prefix_cache(measure: Measure, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "%s"}\n\n{"messages": [{"role": "user", "content": "hi"}]}\n' % ("x" * 300))
     shared = measure(prompts=file, bypass_prefix_cache=False, max_concurrency=1, generated_texts=True)
@@ -312,13 +312,13 @@ def test_prompts_share_a_prefix_only_where_asked(measure: Measure, tmp_path: Pat
 
 
 def test_prompts_repeat_for_a_seed(measure: Measure) -> None:
-    """Arrivals too, so a run repeats but for its times."""
+    """Arrivals repeat too, so that two runs differ in their times only."""
     one, same, other = (measure(seed=seed, generated_texts=True)["generated_texts"] for seed in (1, 1, 2))
     assert one == same != other
 
 
 @pytest.mark.usefixtures("terminal")
-def test_ctrl_c_gives_back_what_is_there(slow: Running) -> None:
+def test_ctrl_c_reports_the_completed_requests(slow: Running) -> None:
     def interrupt(done: int, failed: int) -> None:
         if done == 2:
             press_ctrl_c()
@@ -329,7 +329,7 @@ def test_ctrl_c_gives_back_what_is_there(slow: Running) -> None:
     result = load(config, interrupt)
     assert result["interrupted"]
     assert 2 <= result["completed"] <= 4
-    assert result["failed"] == 0, "those that were under way have not failed: they were ended"
+    assert result["failed"] == 0, "running requests were aborted, which is no failure"
     assert slow.free_pages() == slow.engine.status.pages_total
 
 
@@ -353,18 +353,18 @@ def test_ctrl_c_during_the_warm_up_measures_nothing(slow: Running, tmp_path: Pat
     assert slow.free_pages() == slow.engine.status.pages_total
 
 
-def test_no_bar_where_nobody_sees_it(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_bar_outside_of_a_terminal(running: Running, capsys: pytest.CaptureFixture[str]) -> None:
     result = load(Load(address=running.address, num_prompts=2, input_lens=(20,), output_len=2))
     assert result["completed"] == 2
     assert "".join(capsys.readouterr()).strip() == ""
 
 
-def test_a_server_that_is_not_there() -> None:
+def test_no_server_at_the_address() -> None:
     with pytest.raises(Unavailable):
         load(Load(address="127.0.0.1:1"), quiet)
 
 
-def test_a_server_that_wants_a_key(start: Callable[..., Running]) -> None:
+def test_a_server_with_a_key(start: Callable[..., Running]) -> None:
     guarded = start(api_key="sesame")
     config = {"address": guarded.address, "num_prompts": 1, "input_lens": (20,), "output_len": 2}
     with pytest.raises(Unauthenticated):
@@ -375,31 +375,31 @@ def test_a_server_that_wants_a_key(start: Callable[..., Running]) -> None:
 # The prompts
 
 
-def test_a_prompt_has_the_tokens_that_it_should_have(client: Client) -> None:
+def test_a_prompt_has_the_requested_number_of_tokens(client: Client) -> None:
     size = prompts.token_size(client, MAX_LEN)
     assert size == 1, "the tiny model has one token for every byte"
-    (ask,) = prompts.cut([1500], seed=0, token_size=size)
-    outputs = client.generate(ask.prompt, SamplingParams(max_new_tokens=1), truncate_prompt_tokens=ask.length)
+    (sized,) = prompts.cut([1500], seed=0, token_size=size)
+    outputs = client.generate(sized.prompt, SamplingParams(max_new_tokens=1), truncate_prompt_tokens=sized.length)
     assert next(o.prompt_tokens for o in outputs if isinstance(o, PromptInfo)) == 1500
 
 
-def test_prompts_come_from_all_over_the_text() -> None:
-    asks = prompts.cut([10, 20] * 20, seed=0, token_size=4.0)
-    assert [ask.length for ask in asks] == [10, 20] * 20
-    assert len({str(ask.prompt)[:40] for ask in asks}) > 35
-    assert prompts.cut([10, 20] * 20, seed=0, token_size=4.0) == asks
-    assert prompts.cut([10, 20] * 20, seed=1, token_size=4.0) != asks
+def test_prompts_start_at_random_offsets() -> None:
+    found = prompts.cut([10, 20] * 20, seed=0, token_size=4.0)
+    assert [sized.length for sized in found] == [10, 20] * 20
+    assert len({str(sized.prompt)[:40] for sized in found}) > 35
+    assert prompts.cut([10, 20] * 20, seed=0, token_size=4.0) == found
+    assert prompts.cut([10, 20] * 20, seed=1, token_size=4.0) != found
 
 
 def test_a_prompt_longer_than_the_text_begins_again() -> None:
-    whole = documentation()
-    (ask,) = prompts.cut([len(whole)], seed=0, token_size=2.0)
-    assert len(ask.prompt) >= 3 * len(whole)
-    assert str(ask.prompt)[: len(whole)] == str(ask.prompt)[len(whole) : 2 * len(whole)]
+    text = documentation()
+    (sized,) = prompts.cut([len(text)], seed=0, token_size=2.0)
+    assert len(sized.prompt) >= 3 * len(text)
+    assert str(sized.prompt)[: len(text)] == str(sized.prompt)[len(text) : 2 * len(text)]
 
 
 @pytest.mark.parametrize("line", ["no json", "[1]", '{"text": "x"}', '{"prompt": 7}', ""])
-def test_a_file_that_has_no_prompts(measure: Measure, tmp_path: Path, line: str) -> None:
+def test_a_file_without_prompts(measure: Measure, tmp_path: Path, line: str) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text(line)
     with pytest.raises(InvalidRequest, match=r"^prompts: .*bad\.jsonl"):
@@ -431,7 +431,7 @@ def test_a_bad_field_is_named(field: str, value: object) -> None:
         Load(**{"address": "x:1", field: value})
 
 
-def test_it_needs_an_address() -> None:
+def test_a_load_without_an_address() -> None:
     with pytest.raises(InvalidRequest, match="address"):
         load(Load(), quiet)
 
@@ -440,7 +440,7 @@ def test_targets_are_numbers() -> None:
     assert parse_targets(("ttft:500", "tpot:12.5")) == {"ttft": 500.0, "tpot": 12.5}
 
 
-def test_its_fields_are_flags() -> None:
+def test_fields_of_a_load_are_flags() -> None:
     app, made = typer.Typer(), []
     app.command()(from_fields(load=Load)(lambda load: made.append(load)))
     flags = ["--address", "host:1", "--input-len", "100", "--input-len", "2000", "--request-rate", "inf"]
