@@ -1,4 +1,4 @@
-"""Strategies choose pages, ops compute over them."""
+"""Sparse attention: strategies choose pages, ops compute over them."""
 
 from .attend import Attend, bind
 from .contiguous import DenseKernel
@@ -6,7 +6,7 @@ from .registry import DEFAULT, StrategyError, find, known, make, parse
 from .strategy import Dense, Split, Strategy
 from .telemetry import Telemetry
 from .totals import Coverage, Locality, Reads
-from .tracing import PARTS, Part, Spans, Stretch, unwatched
+from .tracing import PARTS, Part, Spans, Stretch, untraced
 
 __all__ = [
     "DEFAULT",
@@ -29,5 +29,5 @@ __all__ = [
     "known",
     "make",
     "parse",
-    "unwatched",
+    "untraced",
 ]

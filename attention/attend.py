@@ -1,4 +1,4 @@
-"""The one function that a model knows."""
+"""The attention function that a model calls: select pages, fetch them, compute over them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .ops.merge import merge
 from .ops.paged_attention import paged_attention
 from .strategy import Strategy
 from .telemetry import Telemetry
-from .tracing import Spans, unwatched
+from .tracing import Spans, untraced
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """layer, q [T, Hq, D], k [T, Hkv, D], v [T, Hkv, D] -> out [T, Hq, D]: appends k and v to the cache, then attends."""
@@ -26,19 +26,18 @@ def bind(
     cache: PagedCache,
     step: Step,
     telemetry: Telemetry | None = None,
-    spans: Spans = unwatched,
+    spans: Spans = untraced,
     *,
     dense_kernel: DenseKernel = "paged",
 ) -> Attend:
-    """`Attend` for one step: the strategy chooses, the cache brings, the op computes; `spans` hears which of them does.
+    """`Attend` for one step: the strategy selects pages, the cache fetches them, an op computes; `spans` traces each.
 
-    A layer is attended to where its queries are: what a step tells is copied there, once for each device.
-    Layers with a sliding window read that window exactly; no strategy is asked about them. Where a prompt's chunk reads
-    everything, `dense_kernel` may compute instead of the op.
+    A layer computes on the device of its queries, to which the step's tensors are copied once. A layer with a sliding
+    window reads exactly that window, without the strategy. `dense_kernel` takes prompt chunks that read everything.
     """
     spec = cache.spec
     on = functools.cache(step.on)
-    which = strategy.index_spec()
+    index_spec = strategy.index_spec()
     choose = strategy.prefill if step.phase is Phase.PREFILL else strategy.decode
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -46,22 +45,12 @@ def bind(
         with spans("index", layer):
             cache.append(layer, k, v, here)
             cache.observe(layer, q, here)
-        context = cache.context(layer, here, which)
+        context = cache.context(layer, here, index_spec)
         window = spec.window(layer)
         with spans("selection", layer):
             selection = context.zones(sink=0, window=window) if window else choose(q, context)
         with spans("attention", layer):
-            lse: Tensor | None = None
-            if dense_kernel != "paged" and suits(context, selection, window):
-                out = contiguous_attention(q, context, dense_kernel)
-            else:
-                out, lse = read(q, context, selection, window)
-            if selection.prefetch is not None:
-                cache.tier.prefetch(layer, selection.prefetch, here)
-            exact = lse
-            if selection.estimated is not None:
-                assert lse is not None, "who reads everything estimates nothing"
-                out, lse = merge(out, lse, *estimate(q, context, selection.estimated))
+            out, exact, lse = _compute(q, context, selection, window, dense_kernel)
         if telemetry is not None and not window:
             with spans("other", layer):
                 telemetry.record(layer, selection, exact, lse)
@@ -70,8 +59,26 @@ def bind(
     return attend
 
 
+def _compute(
+    q: Tensor, context: Context, selection: Selection, window: int, dense_kernel: DenseKernel
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Output [T, Hq, D], and log-sum-exps [T, Hq] over the chosen pages alone and with the estimated ones.
+
+    A contiguous kernel returns no log-sum-exp: it reads every page, so nothing is estimated, prefetched or merged.
+    """
+    if dense_kernel != "paged" and suits(context, selection, window):
+        return contiguous_attention(q, context, dense_kernel), None, None
+    out, exact = read(q, context, selection, window)
+    if selection.prefetch is not None:
+        context.tier.prefetch(context.layer, selection.prefetch, context.step)
+    if selection.estimated is None:
+        return out, exact, exact
+    out, lse = merge(out, exact, *estimate(q, context, selection.estimated))
+    return out, exact, lse
+
+
 def read(q: Tensor, context: Context, selection: Selection, window: int = 0) -> tuple[Tensor, Tensor]:
-    """Attention of q [T, Hq, D] over the chosen pages, in as many parts as the tier brings them in: out and lse."""
+    """Attention of q [T, Hq, D] over the chosen pages, merged over the parts that the tier fetches: out and lse."""
     step = context.step
     parts = (
         paged_attention(

@@ -1,4 +1,4 @@
-"""Where a step tells what its time goes to."""
+"""Tracing hooks for the parts of a step."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol, get_args
 
 Part = Literal["linear", "selection", "attention", "index", "transfer", "sampling", "other"]
-"""What time is spent on.
+"""Kinds of work that a step's time is attributed to.
 
-linear: the model outside of attention, its linear layers, norms and embeddings; selection: a strategy chooses;
-attention: the chosen pages are read, and estimates merged; index: keys, their codes and summaries are written, indexes
-built; transfer: pages are brought where an op can read them; sampling: logits become tokens; other: the rest.
+linear: the model outside of attention, its linear layers, norms and embeddings; selection: a strategy chooses pages;
+attention: chosen pages are read, estimates merged; index: keys, codes and summaries are written, indexes built;
+transfer: pages are fetched to where an op can read them; sampling: tokens from logits; other: the rest.
 """
 PARTS: tuple[Part, ...] = get_args(Part)
 
@@ -19,14 +19,17 @@ Stretch = Literal["prefill", "decode"]
 
 
 class Spans(Protocol):
-    """Told by a step what it is about to do. Spans nest: what an inner one is about is not the outer one's."""
+    """Factory of context managers around the work of a step.
+
+    Spans nest; the time of an inner span does not count for the outer one.
+    """
 
     def __call__(self, name: Part | Stretch, layer: int | None = None) -> AbstractContextManager[None]:
-        """Entered where such work begins and left where it ends."""
+        """Context manager around one piece of work, of a layer if it belongs to one."""
 
 
-def unwatched(name: Part | Stretch, layer: int | None = None) -> AbstractContextManager[None]:
-    """`Spans` while nobody measures."""
+def untraced(name: Part | Stretch, layer: int | None = None) -> AbstractContextManager[None]:
+    """`Spans` that record nothing."""
     return _NOTHING
 
 

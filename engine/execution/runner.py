@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import torch
 
-from keysift.attention import Dense, DenseKernel, Spans, Strategy, Telemetry, bind, unwatched
+from keysift.attention import Dense, DenseKernel, Spans, Strategy, Telemetry, bind, untraced
 from keysift.attention.contiguous import obstacle
 from keysift.kvcache import PagedCache, Phase, Span, Step, Traffic
 from keysift.kvcache.ops import BackendUnavailable, use_backend
@@ -39,7 +39,7 @@ class Runner:
         self._dense_kernel = config.dense_kernel
         self.graphs: Graphs | None = None
         """Replays decode steps where it can."""
-        self.spans: Spans = unwatched
+        self.spans: Spans = untraced
         """Hears what the time of every step goes to."""
 
     def record(self, record: Record[tuple[torch.Tensor, Telemetry]]) -> None:

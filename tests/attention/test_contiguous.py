@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from keysift.attention import Dense, DenseKernel, Strategy, Telemetry, attend, bind, make
-from keysift.attention.contiguous import KERNELS, _behind, obstacle, suits
+from keysift.attention.contiguous import KERNELS, _causal_mask, obstacle, suits
 from keysift.kvcache import CacheSpec, DeviceTier, PagedCache, Phase, Span
 from keysift.kvcache.ops import use_backend
 from tests.tiers import in_memory, offloaded
@@ -333,7 +333,9 @@ def test_torchs_mask_on_cuda_is_the_one_that_is_written_out_elsewhere() -> None:
     """torch names it there, and writes it out itself for a device without the kernel."""
     tokens, keys = 5, 12
     q, k, v = torch.randn(1, 4, tokens, DIM), torch.randn(1, 2, keys, DIM), torch.randn(1, 2, keys, DIM)
-    outs = [scaled_dot_product_attention(q, k, v, _behind(tokens, keys, at), enable_gqa=True) for at in (CPU, CUDA)]
+    outs = [
+        scaled_dot_product_attention(q, k, v, _causal_mask(tokens, keys, at), enable_gqa=True) for at in (CPU, CUDA)
+    ]
     torch.testing.assert_close(*outs)
 
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import pytest
 
-from keysift.attention import PARTS, unwatched
+from keysift.attention import PARTS, untraced
 from keysift.engine import Request
 from keysift.engine.measure.profiling.clock import Clock
 from keysift.engine.measure.profiling.drive import run
@@ -113,7 +113,7 @@ def test_spans_are_heard_only_while_somebody_listens(make: Make) -> None:
     count = len(heard)
     assert once() == listened
     assert len(heard) == count
-    assert (engine.cache.tier, engine.runner.spans) == (tier, unwatched)
+    assert (engine.cache.tier, engine.runner.spans) == (tier, untraced)
     layers = [(name, layer) for layer in (0, 1) for name in ("index", "selection", "attention", "transfer", "other")]
     steps = [[(phase, None), ("linear", None), *layers, ("sampling", None)] for phase in ("prefill", "decode")]
     assert [span for span, _ in groupby(heard)] == [*steps[0], *steps[1]]
@@ -131,14 +131,14 @@ def test_a_step_that_fails_leaves_nobody_listening(make: Make, monkeypatch: pyte
         patch.setattr(tier, "parts", fail)
         with pytest.raises(RuntimeError, match="broken"), engine.watched(Clock()):
             engine.step()
-    assert (engine.cache.tier, engine.runner.spans) == (tier, unwatched)
+    assert (engine.cache.tier, engine.runner.spans) == (tier, untraced)
 
 
 def test_a_span_that_nobody_hears_costs_next_to_nothing() -> None:
     """At most two microseconds of processor time; a layer has four and takes hundreds of microseconds."""
     begun = time.process_time()
     for _ in range(10_000):
-        with unwatched("attention", 3):
+        with untraced("attention", 3):
             pass
     assert time.process_time() - begun < 0.02
 
