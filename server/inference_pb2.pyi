@@ -54,23 +54,23 @@ class _ServerStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._En
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     SERVER_STATE_UNSPECIFIED: _ServerState.ValueType  # 0
     LOADING: _ServerState.ValueType  # 1
-    """The model is being loaded: Generate answers UNAVAILABLE."""
+    """The model is loading: Generate returns UNAVAILABLE."""
     READY: _ServerState.ValueType  # 2
     DRAINING: _ServerState.ValueType  # 3
-    """Live requests run on, new ones are UNAVAILABLE."""
+    """Live requests continue, new ones are UNAVAILABLE."""
     FAILED: _ServerState.ValueType  # 4
-    """The engine is gone: Generate answers UNAVAILABLE until the server is restarted."""
+    """The engine has failed: Generate returns UNAVAILABLE until the server is restarted."""
 
 class ServerState(_ServerState, metaclass=_ServerStateEnumTypeWrapper): ...
 
 SERVER_STATE_UNSPECIFIED: ServerState.ValueType  # 0
 LOADING: ServerState.ValueType  # 1
-"""The model is being loaded: Generate answers UNAVAILABLE."""
+"""The model is loading: Generate returns UNAVAILABLE."""
 READY: ServerState.ValueType  # 2
 DRAINING: ServerState.ValueType  # 3
-"""Live requests run on, new ones are UNAVAILABLE."""
+"""Live requests continue, new ones are UNAVAILABLE."""
 FAILED: ServerState.ValueType  # 4
-"""The engine is gone: Generate answers UNAVAILABLE until the server is restarted."""
+"""The engine has failed: Generate returns UNAVAILABLE until the server is restarted."""
 Global___ServerState: typing_extensions.TypeAlias = ServerState
 
 @typing.final
@@ -113,24 +113,24 @@ class GenerateRequest(google.protobuf.message.Message):
     Empty: the server makes one.
     """
     model: builtins.str
-    """Must be the name that GetModelInfo reports. Empty: whatever is loaded."""
+    """Must be the name that GetModelInfo reports. Empty: the loaded model."""
     text: builtins.str
     """Plain text, tokenised by the server."""
     temperature: builtins.float
-    """Randomness of the choice: 0, which always takes the most likely token, or 0.01 to 100. Default 0."""
+    """Sampling temperature: 0, which always takes the most likely token, or 0.01 to 100. Default 0."""
     truncate_prompt_tokens: builtins.int
-    """Keeps only the last so many tokens of the prompt, at least 1. Default: all of them."""
+    """Number of prompt tokens to keep, from the end, at least 1. Default: all."""
     priority: builtins.int
     """Smaller runs earlier; equal priorities run in order of arrival. Default 0."""
     strategy: builtins.str
     """Attention strategy of this request, such as "streaming" or "flexprefill+retrieval". Empty: the server's."""
     @property
     def token_ids(self) -> Global___TokenIds:
-        """Tokens, taken as they are: no beginning-of-sequence token is added."""
+        """Tokens, used as they are: no beginning-of-sequence token is added."""
 
     @property
     def chat(self) -> Global___Chat:
-        """A conversation, laid out by the model's chat template."""
+        """A conversation, formatted by the model's chat template."""
 
     @property
     def sampling(self) -> Global___Sampling: ...
@@ -217,7 +217,7 @@ class ChatMessage(google.protobuf.message.Message):
     ROLE_FIELD_NUMBER: builtins.int
     CONTENT_FIELD_NUMBER: builtins.int
     role: builtins.str
-    """As the model's chat template knows it: usually "system", "user" or "assistant"."""
+    """A role of the model's chat template: usually "system", "user" or "assistant"."""
     content: builtins.str
     def __init__(
         self,
@@ -231,7 +231,7 @@ Global___ChatMessage: typing_extensions.TypeAlias = ChatMessage
 
 @typing.final
 class Sampling(google.protobuf.message.Message):
-    """Narrows the choice of the next token; used when temperature > 0."""
+    """Restrictions of the next token; used when temperature > 0."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -246,7 +246,7 @@ class Sampling(google.protobuf.message.Message):
     min_p: builtins.float
     """Only tokens at least this fraction as likely as the likeliest, 0 to 1. Default 0: all."""
     seed: builtins.int
-    """Makes the choice repeatable, below 2^63. Default: another one for each request id."""
+    """Seed of a repeatable completion, below 2^63. Default: derived from the request id."""
     def __init__(
         self,
         *,
@@ -270,7 +270,7 @@ Global___Sampling: typing_extensions.TypeAlias = Sampling
 
 @typing.final
 class Decoding(google.protobuf.message.Message):
-    """Shifts the model's scores before the choice."""
+    """Changes to the logits before a token is chosen."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -296,18 +296,18 @@ class Decoding(google.protobuf.message.Message):
     LOGIT_BIAS_FIELD_NUMBER: builtins.int
     ALLOWED_TOKEN_IDS_FIELD_NUMBER: builtins.int
     presence_penalty: builtins.float
-    """Subtracted once from tokens that already appeared in the output, -2 to 2. Default 0."""
+    """Subtracted once from the logits of tokens of the output, -2 to 2. Default 0."""
     frequency_penalty: builtins.float
-    """Subtracted for each time that a token appeared in the output, -2 to 2. Default 0."""
+    """Subtracted for each occurrence of a token in the output, -2 to 2. Default 0."""
     repetition_penalty: builtins.float
-    """Divides the scores of tokens seen in prompt or output, 0.01 to 100. Default 1: none."""
+    """Divides positive and multiplies negative logits of tokens of prompt or output, 0.01 to 100. Default 1: none."""
     @property
     def logit_bias(self) -> google.protobuf.internal.containers.ScalarMap[builtins.int, builtins.float]:
-        """Token id -> added to its score, -10000 to 10000, or -inf, which forbids the token. Not all tokens at -inf."""
+        """Token id -> added to its logit, -10000 to 10000, or -inf, which forbids the token. Not all tokens at -inf."""
 
     @property
     def allowed_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """Only these tokens may be chosen. Empty: all."""
+        """The only tokens that may be chosen. Empty: all."""
 
     def __init__(
         self,
@@ -331,7 +331,7 @@ Global___Decoding: typing_extensions.TypeAlias = Decoding
 
 @typing.final
 class Stopping(google.protobuf.message.Message):
-    """When to end the completion."""
+    """End of the completion."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -344,18 +344,18 @@ class Stopping(google.protobuf.message.Message):
     max_new_tokens: builtins.int
     """Longest completion in tokens, at least 1. Default 256."""
     min_new_tokens: builtins.int
-    """No end before so many tokens, at most max_new_tokens. Default 0."""
+    """Shortest completion in tokens, at most max_new_tokens. Default 0."""
     include_stop_strings: builtins.bool
-    """Whether the matched stop string is part of the text. Default false."""
+    """Keeps the matched stop string in the text. Default false."""
     ignore_eos: builtins.bool
-    """Goes on after the model's own end token. Default false."""
+    """Continues after the model's own end token. Default false."""
     @property
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """Any of these tokens ends the completion."""
 
     @property
     def stop_strings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Any of these texts ends the completion, across token borders too. At most 64, none of them empty."""
+        """Any of these texts ends the completion, across token borders too. At most 64, none empty."""
 
     def __init__(
         self,
@@ -382,14 +382,14 @@ Global___Stopping: typing_extensions.TypeAlias = Stopping
 
 @typing.final
 class Response(google.protobuf.message.Message):
-    """What the replies carry."""
+    """Content of the replies."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     LOGPROBS_FIELD_NUMBER: builtins.int
     SKIP_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     logprobs: builtins.int
-    """Candidates whose log probabilities come with each token, 0 to 20; 0: only the chosen token's. Default: none at all."""
+    """Log probabilities of so many candidates for each token, 0 to 20; 0: the chosen token's only. Default: none."""
     skip_special_tokens: builtins.bool
     """Leaves special tokens, such as the end token, out of the text. Default true."""
     def __init__(
@@ -439,19 +439,19 @@ class GenerateReply(google.protobuf.message.Message):
     FINISH_FIELD_NUMBER: builtins.int
     @property
     def prompt_info(self) -> Global___PromptInfo:
-        """First: the request starts to run."""
+        """First message: the request starts to run."""
 
     @property
     def prefill_progress(self) -> Global___PrefillProgress:
-        """While a long prompt is read. A slow reader gets only the latest."""
+        """Progress of a long prompt. A slow reader receives only the latest."""
 
     @property
     def output(self) -> Global___TokenOutput:
-        """New tokens. A slow reader gets several in one message; none is lost."""
+        """New tokens. A slow reader receives several in one message; none is lost."""
 
     @property
     def finish(self) -> Global___Finish:
-        """Last."""
+        """Last message."""
 
     def __init__(
         self,
@@ -478,11 +478,11 @@ class PromptInfo(google.protobuf.message.Message):
     QUEUE_MS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
     prompt_tokens: builtins.int
-    """After truncation."""
+    """Prompt tokens after truncation."""
     cached_tokens: builtins.int
     """Of those, found in the prefix cache."""
     strategy: builtins.str
-    """The strategy that runs."""
+    """Attention strategy of this request."""
     queue_ms: builtins.float
     """Milliseconds from acceptance to the first step."""
     def __init__(
@@ -510,7 +510,7 @@ class PrefillProgress(google.protobuf.message.Message):
     cached: builtins.int
     """Of those, found in the prefix cache."""
     processed: builtins.int
-    """Of those, in the KV cache now, the cached ones included."""
+    """Of those, in the KV cache now, including the cached ones."""
     def __init__(
         self,
         *,
@@ -531,14 +531,14 @@ class TokenOutput(google.protobuf.message.Message):
     TOKEN_IDS_FIELD_NUMBER: builtins.int
     LOGPROBS_FIELD_NUMBER: builtins.int
     index: builtins.int
-    """Number of the completion: always 0, one prompt has one completion."""
+    """Index of the completion: always 0, as one prompt has one completion."""
     text: builtins.str
-    """Text that became final with these tokens; empty while a character is incomplete."""
+    """Text completed by these tokens; empty while a character is incomplete."""
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def logprobs(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
-        """One for each token, where the request asked for them."""
+        """One for each token, if Response.logprobs is set."""
 
     def __init__(
         self,
@@ -579,9 +579,9 @@ class Logprob(google.protobuf.message.Message):
     RANK_FIELD_NUMBER: builtins.int
     token_id: builtins.int
     logprob: builtins.float
-    """Natural logarithm."""
+    """Natural logarithm of the probability."""
     rank: builtins.int
-    """1: the most likely token."""
+    """Rank among all tokens; 1: the most likely."""
     def __init__(
         self,
         *,
@@ -609,9 +609,9 @@ class Finish(google.protobuf.message.Message):
     stop_string: builtins.str
     stop_token_id: builtins.int
     error: builtins.str
-    """What went wrong, where reason is ERROR. Such a stream ends with status INTERNAL, or RESOURCE_EXHAUSTED if exhausted."""
+    """Error message, if reason is ERROR. The stream then ends with status INTERNAL, or RESOURCE_EXHAUSTED if exhausted."""
     exhausted: builtins.bool
-    """The error is want of memory or of room for the KV cache: the same request may succeed where there is more of it."""
+    """The error is a lack of memory, disk or KV cache: the same request may succeed with more of it."""
     @property
     def usage(self) -> Global___Usage: ...
     @property
@@ -660,7 +660,7 @@ Global___Usage: typing_extensions.TypeAlias = Usage
 
 @typing.final
 class Timings(google.protobuf.message.Message):
-    """Milliseconds, measured by the engine."""
+    """Times in milliseconds, measured by the engine."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -678,7 +678,7 @@ class Timings(google.protobuf.message.Message):
     decode_ms: builtins.float
     """First token to the last."""
     tpot_ms: builtins.float
-    """decode_ms for each token after the first."""
+    """decode_ms / tokens after the first."""
     def __init__(
         self,
         *,
@@ -694,7 +694,7 @@ Global___Timings: typing_extensions.TypeAlias = Timings
 
 @typing.final
 class Sparsity(google.protobuf.message.Message):
-    """What the attention strategy read of the context."""
+    """Part of the context that attention read."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -719,42 +719,41 @@ class Sparsity(google.protobuf.message.Message):
     prefill_density: builtins.float
     """Fraction of the causal context that prompt tokens attended to, 0 to 1."""
     decode_density: builtins.float
-    """The same for new tokens."""
+    """Fraction of the context that new tokens attended to, 0 to 1."""
     coverage: builtins.float
-    """Attention mass that the selections kept, 0 to 1, for the tokens that this request computed: the mean over what the
-    strategy chose for, dense steps of the same phase included. 1 where it chose nothing. Not set where nothing
-    measured it.
+    """Attention mass of the selected pages, 0 to 1, for the tokens that this request computed: the mean over the phases
+    in which the strategy selects, including their dense steps. 1 if it selected nothing. Not set if not measured.
     """
     dense_fallback: builtins.bool
-    """The context was so short that the strategy ran dense."""
+    """True if the context was so short that the strategy ran dense."""
     kv_bytes_read: builtins.int
     """Bytes of keys and values that attention read."""
     kv_bytes_moved: builtins.int
     """Bytes moved between memory tiers."""
     coverage_min: builtins.float
-    """The same as coverage, of the probe and head that kept least. Not set where coverage is not."""
+    """Coverage of the probe and head with the least. Not set if coverage is not."""
     widened: builtins.float
-    """Fraction of the probes, 0 to 1, whose rows read more because too little was covered."""
+    """Fraction of the probes, 0 to 1, whose rows were widened because their coverage was below the target."""
     estimated: builtins.float
-    """Share of the attention that came from the means of pages that were not read. What is neither covered nor estimated
-    was dropped.
+    """Share of the attention estimated from the means of pages that were not read. The rest, neither covered nor
+    estimated, was dropped.
     """
     dropped_bound: builtins.float
-    """The most of the attention that dropped pages can hold, a mean like coverage. Not set where nothing told it."""
+    """Upper bound of the attention of dropped pages, a mean like coverage. Not set if not measured."""
     kv_bytes_written: builtins.int
-    """Bytes of keys and values written to the KV home; kv_bytes_moved are those fetched from it."""
+    """Bytes of keys and values written to the backing store; kv_bytes_moved are those fetched from it."""
     decode_bytes_moved: builtins.int
-    """Of kv_bytes_moved, what new tokens fetched."""
+    """Of kv_bytes_moved, those fetched for new tokens."""
     kv_hits: builtins.int
-    """Pages of one layer and KV head that new tokens found in the pool, and those that they had to fetch."""
+    """Pages of one layer and KV head that new tokens found in the pool (hits) or fetched (misses)."""
     kv_misses: builtins.int
     kv_overlap: builtins.float
-    """Share of the pages that new tokens read which the token before had read too: a mean over tokens, layers and heads.
-    Not set where nothing compared them.
+    """Share of the pages read for a new token that had been read for the previous token: a mean over tokens, layers and
+    heads. Not set if not measured.
     """
     bound_exceeded: builtins.float
-    """Share of the choices under a locality bound, 0 to 1, that let in more pages than it allows because the attention
-    that it would have refused was too much.
+    """Share of the selections under a locality bound, 0 to 1, that took in more new pages than the bound allows, because
+    it would have dropped too much attention.
     """
     def __init__(
         self,
@@ -797,7 +796,7 @@ class AbortRequest(google.protobuf.message.Message):
     REQUEST_IDS_FIELD_NUMBER: builtins.int
     @property
     def request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Unknown and finished ids are ignored."""
+        """Ids of live requests; unknown and finished ones are ignored."""
 
     def __init__(
         self,
@@ -815,7 +814,7 @@ class AbortReply(google.protobuf.message.Message):
     REQUEST_IDS_FIELD_NUMBER: builtins.int
     @property
     def request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """The ids that were live."""
+        """Ids that were live."""
 
     def __init__(
         self,
@@ -904,18 +903,18 @@ class ServerInfo(google.protobuf.message.Message):
     MAX_QUEUE_FIELD_NUMBER: builtins.int
     LOAD_FIELD_NUMBER: builtins.int
     version: builtins.str
-    """Of Keysift."""
+    """Version of Keysift."""
     state: Global___ServerState.ValueType
     uptime_s: builtins.float
     """Seconds since the server started."""
     max_message_bytes: builtins.int
-    """Largest message either way."""
+    """Largest request or reply."""
     max_num_seqs: builtins.int
-    """Requests that run at once, and that may wait."""
+    """Most requests that run at once, and most that wait."""
     max_queue: builtins.int
     @property
     def load(self) -> Global___Load:
-        """Now. Not set before the model is loaded."""
+        """Current load. Not set before the model is loaded."""
 
     def __init__(
         self,
@@ -943,6 +942,7 @@ class Load(google.protobuf.message.Message):
     PAGES_TOTAL_FIELD_NUMBER: builtins.int
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     running: builtins.int
+    """Requests."""
     waiting: builtins.int
     pages_free: builtins.int
     """KV cache pages, of page_size tokens each."""

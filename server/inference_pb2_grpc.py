@@ -28,8 +28,8 @@ if _version_not_supported:
 class InferenceStub(object):
     """Long-context text generation with pluggable sparse attention.
 
-    Field names follow vLLM's `vllm.Inference`. A field that is not set takes the server's default, named in its comment;
-    within v1, fields are only ever added. Beside this service the server offers grpc.health.v1.Health and reflection.
+    Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
+    fields are only added. The server also offers grpc.health.v1.Health and reflection.
     """
 
     def __init__(self, channel):
@@ -63,14 +63,14 @@ class InferenceStub(object):
 class InferenceServicer(object):
     """Long-context text generation with pluggable sparse attention.
 
-    Field names follow vLLM's `vllm.Inference`. A field that is not set takes the server's default, named in its comment;
-    within v1, fields are only ever added. Beside this service the server offers grpc.health.v1.Health and reflection.
+    Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
+    fields are only added. The server also offers grpc.health.v1.Health and reflection.
     """
 
     def Generate(self, request, context):
         """Completes one prompt. The stream is: prompt_info, prefill_progress..., output..., finish.
-        Closing the stream or passing its deadline frees the request's memory at once.
-        The server answers with the request's id in the initial metadata `x-request-id` as soon as it is accepted.
+        Closing the stream, or its deadline, frees the request's memory at once.
+        The initial metadata `x-request-id` has the request's id, sent when the request is accepted.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,14 +84,14 @@ class InferenceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetModelInfo(self, request, context):
-        """The model that is loaded. UNAVAILABLE while it is loading and after the engine has failed.
+        """The loaded model. UNAVAILABLE while it is loading and after the engine has failed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetServerInfo(self, request, context):
-        """Version, state, load and limits. Answers in every state.
+        """Version, state, load and limits. Works in every state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -131,8 +131,8 @@ def add_InferenceServicer_to_server(servicer, server):
 class Inference(object):
     """Long-context text generation with pluggable sparse attention.
 
-    Field names follow vLLM's `vllm.Inference`. A field that is not set takes the server's default, named in its comment;
-    within v1, fields are only ever added. Beside this service the server offers grpc.health.v1.Health and reflection.
+    Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
+    fields are only added. The server also offers grpc.health.v1.Health and reflection.
     """
 
     @staticmethod

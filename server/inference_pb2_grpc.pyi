@@ -92,8 +92,8 @@ _InferenceGetServerInfoType = typing_extensions.TypeVar(
 class InferenceStub(typing.Generic[_InferenceGenerateType, _InferenceAbortType, _InferenceGetModelInfoType, _InferenceGetServerInfoType]):
     """Long-context text generation with pluggable sparse attention.
 
-    Field names follow vLLM's `vllm.Inference`. A field that is not set takes the server's default, named in its comment;
-    within v1, fields are only ever added. Beside this service the server offers grpc.health.v1.Health and reflection.
+    Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
+    fields are only added. The server also offers grpc.health.v1.Health and reflection.
     """
 
     @typing.overload
@@ -138,18 +138,18 @@ class InferenceStub(typing.Generic[_InferenceGenerateType, _InferenceAbortType, 
 
     Generate: _InferenceGenerateType
     """Completes one prompt. The stream is: prompt_info, prefill_progress..., output..., finish.
-    Closing the stream or passing its deadline frees the request's memory at once.
-    The server answers with the request's id in the initial metadata `x-request-id` as soon as it is accepted.
+    Closing the stream, or its deadline, frees the request's memory at once.
+    The initial metadata `x-request-id` has the request's id, sent when the request is accepted.
     """
 
     Abort: _InferenceAbortType
     """Ends live requests. Their streams end with status OK and finish reason CANCELLED."""
 
     GetModelInfo: _InferenceGetModelInfoType
-    """The model that is loaded. UNAVAILABLE while it is loading and after the engine has failed."""
+    """The loaded model. UNAVAILABLE while it is loading and after the engine has failed."""
 
     GetServerInfo: _InferenceGetServerInfoType
-    """Version, state, load and limits. Answers in every state."""
+    """Version, state, load and limits. Works in every state."""
 
 InferenceAsyncStub: typing_extensions.TypeAlias = InferenceStub[
     grpc.aio.UnaryStreamMultiCallable[
@@ -173,8 +173,8 @@ InferenceAsyncStub: typing_extensions.TypeAlias = InferenceStub[
 class InferenceServicer(metaclass=abc.ABCMeta):
     """Long-context text generation with pluggable sparse attention.
 
-    Field names follow vLLM's `vllm.Inference`. A field that is not set takes the server's default, named in its comment;
-    within v1, fields are only ever added. Beside this service the server offers grpc.health.v1.Health and reflection.
+    Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
+    fields are only added. The server also offers grpc.health.v1.Health and reflection.
     """
 
     @abc.abstractmethod
@@ -184,8 +184,8 @@ class InferenceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[keysift.server.inference_pb2.GenerateReply], collections.abc.AsyncIterator[keysift.server.inference_pb2.GenerateReply]]:
         """Completes one prompt. The stream is: prompt_info, prefill_progress..., output..., finish.
-        Closing the stream or passing its deadline frees the request's memory at once.
-        The server answers with the request's id in the initial metadata `x-request-id` as soon as it is accepted.
+        Closing the stream, or its deadline, frees the request's memory at once.
+        The initial metadata `x-request-id` has the request's id, sent when the request is accepted.
         """
 
     @abc.abstractmethod
@@ -202,7 +202,7 @@ class InferenceServicer(metaclass=abc.ABCMeta):
         request: keysift.server.inference_pb2.GetModelInfoRequest,
         context: _ServicerContext,
     ) -> typing.Union[keysift.server.inference_pb2.ModelInfo, collections.abc.Awaitable[keysift.server.inference_pb2.ModelInfo]]:
-        """The model that is loaded. UNAVAILABLE while it is loading and after the engine has failed."""
+        """The loaded model. UNAVAILABLE while it is loading and after the engine has failed."""
 
     @abc.abstractmethod
     def GetServerInfo(
@@ -210,6 +210,6 @@ class InferenceServicer(metaclass=abc.ABCMeta):
         request: keysift.server.inference_pb2.GetServerInfoRequest,
         context: _ServicerContext,
     ) -> typing.Union[keysift.server.inference_pb2.ServerInfo, collections.abc.Awaitable[keysift.server.inference_pb2.ServerInfo]]:
-        """Version, state, load and limits. Answers in every state."""
+        """Version, state, load and limits. Works in every state."""
 
 def add_InferenceServicer_to_server(servicer: InferenceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
