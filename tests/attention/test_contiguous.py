@@ -1,4 +1,4 @@
-"""Kernels that take a prompt's keys and values in one piece: what they give, where they run, and where they cannot."""
+"""Kernels over contiguous keys and values: results, steps that use them, and obstacles."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from .devices import NoWaiting
 PAGE, ROW, DIM = 4, 8, 16
 FRAMES, MAX_LEN = 64, 128
 SCALE = 0.37
-"""Not the one that a kernel takes by itself."""
+"""Differs from the default of every kernel."""
 CLOSE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """`tokens` of a prompt behind `start` others."""
+    """`tokens` of a prompt after `start` others."""
 
     start: int
     tokens: int
@@ -39,15 +39,15 @@ class Chunk:
     spec: dict[str, Any] = field(default_factory=dict)
 
 
-FIRST, BEHIND = Chunk(0, 24), Chunk(40, 21)
+FIRST, LATER = Chunk(0, 24), Chunk(40, 21)
 CHUNKS = {
     "at the start": FIRST,
     "at the start, within a page": Chunk(0, 13),
     "one token": Chunk(0, 1),
-    "one token behind a page": Chunk(4, 1),
-    "behind one page": Chunk(4, 16),
-    "behind many pages": Chunk(64, 24),
-    "within a page": BEHIND,
+    "one token after a page": Chunk(4, 1),
+    "after one page": Chunk(4, 16),
+    "after many pages": Chunk(64, 24),
+    "within a page": LATER,
     "as many heads": Chunk(16, 13, heads=(3, 3)),
     "groups of three": Chunk(16, 13, heads=(9, 3)),
     "groups of four": Chunk(16, 13, heads=(8, 2)),
@@ -61,25 +61,25 @@ CHUNKS = {
 
 @pytest.fixture
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the kernels that ran, the op's among them."""
+    """Names of the kernels that ran, the paged op among them."""
     ran: list[str] = []
 
-    def noted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    def recorded(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **options: Any) -> Any:
             ran.append(name)
             return kernel(*args, **options)
 
         return run
 
-    monkeypatch.setattr(attend, "paged_attention", noted("paged", attend.paged_attention))
+    monkeypatch.setattr(attend, "paged_attention", recorded("paged", attend.paged_attention))
     for name, kernel in KERNELS.items():
-        monkeypatch.setitem(KERNELS, name, noted(name, kernel))
+        monkeypatch.setitem(KERNELS, name, recorded(name, kernel))
     return ran
 
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """flash-attn as its own documentation has it, in float64."""
+    """flash-attn with its documented semantics, in float64."""
     module = types.ModuleType("flash_attn")
     module.__dict__.update(flash_attn_func=flash_attn_func, __version__="2.7.4.post1")
     monkeypatch.setitem(sys.modules, "flash_attn", module)
@@ -111,8 +111,8 @@ def flash_attn_func(
     return out.to(q.dtype)
 
 
-def cache_of(chunk: Chunk = BEHIND, device: str = "cpu", **spec: Any) -> PagedCache:
-    """All of its slots hold NaN."""
+def cache_of(chunk: Chunk = LATER, device: str = "cpu", **spec: Any) -> PagedCache:
+    """A cache whose slots all hold NaN."""
     shape = {"num_layers": 1, "num_kv_heads": chunk.heads[1], "head_dim": DIM, "page_size": PAGE, "dtype": chunk.dtype}
     sized = CacheSpec(**{**shape, "scale": SCALE, **chunk.spec, **spec})
     cache = PagedCache(sized, FRAMES, max_sequences=4, max_len=MAX_LEN, device=device)
@@ -123,7 +123,7 @@ def cache_of(chunk: Chunk = BEHIND, device: str = "cpu", **spec: Any) -> PagedCa
 
 
 def scattered(cache: PagedCache, tokens: int) -> int:
-    """A sequence whose pages lie between another's, in no order."""
+    """A sequence whose frames are out of order, interleaved with another's."""
     ours, others = cache.open(), [cache.open(), cache.open()]
     cache.reserve(others[0], 5 * PAGE)
     cache.reserve(others[1], 3 * PAGE)
@@ -137,7 +137,7 @@ def scattered(cache: PagedCache, tokens: int) -> int:
 
 
 def make_qkv(chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the whole prompt, slices of a fused projection."""
+    """q, k, v of the whole prompt, as slices of a fused projection."""
     heads, kv_heads = chunk.heads
     packed = torch.randn(chunk.start + chunk.tokens, heads + 2 * kv_heads, DIM).to(chunk.dtype)
     q, k, v = packed.split([heads, kv_heads, kv_heads], 1)
@@ -152,28 +152,28 @@ def run(
     strategy: Strategy | None = None,
     telemetry: bool = False,
 ) -> Tensor:
-    """What the chunk's queries read, [T, Hq, D]; the tokens before it are in the cache."""
+    """Output [T, Hq, D] of the chunk's queries, with the tokens before it cached."""
     sequence = scattered(cache, chunk.start + chunk.tokens)
     if chunk.start:
         before = cache.prefill(Span(sequence, 0, chunk.start), ROW)
         cache.append(0, *(part[: chunk.start] for part in data[1:]), before)
     step = cache.prefill(Span(sequence, chunk.start, chunk.tokens), ROW)
-    watch = Telemetry(cache.spec, step) if telemetry else None
+    record = Telemetry(cache.spec, step) if telemetry else None
     with torch.inference_mode():
-        out = bind(strategy or Dense(), cache, step, watch, dense_kernel=kernel)(
+        out = bind(strategy or Dense(), cache, step, record, dense_kernel=kernel)(
             0, *(part[chunk.start :] for part in data)
         )
-    if watch is not None:
-        (reads,) = watch.reads()
+    if record is not None:
+        (reads,) = record.reads()
         assert reads.density == 1.0
         assert reads.bytes > 0
-        (kept,) = watch.coverage([reads])
+        (kept,) = record.coverage([reads])
         assert (kept.mean, kept.least) == (1.0, 1.0)
     return out
 
 
-def written_out(chunk: Chunk, data: Sequence[Tensor], scale: float, window: int = 0) -> Tensor:
-    """Softmax attention in float64, a query and a head at a time."""
+def reference(chunk: Chunk, data: Sequence[Tensor], scale: float, window: int = 0) -> Tensor:
+    """Causal softmax attention in float64, one query and head at a time."""
     q, k, v = (part.double() for part in data)
     out = torch.empty(chunk.tokens, chunk.heads[0], DIM, dtype=torch.float64)
     for token in range(chunk.tokens):
@@ -189,18 +189,18 @@ def written_out(chunk: Chunk, data: Sequence[Tensor], scale: float, window: int 
 @pytest.mark.parametrize("kernel", ["sdpa", "flash-attn"])
 @pytest.mark.parametrize("chunk", CHUNKS.values(), ids=CHUNKS)
 @pytest.mark.usefixtures("package")
-def test_it_is_causal_attention_over_all_that_comes_before(chunk: Chunk, kernel: DenseKernel, ran: list[str]) -> None:
+def test_kernels_compute_causal_attention(chunk: Chunk, kernel: DenseKernel, ran: list[str]) -> None:
     data, cache = make_qkv(chunk), cache_of(chunk)
     out = run(cache, chunk, data, kernel)
     assert ran == [kernel]
     assert out.is_contiguous()
     assert out.dtype == chunk.dtype
-    expected = written_out(chunk, data, cache.spec.softmax_scale)
+    expected = reference(chunk, data, cache.spec.softmax_scale)
     torch.testing.assert_close(out.double(), expected, rtol=CLOSE[chunk.dtype], atol=CLOSE[chunk.dtype])
 
 
-@pytest.mark.parametrize("chunk", [FIRST, BEHIND], ids=["at the start", "behind others"])
-def test_it_is_what_the_op_gives_and_the_same_bits_each_time(chunk: Chunk, ran: list[str]) -> None:
+@pytest.mark.parametrize("chunk", [FIRST, LATER], ids=["at the start", "after others"])
+def test_sdpa_equals_the_paged_op_and_is_deterministic(chunk: Chunk, ran: list[str]) -> None:
     data = make_qkv(chunk)
     op, one, two = (run(cache_of(chunk), chunk, data, kernel) for kernel in ("paged", "sdpa", "sdpa"))
     assert ran == ["paged", "sdpa", "sdpa"]
@@ -208,36 +208,36 @@ def test_it_is_what_the_op_gives_and_the_same_bits_each_time(chunk: Chunk, ran: 
     assert torch.equal(one, two)
 
 
-def test_telemetry_counts_it_as_everything(ran: list[str]) -> None:
-    run(cache_of(), BEHIND, make_qkv(BEHIND), "sdpa", telemetry=True)
+def test_telemetry_counts_every_page_as_read(ran: list[str]) -> None:
+    run(cache_of(), LATER, make_qkv(LATER), "sdpa", telemetry=True)
     assert ran == ["sdpa"]
 
 
 @pytest.mark.parametrize("name", ["streaming", "flexprefill", "sift"])
-def test_a_strategy_that_falls_back_to_dense_takes_it(name: str, ran: list[str]) -> None:
-    length = BEHIND.start + BEHIND.tokens
-    strategy = make(name, dense_below=length).at(Phase.PREFILL, length, BEHIND.tokens)
-    data = make_qkv(BEHIND)
-    out = run(cache_of(), BEHIND, data, "sdpa", strategy)
+def test_a_strategy_that_falls_back_to_dense_uses_the_kernel(name: str, ran: list[str]) -> None:
+    length = LATER.start + LATER.tokens
+    strategy = make(name, dense_below=length).at(Phase.PREFILL, length, LATER.tokens)
+    data = make_qkv(LATER)
+    out = run(cache_of(), LATER, data, "sdpa", strategy)
     assert ran == ["sdpa"]
-    torch.testing.assert_close(out.double(), written_out(BEHIND, data, SCALE), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(out.double(), reference(LATER, data, SCALE), rtol=2e-6, atol=2e-6)
 
 
-def test_sparse_selections_keep_the_op(ran: list[str]) -> None:
-    data, strategy = make_qkv(BEHIND), make("streaming", sink=4, window=8)
-    out, expected = (run(cache_of(), BEHIND, data, kernel, strategy) for kernel in ("sdpa", "paged"))
+def test_sparse_selections_use_the_paged_op(ran: list[str]) -> None:
+    data, strategy = make_qkv(LATER), make("streaming", sink=4, window=8)
+    out, expected = (run(cache_of(), LATER, data, kernel, strategy) for kernel in ("sdpa", "paged"))
     assert ran == ["paged", "paged"]
     assert torch.equal(out, expected)
 
 
-def test_layers_with_a_window_keep_the_op(ran: list[str]) -> None:
-    data = make_qkv(BEHIND)
-    out = run(cache_of(windows=(10,)), BEHIND, data, "sdpa")
+def test_layers_with_a_window_use_the_paged_op(ran: list[str]) -> None:
+    data = make_qkv(LATER)
+    out = run(cache_of(windows=(10,)), LATER, data, "sdpa")
     assert ran == ["paged"]
-    torch.testing.assert_close(out.double(), written_out(BEHIND, data, SCALE, window=10), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(out.double(), reference(LATER, data, SCALE, window=10), rtol=2e-6, atol=2e-6)
 
 
-def test_a_window_keeps_the_op_even_where_it_takes_every_page() -> None:
+def test_a_window_over_every_page_uses_the_paged_op() -> None:
     cache = cache_of()
     cache.reserve(sequence := cache.open(), 8)
     context = cache.context(0, cache.prefill(Span(sequence, 0, 8), ROW))
@@ -245,8 +245,8 @@ def test_a_window_keeps_the_op_even_where_it_takes_every_page() -> None:
     assert not suits(context, context.all(), window=100)
 
 
-def test_tokens_keep_the_op(ran: list[str]) -> None:
-    cache, data = cache_of(), make_qkv(BEHIND)
+def test_decode_steps_use_the_paged_op(ran: list[str]) -> None:
+    cache, data = cache_of(), make_qkv(LATER)
     sequence = scattered(cache, len(data[0]))
     cache.append(0, *(part[:-1] for part in data[1:]), cache.prefill(Span(sequence, 0, len(data[0]) - 1), ROW))
     step = cache.decode([Span(sequence, len(data[0]) - 1, 1)])
@@ -254,17 +254,17 @@ def test_tokens_keep_the_op(ran: list[str]) -> None:
     assert ran == ["paged"]
 
 
-def test_pages_that_have_to_be_fetched_keep_the_op(ran: list[str]) -> None:
+def test_offloaded_pages_use_the_paged_op(ran: list[str]) -> None:
     spec = CacheSpec(num_layers=1, num_kv_heads=2, head_dim=DIM, page_size=PAGE, scale=SCALE)
     cache, data = offloaded(in_memory, slots=12, staged=16)(spec), make_qkv(FIRST)
     cache.reserve(sequence := cache.open(), FIRST.tokens)
     out = bind(Dense(), cache, cache.prefill(Span(sequence, 0, FIRST.tokens), ROW), dense_kernel="sdpa")(0, *data)
     assert set(ran) == {"paged"}
-    torch.testing.assert_close(out.double(), written_out(FIRST, data, SCALE), rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(out.double(), reference(FIRST, data, SCALE), rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("chunk", [FIRST, BEHIND], ids=["at the start", "behind others"])
-def test_it_waits_for_nothing(chunk: Chunk, ran: list[str]) -> None:
+@pytest.mark.parametrize("chunk", [FIRST, LATER], ids=["at the start", "after others"])
+def test_sdpa_does_not_wait_for_the_device(chunk: Chunk, ran: list[str]) -> None:
     cache = cache_of(chunk, device="meta")
     cache.reserve(sequence := cache.open(), chunk.start + chunk.tokens)
     attend = bind(Dense(), cache, cache.prefill(Span(sequence, chunk.start, chunk.tokens), ROW), dense_kernel="sdpa")
@@ -298,7 +298,7 @@ WIDE = CacheSpec(num_layers=1, num_kv_heads=2, head_dim=272, dtype=torch.bfloat1
     ],
 )
 @pytest.mark.usefixtures("package")
-def test_what_stands_in_the_way_is_told(
+def test_obstacle_names_the_unsupported_property(
     kernel: DenseKernel,
     spec: CacheSpec,
     device: torch.device,
@@ -310,7 +310,7 @@ def test_what_stands_in_the_way_is_told(
     assert obstacle(kernel, spec, device) == problem
 
 
-def test_a_missing_package_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setitem(sys.modules, "flash_attn", None)
     problem = obstacle("flash-attn", SPEC, CUDA)
@@ -319,7 +319,7 @@ def test_a_missing_package_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(("version", "fits"), [("2.0.9", False), ("1.0", False), ("2.1.0", True), ("3.0.0b1", True)])
-def test_a_package_whose_causal_mask_begins_at_the_first_key_is_refused(
+def test_a_package_with_the_causal_mask_at_the_first_key_is_refused(
     version: str, fits: bool, package: types.ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -328,9 +328,9 @@ def test_a_package_whose_causal_mask_begins_at_the_first_key_is_refused(
     assert problem == (None if fits else f"flash-attn takes its package from 2.1 on, got {version}")
 
 
-@pytest.mark.filterwarnings("ignore:.*attention")  # torch tells why a CPU gets the mask
-def test_torchs_mask_on_cuda_is_the_one_that_is_written_out_elsewhere() -> None:
-    """torch names it there, and writes it out itself for a device without the kernel."""
+@pytest.mark.filterwarnings("ignore:.*attention")  # torch explains why a CPU tensor takes the mask
+def test_the_lazy_mask_on_cuda_equals_the_materialized_one() -> None:
+    """On CPU tensors torch materializes the lazy mask itself, as they have no kernel for it."""
     tokens, keys = 5, 12
     q, k, v = torch.randn(1, 4, tokens, DIM), torch.randn(1, 2, keys, DIM), torch.randn(1, 2, keys, DIM)
     outs = [
@@ -341,11 +341,11 @@ def test_torchs_mask_on_cuda_is_the_one_that_is_written_out_elsewhere() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["sdpa", "flash-attn"])
-@pytest.mark.parametrize("chunk", [FIRST, BEHIND], ids=["at the start", "behind others"])
-def test_it_is_causal_attention_on_a_gpu(chunk: Chunk, kernel: DenseKernel) -> None:
+@pytest.mark.parametrize("chunk", [FIRST, LATER], ids=["at the start", "after others"])
+def test_kernels_compute_causal_attention_on_a_gpu(chunk: Chunk, kernel: DenseKernel) -> None:
     chunk = replace(chunk, dtype=torch.bfloat16)
     data, cache = make_qkv(chunk), cache_of(chunk, device="cuda")
     if (problem := obstacle(kernel, cache.spec, cache.device)) is not None:
         pytest.skip(problem)
     out = run(cache, chunk, [part.cuda() for part in data], kernel)
-    torch.testing.assert_close(out.cpu().double(), written_out(chunk, data, SCALE), rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(out.cpu().double(), reference(chunk, data, SCALE), rtol=2e-2, atol=2e-2)

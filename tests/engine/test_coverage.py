@@ -1,4 +1,4 @@
-"""From the selections of many steps to what a request is told about the attention that it kept."""
+"""Coverage of a request, summed over its steps and phases and exported as metrics."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_dense_chunks_of_a_prompt_count_as_kept(make: Make) -> None:
     assert not half_sparse.dense_fallback
 
 
-def test_a_prompt_that_was_too_short_kept_everything(make: Make) -> None:
+def test_a_prompt_below_the_dense_threshold_keeps_everything(make: Make) -> None:
     found = sparsity(make, 60, 5)
     assert found.dense_fallback
     assert (found.coverage, found.coverage_min, found.widened) == (1.0, 1.0, 0.0)
@@ -55,34 +55,34 @@ def test_rows_that_keep_too_little_are_widened(make: Make) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["streaming", "dense+streaming", "sift+streaming"])
-def test_one_unmeasured_phase_makes_it_unknown(make: Make, strategy: str) -> None:
+def test_one_unmeasured_phase_makes_the_coverage_unknown(make: Make, strategy: str) -> None:
     arguments = [f"{strategy.split('+')[-1]}.window=16", "streaming.sink=0"]
     found = sparsity(make, 300, 40, *arguments, strategy=strategy)
     assert found.coverage is found.coverage_min is None
 
 
-def test_only_phases_that_chose_are_told() -> None:
+def test_coverage_is_of_the_sparse_phases_alone() -> None:
     sequence = Sequence(Request("a", (1, 2, 3)), Dense(), 4)
     sequence.coverage[Phase.PREFILL] += Coverage(100, 100.0)
     assert sequence.sparsity().coverage == 1.0
     sequence.coverage[Phase.DECODE] += Coverage(4, 2.0, 0.25, 1.0, chose=True)
-    told = sequence.sparsity()
-    assert (told.coverage, told.coverage_min, told.widened) == (0.5, 0.25, 0.25)
+    found = sequence.sparsity()
+    assert (found.coverage, found.coverage_min, found.widened) == (0.5, 0.25, 0.25)
     sequence.coverage[Phase.PREFILL] += Coverage(100, 80.0, 0.5, 0.0, chose=True)
-    told = sequence.sparsity()
-    assert told.coverage == pytest.approx(182 / 204)
-    assert told.coverage_min == 0.25
+    found = sequence.sparsity()
+    assert found.coverage == pytest.approx(182 / 204)
+    assert found.coverage_min == 0.25
 
 
-def test_metrics_hear_of_it(make: Make) -> None:
+def test_metrics_observe_the_coverage_of_each_request(make: Make) -> None:
     names = ("attention_coverage", "attention_coverage_min", "widened_share")
 
-    def counts(what: str) -> list[float]:
+    def samples(field: str) -> list[float]:
         label = {"strategy": "sift"}
-        return [REGISTRY.get_sample_value(f"keysift_{name}_{what}", label) or 0.0 for name in names]
+        return [REGISTRY.get_sample_value(f"keysift_{name}_{field}", label) or 0.0 for name in names]
 
-    before, sums = counts("count"), counts("sum")
-    told = sparsity(make, 300, 1, *SPARSE)
-    assert [now - then for now, then in zip(counts("count"), before, strict=True)] == [1, 1, 1]
-    expected = [told.coverage, told.coverage_min, told.widened]
-    assert [now - then for now, then in zip(counts("sum"), sums, strict=True)] == pytest.approx(expected)
+    before, sums = samples("count"), samples("sum")
+    found = sparsity(make, 300, 1, *SPARSE)
+    assert [now - then for now, then in zip(samples("count"), before, strict=True)] == [1, 1, 1]
+    expected = [found.coverage, found.coverage_min, found.widened]
+    assert [now - then for now, then in zip(samples("sum"), sums, strict=True)] == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""Tokens that read what the last one read, but for a little: the same whatever else runs, and told as it is."""
+"""NOSA's locality bound in the engine: tokens independent of what else runs, and the overlap that requests report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def request(name: str, prompt: tuple[int, ...], new: int, *more: str) -> Request
     return Request(name, prompt, greedy(new), strategy="nosa", strategy_args=(*SMALL, *more))
 
 
-def spoken(engine: Engine, *requests: Request) -> list[list[int]]:
+def generated(engine: Engine, *requests: Request) -> list[list[int]]:
     for each in requests:
         engine.add(each)
     outputs = drain(engine)
@@ -23,19 +23,19 @@ def spoken(engine: Engine, *requests: Request) -> list[list[int]]:
 
 
 @REFUSED
-def test_a_request_says_the_same_alone_in_company_and_behind_a_prefix(make: Make, refused: str) -> None:
+def test_tokens_are_the_same_alone_in_a_batch_and_after_a_prefix_hit(make: Make, refused: str) -> None:
     first, second, option = tokens(180), (*tokens(180)[:140], *tokens(60, 1)), f"refused={refused}"
-    (alone,) = spoken(make(), request("b", second, 40, option))
+    (alone,) = generated(make(), request("b", second, 40, option))
     engine = make()
-    company = request("a", first, 50, option), request("b", second, 40, option), request("c", first, 9, option)
-    assert spoken(engine, *company)[1] == alone
+    batch = request("a", first, 50, option), request("b", second, 40, option), request("c", first, 9, option)
+    assert generated(engine, *batch)[1] == alone
     assert engine.scheduler.preemptions == 0
-    assert spoken(engine, request("b", second, 40, option))[0] == alone, "its own pages are there now"
+    assert generated(engine, request("b", second, 40, option))[0] == alone, "with its own pages cached"
     assert engine.cache.recent.bytes == 0
 
 
-def test_it_is_not_what_dense_says(make: Make) -> None:
-    """Else the others would prove little."""
+def test_tokens_differ_from_those_of_dense(make: Make) -> None:
+    """Otherwise the other tests would prove little."""
     engine = make()
     engine.add(request("sparse", tokens(180), 40))
     engine.add(Request("dense", tokens(180), greedy(40), strategy="dense"))
@@ -44,16 +44,16 @@ def test_it_is_not_what_dense_says(make: Make) -> None:
 
 
 @pytest.mark.parametrize("more", [("budget=32",), ("budget=32", "dense_below=160")], ids=str)
-def test_a_request_that_was_preempted_says_the_same(make: Make, more: tuple[str, ...]) -> None:
+def test_tokens_are_the_same_after_a_preemption(make: Make, more: tuple[str, ...]) -> None:
     prompts = [tokens(120, seed) for seed in range(3)]
-    alone = [spoken(make(), request(str(i), prompt, 70, *more))[0] for i, prompt in enumerate(prompts)]
+    alone = [generated(make(), request(str(i), prompt, 70, *more))[0] for i, prompt in enumerate(prompts)]
     cramped = make(kv_memory=make().cache.spec.page_bytes * 26)
-    assert spoken(cramped, *(request(str(i), prompt, 70, *more) for i, prompt in enumerate(prompts))) == alone
+    assert generated(cramped, *(request(str(i), prompt, 70, *more) for i, prompt in enumerate(prompts))) == alone
     assert cramped.scheduler.preemptions > 0
 
 
-def test_a_preempted_token_that_read_everything_is_decoded_again(make: Make) -> None:
-    """In a chunk, as it would be where tokens remember nothing, the next one would not find what it left."""
+def test_tokens_that_read_everything_are_decoded_again_after_a_preemption(make: Make) -> None:
+    """A prompt chunk, which recomputes them under other strategies, would leave no decode history to the next token."""
     engine = make(kv_memory=make().cache.spec.page_bytes * 26)
     for seed in range(3):
         engine.add(request(str(seed), tokens(120, seed), 40, "budget=1000"))
@@ -66,9 +66,11 @@ def test_a_preempted_token_that_read_everything_is_decoded_again(make: Make) -> 
     assert len(waiting.page_keys()) == waiting.prompt_len // 16
 
 
-def test_a_step_that_fails_and_runs_again_says_the_same(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It fails behind the first layer, which has chosen by then and remembers it."""
-    (undisturbed,) = spoken(make(), request("a", tokens(150), 30))
+def test_tokens_are_the_same_after_a_step_that_fails_and_runs_again(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step fails after the first layer, which has updated its decode history by then."""
+    (undisturbed,) = generated(make(), request("a", tokens(150), 30))
     engine = make()
     engine.add(request("a", tokens(150), 30))
     write, calls = engine.cache.tier.write, 0
@@ -77,7 +79,7 @@ def test_a_step_that_fails_and_runs_again_says_the_same(make: Make, monkeypatch:
         nonlocal calls
         calls += layer == 1
         if layer == 1 and calls % 4 == 0:
-            raise OSError("gone for a moment")
+            raise OSError("temporary")
         write(layer, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(engine.cache.tier, "write", failing)
@@ -95,7 +97,7 @@ def test_a_step_that_fails_and_runs_again_says_the_same(make: Make, monkeypatch:
     assert said(outputs, "a") == undisturbed
 
 
-def test_a_budget_of_everything_says_what_dense_says(make: Make) -> None:
+def test_a_budget_for_every_page_equals_dense(make: Make) -> None:
     engine = make()
     engine.add(request("all", tokens(150), 40, "budget=100000"))
     engine.add(Request("dense", tokens(150), greedy(40), strategy="dense"))
@@ -110,37 +112,34 @@ def sparsity(make: Make, *more: str) -> Sparsity:
     return finish_of(drain(engine), "a").sparsity
 
 
-def test_how_little_changes_is_told(make: Make) -> None:
-    """Zones and budget: at least eight pages of a token; nothing comes in but its own page every sixteen tokens."""
-    still = sparsity(make, "m_max=0", "epsilon=1")
-    assert still.kv_overlap is not None
-    assert 1 - 1 / 8 / 12 < still.kv_overlap < 1
-    assert still.bound_exceeded == 0
+def test_overlap_with_the_previous_token_is_reported(make: Make) -> None:
+    """A token reads at least eight pages; with `m_max=0` none is new but its own page, every sixteen tokens."""
+    fixed = sparsity(make, "m_max=0", "epsilon=1")
+    assert fixed.kv_overlap is not None
+    assert 1 - 1 / 8 / 12 < fixed.kv_overlap < 1
+    assert fixed.bound_exceeded == 0
     moving = sparsity(make, "m_max=2", "epsilon=1")
     assert moving.kv_overlap is not None
-    assert 1 - 3 / 7 < moving.kv_overlap < still.kv_overlap
+    assert 1 - 3 / 7 < moving.kv_overlap < fixed.kv_overlap
     assert moving.bound_exceeded == 0
 
 
-def test_how_often_the_valve_opens_is_told(make: Make) -> None:
+def test_the_share_of_exceeded_bounds_is_reported(make: Make) -> None:
     assert 0.1 < sparsity(make, "m_max=0", "epsilon=0.05").bound_exceeded < 1
     everything = sparsity(make, "budget=100000", "m_max=0")
     assert (everything.kv_overlap is not None, everything.bound_exceeded) == (True, 0)
 
 
-def test_who_compares_nothing_tells_nothing(make: Make) -> None:
+def test_strategies_that_compare_nothing_report_no_overlap(make: Make) -> None:
     engine = make()
     engine.add(Request("a", tokens(100), greedy(9), strategy="retrieval", strategy_args=("dense_below=0",)))
     found = finish_of(drain(engine), "a").sparsity
     assert (found.kv_overlap, found.bound_exceeded) == (None, 0)
 
 
-def test_read_estimated_and_dropped_are_told_apart(make: Make) -> None:
-    dropping = sparsity(make, "m_max=0", "epsilon=1", "refused=drop")
-    assert dropping.estimated == 0
-    meaning = sparsity(make, "m_max=0", "epsilon=1")
-    assert meaning.coverage is not None
-    assert 0.01 < meaning.estimated < 1 - meaning.coverage - 0.01, "some pages were not even asked for"
-    whole = sparsity(make, "m_max=0", "epsilon=1", "tail=mean")
-    assert whole.coverage is not None
-    assert whole.estimated == pytest.approx(1 - whole.coverage, abs=1e-6)
+def test_kept_estimated_and_dropped_shares_are_distinct(make: Make) -> None:
+    dropped = sparsity(make, "m_max=0", "epsilon=1", "refused=drop")
+    assert dropped.estimated == 0
+    averaged = sparsity(make, "m_max=0", "epsilon=1")
+    assert averaged.coverage is not None
+    assert 0.01 < averaged.estimated < 1 - averaged.coverage - 0.01, "pages that were not queried are dropped"

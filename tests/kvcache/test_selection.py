@@ -20,7 +20,7 @@ spans = st.tuples(st.integers(0, 24), st.integers(1, 60)).map(lambda pair: Span(
 
 
 def check_law(selection: Selection, step: Step) -> None:
-    """Law 2 of the design."""
+    """Pages ascending, unique, causal, padded at the end only, with the row's own among them: law 2 of the design."""
     for row, last in enumerate(step.last_pages.tolist()):
         own = set(range(int(step.starts[row]) // PAGE, last + 1))
         for pages in selection.pages[row].tolist():
@@ -31,7 +31,7 @@ def check_law(selection: Selection, step: Step) -> None:
             assert own <= set(chosen)
 
 
-def brute_pairs(selection: Selection, step: Step) -> Tensor:
+def counted_density(selection: Selection, step: Step) -> Tensor:
     """[R, H] chosen share of the causal pairs, counted one by one."""
     rows = []
     for row, (start, last) in enumerate(zip(step.starts.tolist(), step.lasts.tolist(), strict=True)):
@@ -44,7 +44,7 @@ def brute_pairs(selection: Selection, step: Step) -> Tensor:
 
 @settings(deadline=None)
 @given(spans)
-def test_all_is_every_causal_page(span: Span) -> None:
+def test_all_selects_every_causal_page(span: Span) -> None:
     step = CACHE.prefill(span, 8)
     selection = Selection.all(step, 2)
     check_law(selection, step)
@@ -69,7 +69,7 @@ def test_zones_hold_sinks_and_window_and_no_page_more(span: Span, sink: int, win
 def test_density_is_the_share_of_pairs(span: Span, sink: int, window: int) -> None:
     step = CACHE.prefill(span, 8)
     selection = Selection.zones(step, 2, sink=sink, window=window)
-    torch.testing.assert_close(selection.density(step), brute_pairs(selection, step))
+    torch.testing.assert_close(selection.density(step), counted_density(selection, step))
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
@@ -78,7 +78,7 @@ def test_from_mask_and_mask_are_inverse(rows: int, pages: int, seed: int) -> Non
     assert torch.equal(Selection.from_mask(mask).mask(pages), mask)
 
 
-def test_frames_are_those_of_all_rows_once() -> None:
+def test_frames_are_unique_over_all_rows() -> None:
     step = CACHE.prefill(Span(SEQUENCE, 8, 24), 8)
     pages = torch.tensor([[[0, 2, -1], [1, 2, 3]], [[5, -1, -1], [0, 1, 5]], [[7, -1, -1], [-1, -1, -1]]])
     held = step.held[0]
