@@ -89,7 +89,17 @@ def _default(parameter: Any) -> str:
     default = parameter.default
     if default is None or default in ((), [], "") or callable(default) or type(default).__name__ == "Sentinel":
         return "-"
+    if isinstance(default, bool):
+        return "on" if default else "off"
     return " ".join(_code(each) for each in (default if isinstance(default, list | tuple) else [default]))
+
+
+def combinations() -> str:
+    """Values of the engine's options that are refused beside others."""
+    from keysift.engine.support import rows
+
+    cells = ((f"`--{option.replace('_', '-')}`", values, where, reason) for option, values, where, reason in rows())
+    return table(("flag", "must be", "condition", "as"), cells)
 
 
 def metrics() -> str:
@@ -164,6 +174,7 @@ def _code(value: object) -> str:
 GENERATORS: dict[str, Callable[..., str]] = {
     "strategies": strategies,
     "flags": flags,
+    "combinations": combinations,
     "metrics": metrics,
     "tasks": tasks,
     "modules": modules,

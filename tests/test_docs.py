@@ -23,66 +23,14 @@ from keysift.engine import LLM, EngineConfig, SamplingParams
 from keysift.engine.engine import Engine
 from keysift.engine.measure.profiling.profiler import Profiler
 from keysift.engine.measure.profiling.settings import Profile
+from keysift.engine.support import UNSUPPORTED
 from tests.models import llama, save
+from tests.pages import PAGES, ROOT, blocks, inline, split, undocumented, written_commands
 
-ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README_LINES = 130
-BLOCK = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 LINK = re.compile(r"\]\((?!https?://)([^)\s#]*)(?:#([^)\s]+))?\)")
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
-ENDS_OF_A_COMMAND = ("|", "||", "&&", ";", "&", ">")
-PLACEHOLDER = re.compile(r"[A-Z]+|<.*>|\.\.\.")
-FOLDERS = (
-    "kvcache",
-    "attention",
-    "engine",
-    "server",
-    "benchmarks",
-    "tests",
-    "tools",
-    "requirements",
-    "docs",
-    "examples",
-)
-
-
-def blocks(page: Path, *languages: str) -> Iterator[tuple[str, str]]:
-    """The attributes and the text of each fenced block in these languages."""
-    for language, attributes, text in BLOCK.findall(page.read_text()):
-        if language in languages:
-            yield attributes, text
-
-
-def inline(page: Path) -> list[str]:
-    return [" ".join(span.split()) for span in INLINE.findall(BLOCK.sub("", page.read_text()))]
-
-
-def split(line: str) -> Iterator[list[str]]:
-    """The commands of a shell line, without variables set before them."""
-    lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;>")
-    lexer.whitespace_split = True
-    words: list[str] = []
-    for word in (*lexer, ";"):
-        if word not in ENDS_OF_A_COMMAND:
-            words.append(word)
-            continue
-        while words and re.match(r"[A-Z_]+=", words[0]):
-            del words[0]
-        if words:
-            yield words
-        words = []
-
-
-def written_commands() -> list[tuple[str, list[str]]]:
-    """Every command of the pages, with the name of its page."""
-    found = []
-    for page in PAGES:
-        lines = [line for _, text in blocks(page, "sh") for line in text.replace("\\\n", " ").splitlines()]
-        lines += [code for code in inline(page) if re.match(r"(keysift|make|python) ", code)]
-        found += [(page.name, words) for line in lines for words in split(line)]
-    return [(name, words) for name, words in found if not any(PLACEHOLDER.fullmatch(word) for word in words)]
+FILE = re.compile(r"(kvcache|attention|engine|server|benchmarks|tests|tools|requirements|docs|examples)/[\w/.-]*\w")
 
 
 def named(program: str) -> list[Any]:
@@ -179,7 +127,7 @@ def slug(heading: str) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_files_exist(page: Path) -> None:
-    names = [code for code in inline(page) if re.fullmatch(rf"({'|'.join(FOLDERS)})/[\w/.-]*\w", code)]
+    names = [code for code in inline(page) if FILE.fullmatch(code)]
     assert not [name for name in names if not (ROOT / name).exists()]
 
 
@@ -229,10 +177,23 @@ def accepts(name: str, option: str) -> bool:
 def test_the_flag_tables_name_every_flag() -> None:
     for name, command in generate().commands().items():
         table = generate().flags(name)
-        for parameter in command.params:
-            assert not [flag for flag in parameter.opts if flag.startswith("--") and f"`{flag}`" not in table] or (
-                parameter.name == "help" or getattr(parameter, "hidden", False)
-            )
+        shown = [each for each in command.params if each.name != "help" and not getattr(each, "hidden", False)]
+        flags = [flag for each in shown for flag in each.opts if flag.startswith("--")]
+        assert not [flag for flag in flags if f"`{flag}`" not in table], name
+
+
+def test_the_table_of_combinations_is_whole() -> None:
+    table = generate().combinations()
+    assert len(table.splitlines()) == 2 + len(UNSUPPORTED)
+    assert all(f"`--{limit.option.replace('_', '-')}`" in table for limit in UNSUPPORTED)
+
+
+def test_every_command_is_described() -> None:
+    """Each has a table of flags, but for those that take none worth one."""
+    pages = "".join(page.read_text() for page in PAGES)
+    flags = set(re.findall(r"generated: flags (\w+)", pages))
+    assert set(generate().commands()) - flags == {"doctor", "strategies"}
+    assert all(f"`keysift {name}" in pages for name in generate().commands())
 
 
 def test_the_module_tables_name_every_module() -> None:
@@ -287,6 +248,9 @@ def test_the_package_of_the_page_works(package: Path, tmp_path_factory: pytest.T
     with pytest.raises(StrategyError, match=r"newest.window: .*got '-5'"):
         make("newest", window=-5)
     assert "newest" in known()
+    for _, text in blocks(ROOT / "docs" / "adding-a-strategy.md", "text"):
+        for words in split(text):
+            test_commands_parse(words)
     llm = LLM(
         str(save(llama(), tmp_path_factory.mktemp("tiny"))), strategy="newest", strategy_args=("newest.window=32",)
     )
@@ -306,12 +270,6 @@ def test_the_schema_page_names_every_field_of_a_profile(tmp_path: Path) -> None:
     found = Profiler(settings, engine).go(lambda *_: None)
     names = {*found, *found["environment"], *found["model"], *found["cells"][0]}
     assert not undocumented(names)
-
-
-def undocumented(names: set[str]) -> set[str]:
-    """Fields that docs/results-schema.md does not name, but for what differs from a named one in the metric only."""
-    documented = set(inline(ROOT / "docs" / "results-schema.md"))
-    return {name for name in names if re.sub(r"_(tpot|itl|e2el)_", "_ttft_", name) not in documented} - {"schema"}
 
 
 def test_json_lines_of_the_examples_are_valid() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from keysift.attention import registry
 from tests.models import llama, save
-from tests.test_docs import undocumented
+from tests.pages import undocumented
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 LINES = 40
