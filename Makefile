@@ -10,7 +10,7 @@ PYTEST := -m pytest -q -m "not slow and not gpu" -n $(TESTERS) --dist loadfile
 # The tests that meet the libraries whose versions float: models, the engine, the wire.
 MATRIX := tests/engine tests/server
 
-.PHONY: install lock demo test test-matrix check bench proto format clean
+.PHONY: install lock demo test test-matrix check bench docs proto format clean
 
 install:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or later is needed"; exit 1; }
@@ -56,6 +56,10 @@ bench: install
 	$(BIN)/python -m benchmarks.quality.decode --plot benchmarks/quality/decode.svg
 	$(BIN)/python -m benchmarks.quality.locality --texts manual scripture --lengths 8000 --plot benchmarks/quality/locality.svg
 	$(BIN)/python -m benchmarks.engine.offload
+
+# The site, in site/: no network, and a warning is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The generator needs an older protobuf than the product runs with: an environment of its own.
 proto: install
