@@ -2,7 +2,7 @@
 
 A window is `kernel_size` tokens, one begins every `kernel_stride`; only complete ones count. As scores are linear in
 keys, a window's is the mean of its pages' scores, so nothing but the pages' own mean keys is read. Shares stay
-logarithms, whose order is theirs, so that faint ones are told apart, too.
+logarithms, which have the same order and keep faint ones apart.
 """
 
 from __future__ import annotations
@@ -17,37 +17,35 @@ from torch.nn.functional import pad
 from keysift.kvcache import CacheSpec, Context, Phase, Selection, Step
 from keysift.kvcache.ops.page_masses import page_masses
 
-from .strategy import Count, Dense, Positive, Strategy, Tokens
+from .strategy import Count, Dense, Positive, Strategy, Tokens, option
 
 FLAT = 8
-"""Scores are taken from shares by a softmax that is so many times as flat: fp32 has shares down to e^-104, which are
-832 apart in scores then, more than the trained heads spread."""
+"""Temperature of the softmax that scores are recovered from: fp32 holds shares down to e^-104, which is then a range of
+832 in scores, more than trained heads spread."""
 FAINTEST = -104.0
-"""Stands for the log share of a page that has none."""
+"""Log share of a page whose share is 0 in fp32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockStrategy(Strategy, ABC):
     """Chooses blocks for one token of each sequence, one list for each KV head; prompts read everything.
 
-    The first blocks, the last ones and the row's own are always in. Options are called what the models' own
-    configurations call them.
+    The first blocks, the last ones and the row's own are always in. Options are named as in the models' own
+    configurations.
     """
 
     replayable = True
-    kernel_size: Positive = 32
-    """Tokens of a window, which its mean key stands for."""
-    kernel_stride: Positive = 16
-    """Tokens from one window's start to the next one's, a multiple of the page size."""
-    init_blocks: Count = 1
-    """Blocks at the start that every token reads."""
-    block_size: Positive = 64
-    """Tokens of a block."""
-    window_size: Tokens = 2048
-    """Tokens before a token's own block that it reads, in whole blocks."""
+    dense_below: Tokens = option(0, "tokens of a context up to which everything is read")
+    kernel_size: Positive = option(32, "tokens of a window, scored by its mean key; a multiple of kernel_stride")
+    kernel_stride: Positive = option(
+        16, "tokens from one window's start to the next one's, a multiple of the page size"
+    )
+    init_blocks: Count = option(1, "blocks at the start that every token reads")
+    block_size: Positive = option(64, "tokens of a block, a multiple of kernel_stride")
+    window_size: Tokens = option(2048, "tokens before a token's own block that it reads, a multiple of block_size")
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` naming an option that does not fit the others."""
+        """Raises `ValueError` naming an option that does not go with the others."""
         Strategy.__post_init__(self)
         units = (("kernel_size", "kernel_stride"), ("block_size", "kernel_stride"), ("window_size", "block_size"))
         for name, unit in units:
@@ -57,11 +55,11 @@ class BlockStrategy(Strategy, ABC):
     @property
     @abstractmethod
     def most_blocks(self) -> int:
-        """What a list holds at most."""
+        """Most blocks of a list."""
 
     @abstractmethod
     def choose(self, q: Tensor, context: Context) -> Tensor:
-        """[R, Hkv, n] bool, the blocks that each row wants of the n that there are, those in `forced` included."""
+        """[R, Hkv, n] bool, the blocks that each row reads of the n of the context, those in `forced` included."""
 
     def prefill(self, q: Tensor, context: Context) -> Selection:
         return context.all()
@@ -89,14 +87,14 @@ class BlockStrategy(Strategy, ABC):
         return (block <= own) & ((block < self.init_blocks) | (block >= own - self.local_blocks))
 
     def top(self, scores: Tensor, count: int, forced: Tensor, step: Step) -> Tensor:
-        """[R, H, n] bool, the `count` best blocks of scores [R, H, n], first of all the `forced`; ties: the lower."""
+        """[R, H, n] bool, the `count` best blocks by scores [R, H, n], the `forced` before all; of equals the lower."""
         seen = (self._blocks(step) <= self._own(step))[:, None]
         ranked = scores.masked_fill(forced, torch.inf).masked_fill(~seen, -torch.inf)
         best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :count]
         return torch.zeros_like(ranked, dtype=torch.bool).scatter_(-1, best, True) & seen
 
     def windows(self, pages: Tensor, step: Step, factor: int = 1) -> Tensor:
-        """Means of pages [R, H, F] over windows that are `factor` times as long and as far apart, [R, H, w].
+        """[R, H, w], means of pages [R, H, F] over windows that are `factor` times as long and as far apart.
 
         -inf for windows that are not complete.
         """
@@ -108,10 +106,10 @@ class BlockStrategy(Strategy, ABC):
         return means.masked_fill((ends > step.starts[:, None] + 1)[:, None], -torch.inf)
 
     def pooled(self, windows: Tensor, step: Step) -> Tensor:
-        """The greatest of windows [R, H, w] that share a token with each block, [R, H, n]; -inf: there is none."""
+        """[R, H, n], the greatest of windows [R, H, w] that share a token with each block; -inf where none does."""
         ratio, before = self.block_size // self.kernel_stride, self.kernel_size // self.kernel_stride - 1
-        behind = self._count(step) * ratio - windows.shape[-1]
-        return pad(windows, (before, behind), value=-torch.inf).unfold(-1, ratio + before, ratio).amax(-1)
+        after = self._count(step) * ratio - windows.shape[-1]
+        return pad(windows, (before, after), value=-torch.inf).unfold(-1, ratio + before, ratio).amax(-1)
 
     def _own(self, step: Step) -> Tensor:
         return (step.starts // self.block_size)[:, None]  # [R, 1]
@@ -124,9 +122,9 @@ class BlockStrategy(Strategy, ABC):
 
 
 def scores(q: Tensor, context: Context) -> Tensor:
-    """[R, Hq, F] fp32: ``scale * q . mean key`` of each full page up to a summand per row and head.
+    """[R, Hq, F] fp32: ``scale * q . mean key`` of each full page, up to a summand per row and head.
 
-    By what keys hold themselves; a bias that they carry does not count. Behind the last full page: anything but NaN.
+    Without the bias that keys carry. After the last full page: arbitrary, but not NaN.
     """
     step, spec, means = context.step, context.spec, context.page_means()
     if spec.bias_channels:
@@ -137,10 +135,10 @@ def scores(q: Tensor, context: Context) -> Tensor:
 
 
 def biases(q: Tensor, context: Context) -> Tensor:
-    """[R, Hkv, F] fp32, the mean bias that the keys of each full page carry; anything where no page is full.
+    """[R, Hkv, F] fp32, the mean bias that the keys of each full page carry; arbitrary after the last full page.
 
-    The product of the channels that are not content, which all query heads agree on. A page's mean is kept in the
-    cache's precision, so bfloat16 knows it to 8 bits.
+    The product of the channels that are not content, which is the same for all query heads of a group. A page's mean is
+    stored in the cache's precision, in bfloat16 to 8 bits.
     """
     content, means = context.spec.content_dim, context.page_means()
     heads = torch.arange(means.k.shape[1], device=q.device)[:, None]
@@ -151,20 +149,20 @@ def biases(q: Tensor, context: Context) -> Tensor:
 
 
 def log_sum(windows: Tensor) -> Tensor:
-    """The log-sum-exp of windows [R, H, w], [R, H, 1]; in double precision, so that its bits are not the padding's."""
+    """[R, H, 1], log-sum-exp of windows [R, H, w], in fp64, so that padding changes no bit of the fp32 result."""
     return windows.double().logsumexp(-1, keepdim=True).float()
 
 
 def group_sum(logs: Tensor, heads: int) -> Tensor:
-    """Logs [R, Hq, w] of shares -> [R, heads, w], logs of their sums over the query heads of a group."""
+    """[R, heads, w], logs of the sums over the query heads of a group, of shares whose logs are [R, Hq, w]."""
     return torch.unflatten(logs.nan_to_num(nan=-torch.inf, neginf=-torch.inf), 1, (heads, -1)).logsumexp(2)
 
 
 def _pages(blocks: Tensor, count: int, size: int, step: Step) -> Selection:
-    """The pages of at most `count` blocks of mask [R, H, n]."""
-    every = blocks.shape[-1]
-    block = torch.arange(every, dtype=torch.int32, device=blocks.device)
-    chosen = torch.where(blocks, block, every).sort(-1).values[..., : min(count, every)]  # [R, H, K]
+    """The selection of all pages of at most `count` blocks, by their mask [R, H, n]."""
+    total = blocks.shape[-1]
+    block = torch.arange(total, dtype=torch.int32, device=blocks.device)
+    chosen = torch.where(blocks, block, total).sort(-1).values[..., : min(count, total)]  # [R, H, K]
     per = size // step.page_size
     pages = chosen[..., None] * per + torch.arange(per, dtype=torch.int32, device=blocks.device)
     pages = pages.flatten(-2)

@@ -1,4 +1,4 @@
-"""What pages that are not read may still contribute, and at most withhold."""
+"""Estimates of pages that are not read: their attention by mean keys and values, and a bound on their mass."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .ops.paged_attention import paged_attention
 def estimate(q: Tensor, context: Context, pages: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of q [R, Hq, D] over full pages [R, H, P], each as S times its mean key and mean value: out and lse.
 
-    The mean of a page's scores is at most the logarithm of their mean exponential, so a page that holds one good key
-    counts for less than it should (Jensen); what it then lends is its mean value, not that key's.
+    By Jensen's inequality the mean of a page's scores is at most the logarithm of their mean exponential: a page with
+    one good key is underestimated, and contributes its mean value, not that key's.
     """
     means, step = context.page_means(), context.step
     out, lse = paged_attention(
@@ -34,7 +34,7 @@ def estimate(q: Tensor, context: Context, pages: Tensor) -> tuple[Tensor, Tensor
 
 
 def bound(q: Tensor, context: Context, chosen: Tensor) -> Tensor:
-    """[R, Hq], log of the most that the pages outside the mask `chosen` [R, H, F] can hold for q [R, Hq, D]."""
+    """[R, Hq], upper bound on the log mass of the pages outside the mask `chosen` [R, H, F], for q [R, Hq, D]."""
     bounds = page_bounds(
         q,
         *context.own_page(),

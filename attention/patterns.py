@@ -1,4 +1,4 @@
-"""Selection maths that strategies share: from attention masses to masks of pages, over all rows and heads at once."""
+"""Selection maths that strategies share: from attention masses to masks of pages, for all rows and heads at once."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def zones(step: Step, sink: int, local: int | Tensor) -> Tensor:
 
 
 def cover(mass: Tensor, share: float, least: int = 0, unit: int = 1) -> Tensor:
-    """Of mass [..., F], the fewest entries that together hold `share` of it, but at least `least`; bool.
+    """Bool mask of the fewest entries of mass [..., F] that together hold `share` of it, but at least `least`.
 
-    Entries are chosen in blocks of `unit` neighbours. The entry that crosses the share is in; of equal entries the
-    earlier ones are. A share of 1 takes everything, so that rounding cannot lose a page.
+    Entries are chosen in blocks of `unit` neighbours. The entry that crosses the share is in; of equals the earlier. A
+    share of 1 takes everything, so that rounding cannot lose a page.
     """
     if share >= 1.0:
         return torch.ones_like(mass, dtype=torch.bool)
     if unit > 1:
-        whole = torch.nn.functional.pad(mass, (0, -mass.shape[-1] % unit))
-        blocks = cover(torch.unflatten(whole, -1, (-1, unit)).sum(-1), share, -(-least // unit))
+        padded = torch.nn.functional.pad(mass, (0, -mass.shape[-1] % unit))
+        blocks = cover(torch.unflatten(padded, -1, (-1, unit)).sum(-1), share, -(-least // unit))
         return blocks.repeat_interleave(unit, -1)[..., : mass.shape[-1]]
     ordered = mass.double().sort(dim=-1, descending=True, stable=True)
     total = ordered.values.cumsum(-1)
@@ -53,17 +53,17 @@ def cover(mass: Tensor, share: float, least: int = 0, unit: int = 1) -> Tensor:
 
 
 def level(mass: Tensor, share: float) -> Tensor:
-    """Of mass [..., F], all entries above some level, as high as one of four tries, that hold `share` of it; bool.
+    """Bool mask of the entries of mass [..., F] above the highest of four levels that holds `share` of the total.
 
-    Cheaper than `cover`, as nothing is sorted, and a little more generous. The lowest level cannot fail: what lies
-    below ``(1 - share) / F`` of the whole adds up to less than ``1 - share``.
+    Cheaper than `cover`, as nothing is sorted, and a little larger. The lowest level always suffices: entries below
+    ``(1 - share) / F`` of the total add up to less than ``1 - share``.
     """
-    whole = mass.sum(-1, keepdim=True)
-    least = (1.0 - share) / mass.shape[-1] * whole
+    total = mass.sum(-1, keepdim=True)
+    least = (1.0 - share) / mass.shape[-1] * total
     keep = mass >= least
     for factor in (4.0, 16.0, 64.0):
         higher = mass >= factor * least
-        keep = torch.where((mass * higher).sum(-1, keepdim=True) >= share * whole, higher, keep)
+        keep = torch.where((mass * higher).sum(-1, keepdim=True) >= share * total, higher, keep)
     return keep
 
 
@@ -83,9 +83,9 @@ def spread_bands(bands: Tensor, step: Step) -> Tensor:
 
 
 def estimate(means: Tensor, ends: Tensor, context: Context, *, queries_per_probe: int) -> ColumnScores:
-    """As `column_scores`, of mean queries [n, Hq, D] over the mean keys of full pages that begin by `ends` [n].
+    """`column_scores` of mean queries [n, Hq, D] over the mean keys of full pages that begin by positions `ends` [n].
 
-    It costs one score for a page, and sees what whole pages have in common but not a single key.
+    One score a page: blind to a single key that its page's mean does not show.
     """
     step, frames = context.step, context.page_means()
     last_full = (step.lasts[-1] + 1) // step.page_size - 1
@@ -100,7 +100,7 @@ def estimate(means: Tensor, ends: Tensor, context: Context, *, queries_per_probe
 
 
 def pooled(q: Tensor, context: Context, group: int) -> Tensor:
-    """[R, Hq, F] fp32: the greatest `estimate` of each page by the mean of any `group` queries of the row.
+    """[R, Hq, F] fp32: the greatest `estimate` of each page over the means of every `group` queries of the row.
 
     A `group` that does not divide the row's width is cut to their common divisor; a short row repeats its last query.
     """

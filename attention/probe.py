@@ -1,4 +1,4 @@
-"""Probes: a few queries of a prompt chunk whose attention is computed exactly, to choose pages by."""
+"""Probes: exact attention of a few queries of a prompt chunk, as evidence to select pages by."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .ops.column_scores import column_scores
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Exact attention masses, [B, Hq, F] fp32 as `column_scores` gives them; each probe stands within one row."""
+    """Exact attention masses, [B, Hq, F] fp32 as from `column_scores`; the queries of a probe lie within one row."""
 
     mass: Tensor
     peak: Tensor
     bands: Tensor | None
     rows: Tensor
-    """[B] int64, ascending: the row of the step that each probe's queries stand in; the last row has one."""
+    """[B] int64, ascending: the row of the step that each probe's queries lie in; the last row has a probe."""
     counts: Tensor
     """[B] int64, queries of each probe."""
 
@@ -31,7 +31,7 @@ class Probe:
 
     @property
     def diagonals(self) -> Tensor:
-        """[Hq, F], mean mass of each diagonal band over all queries; taken with ``bands=True``."""
+        """[Hq, F], mean mass of each diagonal band over all queries; needs ``take(..., bands=True)``."""
         assert self.bands is not None
         return self._mean(self.bands)
 
@@ -40,7 +40,7 @@ class Probe:
         return (self.mass * mask[self.rows]).sum(-1)
 
     def to_rows(self, each: Tensor, num_rows: int) -> Tensor:
-        """A value per probe [B, ...] for every row [R, ...]: that of the next probe at or after the row."""
+        """Values of probes [B, ...] for rows [R, ...]: each row has that of the first probe at or after it."""
         rows = torch.arange(num_rows, device=each.device)
         return each[torch.searchsorted(self.rows, rows)]
 
@@ -49,29 +49,30 @@ class Probe:
 
 
 def take(q: Tensor, context: Context, queries: Tensor, *, bands: bool = False) -> Probe:
-    """Exact attention of these queries of the chunk over all its keys so far.
+    """Probe the chunk: exact attention of some of its queries over all keys so far.
 
     Args:
         q: [T, Hq, D], the chunk's queries.
-        queries: [B, m] int64, indices into the chunk; each probe's within one row, probes in ascending order; -1: none.
+        queries: [B, m] int64, indices into the chunk, -1 for padding; a probe's within one row, probes ascending.
+        bands: also sum the masses along diagonals.
     """
     step = context.step
     frames = context.fetch(context.all())
-    index, there = queries.clamp(min=0).flatten(), queries >= 0
+    index, valid = queries.clamp(min=0).flatten(), queries >= 0
     scores = column_scores(
         q[index],
         frames.k,
         frames.table[:1].expand(queries.shape[0], -1, -1),
-        torch.where(there.flatten(), step.positions[index], -1).int(),
+        torch.where(valid.flatten(), step.positions[index], -1).int(),
         queries_per_probe=queries.shape[1],
         scale=context.spec.softmax_scale,
         bands=bands,
     )
-    return Probe(*scores, rows=queries.amax(1) // step.queries_per_row, counts=there.sum(1))
+    return Probe(*scores, rows=queries.amax(1) // step.queries_per_row, counts=valid.sum(1))
 
 
 def every_row(step: Step, count: int) -> Tensor:
-    """[R, count]: queries evenly spaced over each row, its last one among them; each at most once in a full row."""
+    """[R, count] int64: queries evenly spaced over each row, with its last one; without repetition in a full row."""
     width = step.queries_per_row
     count = min(count, width)
     picks = torch.arange(1, count + 1, device=step.starts.device) * width // count - 1
@@ -80,10 +81,10 @@ def every_row(step: Step, count: int) -> Tensor:
 
 
 def tails(step: Step, count: int, segment: int = 0) -> Tensor:
-    """[B, count]: the last queries of every `segment` tokens, by absolute position, and those of the chunk.
+    """[B, count] int64: the last queries of every `segment` tokens, by absolute position, and of the chunk; -1 pads.
 
     A last row that is shorter than `count` is joined by the row before it. Segments are multiples of the row's width;
-    0: only the chunk's own end.
+    0: only the chunk's end.
     """
     width, tokens, first = step.queries_per_row, step.positions.shape[0], step.spans[0].start
     ends = [min(row * width, tokens) for row in range(1, step.num_rows + 1)]
@@ -99,5 +100,5 @@ def tails(step: Step, count: int, segment: int = 0) -> Tensor:
 
 
 def on_device(values: list[int] | list[list[int]], step: Step) -> Tensor:
-    """Host integers as an int64 tensor where the step computes, without waiting for the device."""
+    """Host integers as an int64 tensor on the step's device, copied without waiting for it."""
     return torch.tensor(values).to(step.starts.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The base of every strategy that chooses what a prompt reads."""
+"""Base class of strategies that select pages for prompts."""
 
 from __future__ import annotations
 
@@ -12,46 +12,43 @@ from keysift.kvcache import Context, Evidence, Phase, Selection, Step
 
 from . import patterns, probe
 from .probe import Probe
-from .strategy import Count, Dense, Share, Strategy, Tokens
+from .strategy import Count, Dense, Share, Strategy, Tokens, option
 
 SLACK = 1e-4
-"""Coverage is a sum of many rounded shares; less than this below its target is not below it."""
+"""Tolerance of a coverage target: coverage is a sum of many rounded shares."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptStrategy(Strategy, ABC):
     """Chooses pages for each row and query head of a prompt chunk; generated tokens read everything.
 
-    A subclass says in `choose` which pages it wants and by which exact evidence. What is the same for all happens
-    here: sinks, a local window, dense layers and dense last rows, and the coverage: the share of the evidence's
-    attention that is kept is measured, reported, and, where it falls short of `coverage`, the rows behind it read
-    more. Methods whose publication promises no coverage have no target by default.
+    A subclass returns from `choose` the pages that it wants and the exact evidence for them. What all share happens
+    here: sinks, a local window, dense layers, dense last rows, and coverage. The share of the evidence's attention that
+    is kept is measured and reported; where it is less than `coverage`, the rows of that probe read more. Methods whose
+    publication promises no coverage have no target by default.
+
+    The default of `dense_below` is measured, as `keysift calibrate` does: on two cores of an AMD EPYC with
+    chunks of 1,024 (2026-11-22, table in benchmarks/README.md) sift, sampleattention and xattention are faster than
+    dense from a context of 2,048 on, flexprefill from 3,072.
     """
 
-    dense_below: Tokens = 1536
-    """A chunk of Nq queries is sparse when its context exceeds dense_below**2 / Nq: 2,304 tokens for chunks of 1,024.
-
-    `keysift doctor --calibrate` measures it; on two cores of an AMD EPYC with chunks of 1,024 (2026-11-22, table in
-    benchmarks/README.md) sift, sampleattention and xattention win from a context of 2,048 on, flexprefill from 3,072.
-    """
-    sink: Tokens = 64
-    """Tokens at the start that every query reads."""
-    local: Tokens = 256
-    """Last tokens that every query reads, itself included."""
-    min_budget: Tokens = 0
-    """Tokens that are kept at least, by head: those that a row's probe reads most, as far as the row may see them."""
-    dense_layers: Count = 0
-    """First layers that read everything."""
-    last_rows_dense: Count = 1
-    """Rows of queries at the end of the prompt that read everything: the question is often there."""
-    coverage: Share = 0.0
-    """Least share of a probe's attention to keep; rows whose probe keeps less read more. 0: it is only told."""
+    dense_below: Tokens = option(
+        1536,
+        "tokens of a prompt up to which everything is read, faster than choosing; a chunk of N queries of a longer one "
+        "is sparse once its context exceeds dense_below^2 / N, by default 2,304 tokens for chunks of 1,024",
+    )
+    sink: Tokens = option(64, "tokens at the start that every query reads")
+    local: Tokens = option(256, "last tokens that every query reads, itself included")
+    min_budget: Tokens = option(0, "tokens that each row and head keeps at least, those that its probe reads most")
+    dense_layers: Count = option(0, "first layers that read everything")
+    last_rows_dense: Count = option(1, "rows at the end of the prompt that read everything: a question is often there")
+    coverage: Share = option(0.0, "share of a probe's attention to keep, else its rows read more; 0: only reported")
 
     @abstractmethod
     def choose(self, q: Tensor, context: Context) -> tuple[Tensor, Probe | None]:
-        """Mask [R, Hq, F] of wanted pages, anything where the row sees nothing, and the probes that it came from.
+        """Mask [R, Hq, F] of wanted pages, arbitrary in a row's future, and the probes that it was made from.
 
-        None: it came from no exact attention; one query of each row is probed then, to know the coverage.
+        None: it was made from no exact attention; one query of each row is then probed, for the coverage.
         """
 
     def prefill(self, q: Tensor, context: Context) -> Selection:
@@ -79,16 +76,17 @@ class PromptStrategy(Strategy, ABC):
         return self.last_rows_dense
 
     def _fill(self, mask: Tensor, evidence: Probe, step: Step) -> Tensor:
-        """The mask with at least `min_budget` tokens of what the probes read most."""
+        """The mask and at least `min_budget` tokens, those that the probes read most."""
         if self.min_budget == 0:
             return mask
         best = patterns.cover(evidence.mass, 0.0, -(-self.min_budget // step.page_size))
         return mask | evidence.to_rows(best, step.num_rows)
 
     def _widen(self, mask: Tensor, evidence: Probe, causal: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The mask, wider for rows whose probe keeps too little; what each probe keeps then, and which were widened.
+        """Widen the rows whose probe keeps less than `coverage`.
 
-        Rows that are dense because they are the last do not count: their probe stands for the rows before it, too.
+        Returns the mask, the share that each probe keeps of its attention, and which probes were short of the target,
+        both [B, Hq]. Dense last rows are left out of account: their probe stands for the rows before them too.
         """
         kept = evidence.kept(mask)  # [B, Hq]
         short = kept < self.coverage - SLACK
@@ -99,6 +97,6 @@ class PromptStrategy(Strategy, ABC):
         return mask, evidence.kept(mask), short
 
     def _dense_rows(self, step: Step) -> Tensor:
-        """[R, 1, 1] bool, rows at the end of the prompt that read everything."""
+        """[R, 1, 1] bool, the rows among the prompt's last `last_rows_dense`."""
         row = torch.arange(step.num_rows, device=step.starts.device)
         return (row >= step.num_rows + min(step.rows_left - self.last_rows_dense, 0))[:, None, None]

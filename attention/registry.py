@@ -6,13 +6,14 @@ import dataclasses
 import difflib
 import functools
 import importlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
-from .strategy import LARGEST, Split, Strategy
+from .strategy import LARGEST, Split, Strategy, validators
 
 BUILT_IN = {
     "ashape": "keysift.attention.strategies.ashape:AShape",
@@ -32,17 +33,33 @@ BUILT_IN = {
     "xattention": "keysift.attention.strategies.xattention:XAttention",
 }
 DEFAULT = "sift+retrieval"
-"""What runs where nobody chose: of all, it loses least for what it reads (benchmarks/README.md)."""
+"""The strategy of an engine by default: of all, it loses least for what it reads (benchmarks/README.md)."""
 GROUP = "keysift.strategies"
+"""Entry points of plug-ins."""
+BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "enum")
+"""Keywords of JSON Schema."""
 
 
 class StrategyError(ValueError):
-    """No such strategy, or no such option, or a value out of its bounds."""
+    """Unknown strategy or option, or a value out of its bounds."""
 
     def __init__(self, field: str, problem: str) -> None:
         super().__init__(f"{field}: {problem}")
         self.field = field
         self.problem = problem
+
+
+class Option(NamedTuple):
+    """One option of a strategy."""
+
+    name: str
+    type: str
+    """In JSON Schema's words: integer, number, boolean, string."""
+    default: object
+    """None: the option is required."""
+    bounds: dict[str, Any]
+    """By JSON Schema's keywords: minimum, maximum, enum."""
+    description: str
 
 
 def known() -> dict[str, type[Strategy]]:
@@ -69,7 +86,7 @@ def make(name: str, **fields: object) -> Strategy:
 
 
 def parse(name: str, arguments: Iterable[str] = ()) -> Strategy:
-    """As `make`, with options as a command line spells them: ``["streaming.window=512"]``."""
+    """`make` with options as a command line spells them: ``["streaming.window=512"]``."""
     fields = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -79,9 +96,51 @@ def parse(name: str, arguments: Iterable[str] = ()) -> Strategy:
     return make(name, **fields)
 
 
+def options(strategy: type[Strategy]) -> list[Option]:
+    """All options of a strategy, those of its bases first."""
+    return [_option(strategy, field) for field in dataclasses.fields(strategy) if field.init]
+
+
 def has_option(name: str, field: str) -> bool:
-    """Whether a strategy, or a part of a pair, has this option. Raises `StrategyError` for an unknown name."""
+    """True if a strategy, or a part of a pair, has this option. Raises `StrategyError` for an unknown name."""
     return any(field in _fields(find(part)) for part in name.split("+"))
+
+
+def trained_options(name: str, stated: Mapping[str, object]) -> dict[str, object]:
+    """Options of a strategy from what a model's configuration holds under its `config_key`.
+
+    Raises `StrategyError` naming an entry that is not supported.
+    """
+    try:
+        return find(name).from_config(stated)
+    except ValueError as error:
+        raise StrategyError(f"strategy {name}", str(error)) from None
+
+
+def _option(strategy: type[Strategy], field: dataclasses.Field[Any]) -> Option:
+    schema = _schema(validators(strategy)[field.name])
+    bounds = {key: bound for key in BOUNDS if (bound := schema.get(key)) not in (None, math.inf, -math.inf)}
+    kind = schema.get("type") or str(field.type)
+    return Option(field.name, kind, _default(field), bounds, _description(strategy, field.name))
+
+
+def _schema(check: TypeAdapter[object]) -> dict[str, Any]:
+    try:
+        return check.json_schema()
+    except PydanticUserError:  # a plug-in's type that JSON Schema has no word for
+        return {}
+
+
+def _default(field: dataclasses.Field[Any]) -> object:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _description(strategy: type[Strategy], name: str) -> str:
+    """The description of the nearest class that has one: a subclass may change nothing but the default."""
+    stated = (getattr(base, "__dataclass_fields__", {}).get(name) for base in strategy.__mro__)
+    return next((field.metadata["description"] for field in stated if field and field.metadata), "")
 
 
 def _check_prefixes(name: str, fields: dict[str, object]) -> None:
@@ -93,20 +152,15 @@ def _check_prefixes(name: str, fields: dict[str, object]) -> None:
 
 
 def _of_part(name: str, parts: tuple[str, str], fields: dict[str, object]) -> dict[str, object]:
-    """The options but those without a prefix that only the other part of a pair has."""
-    others = {field for part in parts for field in _fields(find(part))} - _fields(find(name))
+    """The options, except those without a prefix that only the other part of a pair has or had."""
+    others = {field for part in parts for field in _names(find(part))} - _names(find(name))
     return {key: value for key, value in fields.items() if key not in others}
 
 
 def _make_one(name: str, fields: dict[str, object]) -> Strategy:
     strategy = find(name)
     own = {key.rpartition(".")[2]: value for key, value in fields.items() if key.rpartition(".")[0] in ("", name)}
-    options: dict[str, Any] = {
-        field: hint
-        for field, hint in get_type_hints(strategy, include_extras=True).items()
-        if field in _fields(strategy)
-    }
-    values: dict[str, Any] = {key: _coerce(name, key, value, options) for key, value in own.items()}
+    values: dict[str, Any] = {key: _coerce(name, key, value) for key, value in own.items()}
     try:
         made = strategy(**values)
         hash(made)  # batches are grouped by it
@@ -119,9 +173,13 @@ def _fields(strategy: type[Strategy]) -> set[str]:
     return {field.name for field in dataclasses.fields(strategy)}
 
 
+def _names(strategy: type[Strategy]) -> set[str]:
+    return _fields(strategy) | set(strategy.removed)
+
+
 @functools.cache
 def find(name: str) -> type[Strategy]:
-    """The class of one strategy, not of a pair. Raises `StrategyError` that lists the known ones."""
+    """The class of one strategy, not of a pair. Raises `StrategyError` listing the known ones."""
     if name in BUILT_IN:
         return _load(BUILT_IN[name])
     plugins = entry_points(group=GROUP)
@@ -134,11 +192,14 @@ def find(name: str) -> type[Strategy]:
     raise StrategyError("strategy", f"unknown {name!r}{hint} (known: {', '.join(names)}, or PROMPT+TOKEN)")
 
 
-def _coerce(name: str, key: str, value: object, options: dict[str, Any]) -> object:
-    if key not in options:
-        raise StrategyError(f"{name}.{key}", f"no such option (known: {', '.join(sorted(options))})")
+def _coerce(name: str, key: str, value: object) -> object:
+    strategy = find(name)
+    if (instead := strategy.removed.get(key)) is not None:
+        raise StrategyError(f"{name}.{key}", f"removed: {instead}")
+    if key not in (checks := validators(strategy)):
+        raise StrategyError(f"{name}.{key}", f"no such option (known: {', '.join(sorted(checks))})")
     try:
-        coerced: object = TypeAdapter(options[key]).validate_python(value)
+        coerced: object = checks[key].validate_python(value)
     except ValidationError as error:
         raise StrategyError(f"{name}.{key}", f"{error.errors()[0]['msg']}, got {str(value)[:40]!r}") from None
     if isinstance(coerced, int) and abs(coerced) > LARGEST:  # a plug-in's option that states no bounds

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, fields
-from typing import Annotated, ClassVar, get_type_hints
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Annotated, ClassVar, TypeVar, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from keysift.kvcache import CacheSpec, Context, Phase, Selection
 from keysift.kvcache.index import IndexSpec
+
+T = TypeVar("T")
 
 LARGEST = 2**31 - 1
 """Positions are int32 on the device."""
@@ -20,8 +23,16 @@ Tokens = Annotated[int, Field(ge=0, le=LARGEST)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Few = Annotated[int, Field(ge=1, le=4096)]
-"""A number of things that each query makes room for."""
+"""A number of results that memory is allocated for, query by query."""
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def option(default: T, description: str) -> T:
+    """A dataclass field with a default and a description, which `registry.options` lists.
+
+    A subclass that changes only the default keeps the description: ``window: Positive = 512``.
+    """
+    return field(default=default, metadata={"description": description})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,27 +43,33 @@ class Strategy:
     does differently. Whatever it chooses must be ascending, unique and causal, and must contain the row's own pages.
     """
 
-    dense_below: Tokens = 0
-    """Tokens up to which reading everything is faster than choosing: of a prompt that is one chunk, or of the context.
-
-    A chunk of Nq queries of a longer prompt is sparse once its context exceeds dense_below**2 / Nq; see `at`.
-    """
+    dense_below: Tokens = option(
+        0,
+        "tokens of a context up to which everything is read, faster than choosing; a prompt's chunk of N queries is "
+        "sparse once its context exceeds dense_below^2 / N",
+    )
+    source: ClassVar[str] = ""
+    """Paper of the method: authors, title and arXiv number. Empty: none."""
     yardstick: ClassVar[bool] = False
-    """It is there to measure others by and never saves time, so nothing asks from which length on it does."""
+    """A reference for measuring others, never faster than dense, so it is not calibrated."""
     replayable: ClassVar[bool] = False
-    """What it does for generated tokens follows from tensors on the device alone, with the same ops each time, so that
-    a recorded step can be replayed for others of its shape; as long as its index, if any, keeps nothing itself."""
+    """Decode steps can be recorded as a CUDA graph: the same ops every time, on nothing but tensors of the device.
+
+    As long as its index, if any, keeps nothing outside the cache.
+    """
     config_key: ClassVar[str | None] = None
-    """Under which name the configuration of a model states options that it was trained with, if any does."""
+    """Key of a model's configuration that holds the options which it was trained with; see `from_config`."""
+    removed: ClassVar[Mapping[str, str]] = {}
+    """Options that were removed, each with what to use instead."""
 
     @property
     def scans(self) -> bool:
-        """It looks at all keys of a layer at once, beside those that it chooses."""
+        """Selection needs every key of the layer resident."""
         return False
 
     def __post_init__(self) -> None:
         """Raises `ValueError` naming the first field whose value is out of its bounds."""
-        for name, check in _checks(type(self)).items():  # type: ignore[arg-type]  # a class is hashable
+        for name, check in validators(type(self)).items():
             try:
                 check.validate_python(value := getattr(self, name), strict=True)
             except ValidationError as error:
@@ -67,32 +84,40 @@ class Strategy:
         return self.prefill(q, context)
 
     def index_spec(self) -> IndexSpec | None:
-        """The index over cached keys that it searches, if any; a pair's is that of its part for tokens."""
+        """The index over cached keys that `decode` reads, if any; for a pair that of its part for tokens."""
         return None
 
     def check(self, spec: CacheSpec) -> None:
-        """Raises `ValueError` where it cannot work on a cache of this shape."""
+        """Raises `ValueError` for a cache of a shape that the strategy does not support."""
+
+    @classmethod
+    def from_config(cls, stated: Mapping[str, object]) -> dict[str, object]:
+        """Options from what a model's configuration holds under `config_key`.
+
+        Raises `ValueError` naming an entry that is not supported.
+        """
+        return dict(stated)
 
     def part(self, phase: Phase) -> Strategy:
-        """The strategy that is responsible for a phase."""
+        """The strategy that chooses in a phase: itself, the part of a pair, or `Dense`."""
         return self
 
     @property
     def remembers(self) -> bool:
-        """What a token reads follows from what those before it read: they have to be decoded to decode it again."""
+        """A token's selection depends on those of earlier tokens, so recomputing it means decoding them again."""
         return False
 
     @property
     def rows_at_the_end(self) -> int:
-        """Rows at the end of a prompt that are treated as such; inside a longer prompt they would read less."""
+        """Rows at the end of a prompt that are chosen for differently; inside a longer prompt they would read less."""
         return 0
 
     def at(self, phase: Phase, context_len: int, queries: int) -> Strategy:
-        """What runs for a step: the part for its phase, or `Dense` where choosing would cost more than it saves.
+        """The strategy of a step: the part for its phase, or `Dense` where choosing would cost more than it saves.
 
-        A generated token decides by its context. A prompt, or a chunk of one, decides by its work, queries x context,
-        against that of a prompt of `dense_below` tokens: a chunk of Nq queries is sparse when its context, itself
-        included, exceeds dense_below**2 / Nq. So a short chunk behind a long prefix may be worth choosing for.
+        A generated token is compared by its context. A prompt's chunk is compared by its work, queries x context, with
+        a prompt of `dense_below` tokens: Nq queries are sparse when their context, themselves included, exceeds
+        dense_below**2 / Nq. So a short chunk after a long prefix may be worth choosing for.
         """
         part = self.part(phase)
         work, least = context_len, part.dense_below
@@ -107,12 +132,13 @@ class Strategy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dense(Strategy):
-    """Every page: exact attention, the reference of all others."""
+    """Every page: exact attention, the reference for all others."""
 
     replayable = True
+    dense_below: Tokens = option(0, "no effect: everything is read at any length")
 
     def part(self, phase: Phase) -> Strategy:
-        """Without its options, which change nothing: dense below some length is no fallback of dense."""
+        """`Dense` without options, as they change nothing: below `dense_below` it is the same strategy, no fallback."""
         return Dense()
 
 
@@ -148,9 +174,13 @@ class Split(Strategy):
         return f"{self.prompt.name}+{self.token.name}"
 
 
+def validators(strategy: type[Strategy]) -> dict[str, TypeAdapter[object]]:
+    """Pydantic's validator of each option. The parts of a `Split` are no options: they validate themselves."""
+    return _validators(strategy)  # type: ignore[arg-type]  # a class is hashable
+
+
 @functools.cache
-def _checks(strategy: type[Strategy]) -> dict[str, TypeAdapter[object]]:
-    """A validator for each option; the parts of a `Split` have checked themselves."""
+def _validators(strategy: type[Strategy]) -> dict[str, TypeAdapter[object]]:
     hints = get_type_hints(strategy, include_extras=True)
     options = {field.name: hints[field.name] for field in fields(strategy)}
     return {name: TypeAdapter(hint) for name, hint in options.items() if hint is not Strategy}

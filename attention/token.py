@@ -1,58 +1,55 @@
-"""The base of every strategy that chooses what a generated token reads."""
+"""Base class of strategies that select pages for generated tokens."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from keysift.kvcache import Context, Evidence, Phase, Selection, Step
 
-from . import estimates, patterns
+from . import estimates
 from .ops.top_pages import top_pages
-from .strategy import Count, Dense, Positive, Share, Strategy, Tokens
+from .strategy import Count, Dense, Positive, Share, Strategy, Tokens, option
 
 
 class Zones(NamedTuple):
-    """Pages that every token of a step reads."""
+    """Sinks and windows of a step, in pages."""
 
     firsts: Tensor
     """[R] int32, first page of each row's window."""
     sinks: int
     window: int
-    """The most pages from a row's first to its last."""
+    """Most pages from the first of a row's window to its last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenStrategy(Strategy, ABC):
     """Chooses pages for one token of each sequence, one list for each KV head; prompts read everything.
 
-    A subclass says in `masses` how much each page weighs. What is the same for all happens here: sinks and a window,
-    the budget, and how much of it is needed.
+    A subclass returns from `masses` how much each page weighs. What all share happens here: sinks, a window, dense
+    layers, the budget, and how much of it is needed.
     """
 
-    dense_below: Tokens = 2048
-    sink: Tokens = 64
-    """Tokens at the start that every token reads."""
-    window: Positive = 256
-    """Last tokens that every token reads, itself included."""
-    budget: Tokens = 1024
-    """Most tokens to read besides, in whole pages."""
-    epsilon: Share = 0.075
-    """Share of the attention that may be left out: fewer pages are read where they hold enough. 0: the whole budget."""
-    tail: Literal["drop", "mean"] = "drop"
-    """Pages that are not read: dropped, or standing in by their mean key and mean value."""
-    certify: bool = False
-    """Tell the most attention that dropped pages can hold, by the bounds of their keys; costs a look at all of them."""
-    dense_layers: Count = 0
-    """First layers that read everything."""
+    removed: ClassVar[Mapping[str, str]] = {
+        "tail": "pages that are not read are dropped, as letting their means stand in lost more on every text; a lower "
+        "epsilon reads more",
+    }
+    dense_below: Tokens = option(2048, "tokens of a context up to which everything is read, faster than choosing")
+    sink: Tokens = option(64, "tokens at the start that every token reads")
+    window: Positive = option(256, "last tokens that every token reads, itself included")
+    budget: Tokens = option(1024, "most tokens to read besides, in whole pages")
+    epsilon: Share = option(0.075, "share of the attention to do without, so that fewer pages do; 0: the whole budget")
+    certify: bool = option(False, "report the most attention that dropped pages can hold; costs a look at all bounds")
+    dense_layers: Count = option(0, "first layers that read everything")
 
     @abstractmethod
     def masses(self, q: Tensor, context: Context) -> Tensor:
-        """[R, Hq, F] log mass of each page for queries q [R, Hq, D], one in each row: see `PageIndex.masses`."""
+        """[R, Hq, F], log mass of each page for queries q [R, Hq, D], one in each row: see `PageIndex.masses`."""
 
     def prefill(self, q: Tensor, context: Context) -> Selection:
         return context.all()
@@ -61,7 +58,9 @@ class TokenStrategy(Strategy, ABC):
         if context.layer < self.dense_layers:
             return context.all()
         masses = self.masses(q, context)
-        selection = self._account(q, context, self.choose(masses, context))
+        selection = self.choose(masses, context)
+        if self.certify:
+            selection = self._certified(q, context, selection)
         return (
             replace(selection, prefetch=nearly(masses, selection, context))
             if context.tier.prefetch_pages
@@ -69,7 +68,7 @@ class TokenStrategy(Strategy, ABC):
         )
 
     def choose(self, masses: Tensor, context: Context) -> Selection:
-        """The pages that a token reads, by their masses [R, Hq, F]."""
+        """The selection by masses [R, Hq, F]: zones, and the heaviest pages until `epsilon` is left."""
         zones = self.zones(context.step)
         chosen = top_pages(
             masses,
@@ -85,19 +84,14 @@ class TokenStrategy(Strategy, ABC):
         return Selection(chosen.pages, evidence=evidence)
 
     def zones(self, step: Step) -> Zones:
-        """What every token reads, in pages."""
+        """Sinks and window of each row, in pages."""
         window = min(self.window, step.max_pages * step.page_size)  # positions are int32
         firsts = (step.starts - window + 1).clamp(min=0) // step.page_size
         return Zones(firsts, -(-self.sink // step.page_size), (window - 2) // step.page_size + 2)
 
-    def _account(self, q: Tensor, context: Context, selection: Selection) -> Selection:
-        """The selection, and what becomes of the pages outside it."""
-        if self.tail == "drop" and not self.certify:
-            return selection
+    def _certified(self, q: Tensor, context: Context, selection: Selection) -> Selection:
+        """The selection with a bound on the mass of the pages that are neither read nor estimated."""
         mask = selection.mask(context.step.max_pages)
-        if self.tail == "mean":
-            rest = ~mask & (patterns.pages(context.step) < context.step.last_pages[:, None])[:, None]
-            return replace(selection, estimated=Selection.from_mask(rest).pages)
         if selection.estimated is not None:
             mask = mask | Selection(selection.estimated).mask(context.step.max_pages)
         evidence = replace(selection.evidence, dropped_bound=estimates.bound(q, context, mask))
@@ -105,15 +99,15 @@ class TokenStrategy(Strategy, ABC):
 
     @property
     def scans(self) -> bool:
-        which = self.index_spec()
-        return which is not None and which.scans
+        spec = self.index_spec()
+        return spec is not None and spec.scans
 
     def part(self, phase: Phase) -> Strategy:
         return self if phase is Phase.DECODE else Dense()
 
 
 def nearly(masses: Tensor, selection: Selection, context: Context) -> Tensor:
-    """[R, H, P] int32, the heaviest pages that were not chosen, by masses [R, Hq, F]: see `Selection.prefetch`."""
+    """[R, H, P] int32, the heaviest pages outside the selection, by masses [R, Hq, F]: see `Selection.prefetch`."""
     heads, count = selection.pages.shape[1], min(context.tier.prefetch_pages, masses.shape[2])
     shares = torch.unflatten(masses.softmax(-1).nan_to_num(0.0), 1, (heads, -1)).mean(2)  # [R, H, F]
     shares = shares.masked_fill(selection.mask(masses.shape[2]), 0.0)

@@ -1,4 +1,4 @@
-"""The A-shape: sinks and a local window, with the end of the prompt reading everything (tri-shape)."""
+"""A-shape: attention sinks and a local window, with dense last rows (tri-shape)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from ..strategy import Tokens
 class AShape(PromptStrategy):
     """The first tokens and every query's last ones; only the prompt's last rows read everything.
 
-    The static baseline of MInference (arXiv 2407.02490) and, with its dense last rows, the tri-shape of SCBench (arXiv
-    2412.10319). It looks at nothing, so it is the cheapest and the blindest; one query of each row tells what it lost.
+    The static baseline of MInference and, with its dense last rows, the tri-shape of SCBench. The cheapest selection,
+    as it depends on no query; one query of each row is probed, only to report the coverage.
     """
 
+    source = "Jiang et al., MInference 1.0, arXiv 2407.02490; Li et al., SCBench, arXiv 2412.10319"
     sink: Tokens = 128
     local: Tokens = 1024
     last_rows_dense: Tokens = 2

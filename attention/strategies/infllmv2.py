@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import ClassVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from keysift.kvcache import Context
 
 from ..block import BlockStrategy, group_sum, log_sum, scores
-from ..strategy import LARGEST, Positive
+from ..strategy import Positive, Tokens, option
 
 COARSE = 4
-"""The windows by which shares are normalised are so many times as long, and as far apart, as those that are ranked."""
+"""Length and stride of the windows by which shares are normalised, in those of the windows that are ranked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InfLLMv2(BlockStrategy):
     """The blocks that the heads of a group attend to most in sum, by the mean keys of windows.
 
-    Zhao et al., "InfLLM-V2: Dense-Sparse Switchable Attention", arXiv 2509.24663. A window's share is normalised by
-    coarser windows, which are a quarter as many. The options and their defaults are those of MiniCPM4; a model whose
-    configuration has a `sparse_config` brings its own. As there, `topk` counts beside the local blocks.
+    A window's share is normalised by coarser windows, which are a quarter as many. Options and defaults are those of
+    MiniCPM4; a model whose configuration has a `sparse_config` brings its own. As there, the local blocks do not count
+    into `topk`.
     """
 
-    config_key: ClassVar[str | None] = "sparse_config"
-    topk: Positive = 64
-    """Blocks to read, those of the window apart."""
-    use_nope: bool = False
-    """Scores by keys before rotary embedding: not supported."""
-    dense_len: Annotated[int, Field(ge=-1, le=LARGEST)] = 8192
-    """Contexts shorter than this are read whole; -1: none. `dense_below` is raised to it."""
+    source = "Zhao et al., InfLLM-V2: Dense-Sparse Switchable Attention, arXiv 2509.24663"
+    config_key = "sparse_config"
+    removed: ClassVar[Mapping[str, str]] = {
+        "dense_len": "use dense_below, which is dense_len - 1",
+        "use_nope": "keys are cached after rotary embedding, and scored as they are cached",
+    }
+    dense_below: Tokens = option(8191, "tokens of a context up to which everything is read: dense_len - 1 of a model")
+    topk: Positive = option(64, "blocks to read besides the window's")
 
     def __post_init__(self) -> None:
         BlockStrategy.__post_init__(self)
-        if self.use_nope:
-            raise ValueError("use_nope: keys are cached after rotary embedding only, got True")
         if self.init_blocks >= self.topk:
             raise ValueError(f"topk: more than init_blocks ({self.init_blocks}), got {self.topk}")
-        object.__setattr__(self, "dense_below", max(self.dense_below, self.dense_len - 1))
+
+    @classmethod
+    def from_config(cls, stated: Mapping[str, object]) -> dict[str, object]:
+        """MiniCPM's `sparse_config`: contexts shorter than `dense_len` are dense, and `use_nope` has to be off."""
+        options = dict(stated)
+        if options.pop("use_nope", False):
+            raise ValueError("use_nope: keys are cached after rotary embedding only, got True")
+        dense_len = options.pop("dense_len", None)
+        if isinstance(dense_len, int):
+            options["dense_below"] = max(dense_len - 1, 0)
+        elif dense_len is not None:
+            raise ValueError(f"dense_len: a number of tokens, got {dense_len!r}")
+        return options
 
     def choose(self, q: Tensor, context: Context) -> Tensor:
         step, pages = context.step, scores(q, context)

@@ -1,4 +1,4 @@
-"""NOSA's bound on what changes from token to token, for a model that was not trained for it."""
+"""NOSA's locality bound on selections from token to token, for models that were not trained for it."""
 
 from __future__ import annotations
 
@@ -16,47 +16,50 @@ from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, IndexSpec, M
 
 from ..ops.steady_pages import SteadyPages, steady_pages
 from ..probe import on_device
-from ..strategy import LARGEST, Positive, Share, Tokens
+from ..strategy import LARGEST, Positive, Share, Tokens, option
 from ..token import TokenStrategy
 from .nosa_trained import NosaTrained
 
 TRAINED = NosaTrained()
-"""With the constants of the published checkpoints."""
+"""With the options of the published checkpoints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Nosa(TokenStrategy):
-    """Reads what the last token read, but for a few pages that this one asks for.
+    """The pages that the last token read, except for a few that this one replaces by heavier ones.
 
-    After Huang et al., "NOSA: Native and Offloadable Sparse Attention", arXiv 2510.13602, which trains a score that no
-    query changes, so that most of the pages stay. Here what stays follows from the sequence's own last tokens, a moving
-    average of each page's share: whatever the model, at most ``m_max`` pages of a layer and KV head come in with a
-    token, and one more where its own page begins. A page that is asked for and does not come in stands in by its
-    means; where such pages would hold more than ``epsilon``, more come in all the same. The first token behind a prompt
-    takes the heaviest pages.
+    The paper trains a score that no query changes, so that most pages stay. Here the score follows from the sequence's
+    own last tokens, a moving average of each page's share, whatever the model: at most `m_max` pages of a layer and KV
+    head come in with a token, and one more where its own page begins. A page that is asked for and refused stands in by
+    its means; where refused pages would hold more than `epsilon`, more come in all the same. The first token after a
+    prompt takes the heaviest pages.
     """
 
-    epsilon: Share = 0.02
-    """Share of the attention that pages which are asked for and refused may hold; 1: the bound always counts."""
-    m_max: Annotated[int, Field(ge=-1, le=LARGEST)] = 4
-    """Pages that may come in with a token, for each layer and KV head. -1: any number."""
-    queried: Tokens = 512
-    """Most tokens that a token asks for, in whole pages, within the budget; the others stay from before."""
-    beta: Share = 0.9
-    """Weight of the past in the average share of a page."""
-    delta: Annotated[float, Field(ge=-math.inf, le=10.0)] = math.log(1.25)
-    """How much greater, as a logarithm, a page's share has to be than that of the page whose place it takes, both now
-    and on average. -inf: pages are not compared."""
-    refused: Literal["drop", "mean"] = "mean"
-    """Pages that were asked for and did not come in: dropped, or standing in by their mean key and mean value."""
-    index: Literal["flat", "codes", "summary", "bound"] = "codes"
-    """What tells shares: all keys exactly, their codes, the pages' mean keys, or their bounds."""
-    candidates: Positive = 512
-    """Of codes: pages whose codes are read, the most promising by the bounds of all."""
+    source = "Huang et al., NOSA: Native and Offloadable Sparse Attention, arXiv 2510.13602"
+    epsilon: Share = option(0.02, "share of the attention that refused pages may hold, else more come in; 1: no limit")
+    m_max: Annotated[int, Field(ge=-1, le=LARGEST)] = option(
+        4, "pages that may come in with a token, for each layer and KV head; -1: any number"
+    )
+    queried: Tokens = option(512, "most tokens that a token asks for, in whole pages, within the budget; others stay")
+    beta: Share = option(0.9, "weight of the past in the average share of a page")
+    delta: Annotated[float, Field(ge=-math.inf, le=10.0)] = option(
+        math.log(1.25),
+        "log of the factor by which a page's share exceeds that of the page which it replaces, now and on average; "
+        "-inf: any page may replace any",
+    )
+    refused: Literal["drop", "mean"] = option(
+        "mean",
+        "pages that were asked for and did not come in: dropped, or estimated by their mean keys and mean values",
+    )
+    index: Literal["flat", "codes", "summary", "bound"] = option(
+        "codes", "source of the shares: all keys exactly, their codes, the pages' mean keys, or their bounds"
+    )
+    candidates: Positive = option(512, "of codes: pages whose codes are read, the heaviest by the bounds of all")
 
     replayable = True
-    trained: bool = True
-    """Where keys carry NOSA's learned bias, choose as the model was trained to: as `nosa-trained`, options aside."""
+    trained: bool = option(
+        True, "where keys carry NOSA's learned bias, choose as the model was trained to: nosa-trained, by its defaults"
+    )
 
     def check(self, spec: CacheSpec) -> None:
         if self.trained and spec.bias_channels:
@@ -97,7 +100,7 @@ class Nosa(TokenStrategy):
         )
 
     def _turn(self, masses: Tensor, context: Context, rows: Sequence[int]) -> SteadyPages:
-        """The choices of these rows, and what they leave to the tokens behind them."""
+        """Choose for these rows and store their decode history: pages read and average shares."""
         step, zones = context.step, self.zones(context.step)
         inputs, index = (masses, zones.firsts, step.last_pages), None
         if len(rows) < step.num_rows:
@@ -121,9 +124,9 @@ class Nosa(TokenStrategy):
 
 
 def _joined(parts: list[SteadyPages], turns: list[list[int]], context: Context) -> SteadyPages:
-    """All rows in the step's order."""
+    """The choices of all turns, rows in the step's order."""
     if len(parts) == 1:
         return parts[0]
     rows = [row for turn in turns for row in turn]
-    back = on_device(sorted(range(len(rows)), key=rows.__getitem__), context.step)
-    return SteadyPages(*(torch.cat(part)[back] for part in zip(*parts, strict=True)))
+    order = on_device(sorted(range(len(rows)), key=rows.__getitem__), context.step)
+    return SteadyPages(*(torch.cat(part)[order] for part in zip(*parts, strict=True)))

@@ -1,4 +1,4 @@
-"""NOSA as it was trained: a few blocks by the query, all others by the learned bias of their keys."""
+"""NOSA for its own checkpoints: a few blocks by the query, all others by the learned bias of their keys."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from torch import Tensor
 from keysift.kvcache import CacheSpec, Context
 
 from ..block import BlockStrategy, biases, group_sum, log_sum, scores
-from ..strategy import Positive, Tokens
+from ..strategy import Positive, Tokens, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NosaTrained(BlockStrategy):
     """The `query_blocks` that the query attends to most, and up to `topk` those whose keys carry the greatest bias.
 
-    Huang et al., "NOSA: Native and Offloadable Sparse Attention", arXiv 2510.13602. The second choice does not depend
-    on the query, so most of what a token reads its predecessor has read. For checkpoints with such a bias alone, and
-    with the constants that these were trained with. Prompts read everything, with the bias, which is more than in
-    training. Generated tokens are scored like all others.
+    The second choice does not depend on the query, so most of what a token reads its predecessor has read. Only for
+    checkpoints with such a bias; the defaults are those that they were trained with. Prompts read everything, with the
+    bias, which is more than in training. Generated tokens are scored like all others.
     """
 
-    dense_below: Tokens = 4096
-    """Up to `topk` blocks nothing is left out."""
+    source = "Huang et al., NOSA: Native and Offloadable Sparse Attention, arXiv 2510.13602"
+    dense_below: Tokens = option(
+        4096, "tokens of a context up to which everything is read: topk blocks leave nothing out"
+    )
     window_size: Tokens = 1024
-    topk: Positive = 64
-    """Blocks to read in all."""
-    query_blocks: Positive = 33
-    """Blocks by the query, those that every token reads included."""
+    topk: Positive = option(64, "blocks to read in all")
+    query_blocks: Positive = option(33, "blocks by the query, those that every token reads included")
 
     def __post_init__(self) -> None:
         BlockStrategy.__post_init__(self)

@@ -17,11 +17,11 @@ from ..token import TokenStrategy
 class Quest(TokenStrategy):
     """Ranks pages by the greatest score that a key between their least and greatest could have.
 
-    Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference", arXiv 2406.10774: budget 1,024
-    there, the first two layers dense, neither sinks nor a window but the row's own page. Here both zones may be asked
-    for, and the heads of a group share a list.
+    As published: a budget of 1,024, the first two layers dense, neither sinks nor a window but the row's own page. Here
+    both zones are options, and the heads of a group share a list.
     """
 
+    source = "Tang et al., Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference, arXiv 2406.10774"
     replayable = True
     sink: Tokens = 0
     window: Positive = 1

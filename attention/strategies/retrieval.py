@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from torch import Tensor
@@ -10,39 +10,46 @@ from torch import Tensor
 from keysift.kvcache import Context
 from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, Graph, IndexSpec, Ivf, MeanIndex
 
-from ..strategy import Few, Positive
+from ..strategy import Few, Positive, option
 from ..token import TokenStrategy
+
+ACTS_WITH = {"candidates": "codes", "nprobe": "ivf", "beam": "graph", "top_k": "graph", "wait": "graph"}
+"""Index that each of these options belongs to; with any other it would do nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retrieval(TokenStrategy):
-    """Sinks and window, and of all that lies between the pages that an index finds for this very query.
+    """Sinks, window, and of the pages between them those that an index finds for this query.
 
-    After Liu et al., "RetrievalAttention", arXiv 2409.10516: an exact part and a part that is searched, disjoint. Here
-    the unit is the page, the heads of a group share what is read, generated tokens are indexed like all others, and as
-    many pages are taken as the query's attention needs.
+    As in the paper an exact part and a disjoint searched part. Here the unit is the page, the heads of a group share a
+    list, generated tokens are indexed like all others, and as many pages are taken as the query's attention needs.
     """
 
+    source = "Liu et al., RetrievalAttention, arXiv 2409.10516"
     replayable = True
-    index: Literal["flat", "codes", "ivf", "graph", "summary", "bound"] = "codes"
-    """What searches: all keys exactly, their codes, clusters, a graph, the pages' mean keys, or their bounds."""
-    candidates: Positive = 512
-    """Of codes: pages whose codes are read, the most promising by the bounds of all."""
-    nprobe: Few = 64
-    """Of clusters: those that are read, 16 keys each on average."""
-    beam: Few = 128
-    """Of the graph: keys that a search keeps in view; long contexts need more, 512 at 128k tokens."""
-    top_k: Few = 100
-    """Of clusters and the graph: keys that a search of single keys returns for each query head."""
-    wait: bool = False
-    """Of the graph: build it before the first answer, instead of beside the answers, which codes give meanwhile."""
+    index: Literal["flat", "codes", "ivf", "graph", "summary", "bound"] = option(
+        "codes", "search by all keys exactly, their codes, clusters, a graph, the pages' mean keys, or their bounds"
+    )
+    candidates: Positive = option(512, "of codes: pages whose codes are read, the heaviest by the bounds of all")
+    nprobe: Few = option(64, "of ivf: clusters that are read, 16 keys each on average")
+    beam: Few = option(128, "of graph: keys that a search keeps in view; long contexts need more, 512 at 128k tokens")
+    top_k: Few = option(100, "of graph: keys that a search returns for each query head")
+    wait: bool = option(False, "of graph: build it before the first token, not while codes give the first ones")
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for an option of another index than the chosen one."""
+        TokenStrategy.__post_init__(self)
+        defaults = {field.name: field.default for field in fields(self)}
+        for name, index in ACTS_WITH.items():
+            if self.index != index and (value := getattr(self, name)) != defaults[name]:
+                raise ValueError(f"{name}: acts with index={index} only, got {value!r} with index={self.index}")
 
     def index_spec(self) -> IndexSpec:
         specs: dict[str, IndexSpec] = {
             "flat": FlatIndex(),
             "codes": CodeIndex(self.candidates),
             "graph": Graph(beam=self.beam, top_k=self.top_k, sink=self.sink, window=self.window, wait=self.wait),
-            "ivf": Ivf(nprobe=self.nprobe, top_k=self.top_k),
+            "ivf": Ivf(nprobe=self.nprobe),
             "summary": MeanIndex(),
             "bound": BoundIndex(),
         }

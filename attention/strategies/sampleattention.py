@@ -1,4 +1,4 @@
-"""SampleAttention: the columns that a sample of queries spread over the prompt reads, and a window that grows."""
+"""SampleAttention: columns by a sample of the prompt's queries, and a window that grows with the context."""
 
 from __future__ import annotations
 
@@ -13,33 +13,36 @@ from keysift.kvcache import Context, Step
 from .. import patterns, probe
 from ..probe import Probe
 from ..prompt import PromptStrategy
-from ..strategy import Share
+from ..strategy import Share, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleAttention(PromptStrategy):
     """Columns that hold `alpha` of a sample of queries' attention, and a window that grows with the context.
 
-    Zhu et al., "SampleAttention", arXiv 2406.15486 and MLSys 2025; no code was published. A share `row_ratio` of the
-    chunk's queries is computed exactly. Each head keeps the columns that hold `alpha` of their summed attention, for
-    all rows, and every row the last `window_ratio` of its own context.
+    A share `row_ratio` of the chunk's queries is computed exactly. Each head keeps the columns that hold `alpha` of
+    their summed attention, for all rows, and every row the last `window_ratio` of its own context. No code was
+    published.
 
     Other than the papers: masses are counted in pages, the unit that is read; sinks are kept always, not left to the
     sample; the window is never shorter than `local`; each chunk takes a sample of its own. A window of 8 % loses what
-    was copied from a little further back; benchmarks/README.md tells how much more than one of 25 %.
+    was copied from a little further back; benchmarks/README.md compares it with one of 25 %.
     """
 
-    alpha: Share = 0.95
-    """Attention mass of the sample to keep in columns. 1: everything."""
-    slash_alpha: Share = 0.0
-    """Attention mass to keep in diagonals as well, as in the later version. 0: columns only."""
-    window_ratio: Share = 0.08
-    """Window of each row, as a share of its own context. 0.25 where quality counts."""
-    row_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.05
-    """Share of the queries that are computed exactly, rounded to one of every so many."""
-    sampling: Literal["stride", "tail"] = "stride"
-    """Which: every ``1 / row_ratio``-th, or whole rows, each the tail of a segment of ``1 / row_ratio`` rows. By
-    absolute position; the end of each chunk is looked at too."""
+    source = "Zhu et al., SampleAttention, arXiv 2406.15486 and MLSys 2025"
+    alpha: Share = option(0.95, "attention mass of the sample to keep in columns; 1: everything")
+    slash_alpha: Share = option(
+        0.0, "attention mass to keep in diagonals too, as in the later version; 0: columns only"
+    )
+    window_ratio: Share = option(0.08, "window of each row, as a share of its own context; 0.25 where quality counts")
+    row_ratio: Annotated[float, Field(ge=1e-6, le=1.0)] = option(
+        0.05, "share of the queries that are computed exactly, rounded to one of every so many"
+    )
+    sampling: Literal["stride", "tail"] = option(
+        "stride",
+        "sample by absolute position, and the chunk's end: every (1 / row_ratio)-th query, or the last row of every "
+        "1 / row_ratio rows",
+    )
 
     def choose(self, q: Tensor, context: Context) -> tuple[Tensor, Probe]:
         step = context.step
@@ -50,22 +53,22 @@ class SampleAttention(PromptStrategy):
         return mask, evidence
 
     def _sample(self, step: Step) -> Tensor:
-        """[B, m], queries for the probes."""
+        """[B, m] int64, indices of the sampled queries in the chunk, one line a probe; -1 is padding."""
         every = round(1 / self.row_ratio)
         if self.sampling == "stride":
             return strided(step, every)
         return probe.tails(step, step.queries_per_row, every * step.queries_per_row)
 
     def _window(self, step: Step) -> Tensor:
-        """[R, F] bool"""
+        """[R, F] bool, the last `window_ratio` of each row's context."""
         tokens = ((step.lasts + 1).double() * self.window_ratio).ceil().int()  # [R]
         return patterns.zones(step, 0, tokens)
 
 
 def strided(step: Step, every: int) -> Tensor:
-    """[B, m]: the last of every `every` tokens, by absolute position, and the chunk's own last one; -1 pads the end.
+    """[B, m]: the last of every `every` tokens, by absolute position, and the chunk's last one; -1 pads the end.
 
-    One probe for each row that has such a query. Host integers decide, so nothing waits for a device.
+    One probe for each row that has such a query. Computed from host integers, so nothing waits for the device.
     """
     width, tokens = step.queries_per_row, step.positions.shape[0]
     first = (-step.spans[0].start - 1) % every

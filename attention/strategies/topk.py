@@ -1,4 +1,4 @@
-"""The keys that get most attention, exactly: a yardstick for decoding, not a saving."""
+"""Exact top-k: pages of the keys with the greatest scores, a yardstick for token strategies."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ from torch import Tensor
 
 from keysift.kvcache import Context, Phase, Selection
 
-from ..strategy import Count, Dense, Positive, Strategy, Tokens
+from ..strategy import Count, Dense, Positive, Strategy, Tokens, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TopK(Strategy):
     """Sinks, window, and for each query head the pages of the `top_k` keys between them with the greatest scores.
 
-    It reads every key to attend to few. With pages of one token it is exact top-k attention, token by token.
+    Slower than dense, as every key is scored first. With pages of one token it is exact top-k attention.
     """
 
     yardstick = True
     replayable = True
-    sink: Tokens = 128
-    """Tokens at the start that every token reads."""
-    window: Positive = 512
-    """Last tokens that every token reads, itself included."""
-    top_k: Count = 100
-    """Keys of each query head besides."""
+    sink: Tokens = option(128, "tokens at the start that every token reads")
+    window: Positive = option(512, "last tokens that every token reads, itself included")
+    top_k: Count = option(100, "keys of each query head besides")
 
     @property
     def scans(self) -> bool:
@@ -48,14 +45,14 @@ class TopK(Strategy):
         return self if phase is Phase.DECODE else Dense()
 
     def _between(self, scores: Tensor, context: Context) -> Tensor:
-        """Scores [R, Hq, F, S] with -inf in the zones and behind the query."""
+        """Scores [R, Hq, F, S] with -inf in the zones and after the query."""
         token = torch.arange(scores.shape[2] * scores.shape[3], device=scores.device).view(scores.shape[2:])
         ends = context.step.starts[:, None, None] - min(self.window, 2**30) + 1
         return scores.masked_fill(((token < self.sink) | (token >= ends))[:, None], -torch.inf)
 
 
 def _scores(q: Tensor, context: Context) -> Tensor:
-    """[R, Hq, F, S] of queries [R, Hq, D] with every key, in fp32."""
+    """[R, Hq, F, S] fp32, scores of queries [R, Hq, D] with every key."""
     frames = context.fetch(context.all())
     heads = torch.arange(context.spec.num_kv_heads, device=q.device)[:, None]
     keys = frames.k[frames.table.long(), heads].float()  # [R, Hkv, F, S, D]

@@ -1,4 +1,4 @@
-"""XAttention: pages rated by sums over the antidiagonals of small tiles of scores."""
+"""XAttention: pages by sums over the antidiagonals of small tiles of scores."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from keysift.kvcache import Context
 
 from .. import patterns
 from ..prompt import PromptStrategy
-from ..strategy import Positive, Share
+from ..strategy import Positive, Share, option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class XAttention(PromptStrategy):
     """Pages that hold `threshold` of each row's attention, as antidiagonal sums of the scores estimate it.
 
-    Xu et al., "XAttention", arXiv 2503.16428. Scores are cut into tiles of `stride` queries by `stride` keys; each
-    tile is rated by the mean score along its antidiagonal, which every column and every diagonal through the tile
-    crosses once. A softmax over a group's tiles, summed over the groups of a row and the tiles of a page, is the mass
-    that the threshold is held against, row by row and head by head.
+    Scores are cut into tiles of `stride` queries by `stride` keys; each tile is rated by the mean score along its
+    antidiagonal, which every column and every diagonal through the tile crosses once. A softmax over a group's tiles,
+    summed over the groups of a row and the tiles of a page, is the mass that the threshold is compared with, row by row
+    and head by head.
 
     Other than the published code: groups of queries begin with the row, wherever the chunk begins; an antidiagonal
     that a prompt's ragged end cuts short is the mean of what there is of it; forced pages come on top instead of
@@ -32,10 +32,9 @@ class XAttention(PromptStrategy):
     coverage comes from one query of each row.
     """
 
-    threshold: Share = 0.9
-    """Estimated attention mass to keep. 1: everything."""
-    stride: Positive = 8
-    """Tokens of a tile's side; one that does not divide pages and rows is cut to the common divisor."""
+    source = "Xu et al., XAttention, arXiv 2503.16428"
+    threshold: Share = option(0.9, "estimated attention mass to keep; 1: everything")
+    stride: Positive = option(8, "side of a tile in tokens, cut to a common divisor with pages and rows")
 
     def choose(self, q: Tensor, context: Context) -> tuple[Tensor, None]:
         return patterns.cover(self.estimate(q, context), self.threshold), None
@@ -61,7 +60,7 @@ class XAttention(PromptStrategy):
 
 
 def _keys(context: Context) -> tuple[Tensor, Tensor]:
-    """The sequence's keys in order [Hkv, F * S, D] fp32, and which of them are there, [F * S] bool; zeros elsewhere."""
+    """The sequence's keys in order, [Hkv, F * S, D] fp32, zeros after its end, and a mask [F * S] of those it has."""
     frames = context.fetch(context.all())
     heads = torch.arange(frames.k.shape[1], device=frames.k.device)[:, None]
     keys = frames.k[frames.table[0].long(), heads].flatten(1, 2).float()

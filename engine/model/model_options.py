@@ -1,4 +1,4 @@
-"""Options of a strategy that the model was trained with, as its configuration states them."""
+"""Strategy options that a model's configuration states, because the model was trained with them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 
 from keysift.attention import find
+from keysift.attention.registry import trained_options
 
 from ..errors import Unsupported
 from .loaded import LoadedModel
 
 
 def with_model_options(strategy: str, arguments: Iterable[str], model: LoadedModel) -> tuple[str, ...]:
-    """The arguments, with those options of each part that the model's configuration states and they do not.
+    """The arguments, completed by the options of each part that the model's configuration states.
 
-    Raises `Unsupported` naming options of the configuration that the part does not know, and `StrategyError` for a
-    strategy that there is not.
+    Raises `Unsupported` naming options of the configuration that the strategy does not have, and `StrategyError` for an
+    unknown strategy.
     """
     given = tuple(arguments)
     names = {argument.partition("=")[0].strip() for argument in given}
@@ -30,11 +31,12 @@ def with_model_options(strategy: str, arguments: Iterable[str], model: LoadedMod
 
 
 def _options(part: str, model: LoadedModel) -> Mapping[str, object]:
-    """What the model's configuration states for one strategy."""
+    """Options that the model's configuration states for one strategy."""
     kind, text = find(part), model.module.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    options = getattr(text, kind.config_key, None) if kind.config_key else None
-    if not options:
+    stated = getattr(text, kind.config_key, None) if kind.config_key else None
+    if not stated:
         return {}
+    options = trained_options(part, stated)
     if unknown := sorted(set(options) - {field.name for field in fields(kind)}):
         raise Unsupported(f"{model.name}: its {kind.config_key} has {', '.join(unknown)}, unknown to {part}")
-    return options  # type: ignore[no-any-return]
+    return options

@@ -1,4 +1,4 @@
-"""Blocks are chosen exactly as the papers of NOSA and InfLLM-V2 say: lists against loops in float64."""
+"""Block selection of NOSA and InfLLM-V2, against loops in float64 written from their papers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from keysift.attention import StrategyError, bind, make
 from keysift.attention.block import BlockStrategy
+from keysift.attention.registry import trained_options
 from keysift.kvcache import CacheSpec, PagedCache, Phase, Span, Step
 from keysift.kvcache.ops import use_backend
 
@@ -118,9 +119,9 @@ STRATEGIES: list[tuple[str, Oracle, dict[str, object]]] = [
     ("nosa-trained", nosa, {}),
     ("nosa-trained", nosa, {"query_blocks": 4, **SMALL}),
     ("nosa-trained", nosa, {"query_blocks": 3, "init_blocks": 0, "topk": 9, "window_size": 0}),
-    ("infllmv2", infllm, {"dense_len": -1}),
-    ("infllmv2", infllm, {"dense_len": -1, **SMALL}),
-    ("infllmv2", infllm, {"dense_len": -1, "kernel_size": 64, "init_blocks": 2, "window_size": 0, "topk": 5}),
+    ("infllmv2", infllm, {}),
+    ("infllmv2", infllm, {**SMALL}),
+    ("infllmv2", infllm, {"kernel_size": 64, "init_blocks": 2, "window_size": 0, "topk": 5}),
 ]
 TRITON = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="for Triton's interpreter"
@@ -331,7 +332,7 @@ def test_half_precision_finds_what_stands_out(name: str, oracle: Oracle, options
 
 
 def test_biases_do_not_touch_what_the_query_chooses() -> None:
-    n, strategy = 2000, make("infllmv2", dense_len=-1, **SMALL)
+    n, strategy = 2000, make("infllmv2", **SMALL)
     assert isinstance(strategy, BlockStrategy)
     t = text(n)
     assert chosen(strategy, t, n) == chosen(strategy, Text(t.q, t.k, t.b * 100), n)
@@ -348,23 +349,31 @@ def test_prompts_read_everything() -> None:
         assert torch.equal(bind(make(name), cache, step)(0, q, k, k), expected)
 
 
-@pytest.mark.parametrize(
-    ("dense_len", "dense_below", "least"), [(8192, 0, 8192), (-1, 0, 1), (0, 0, 1), (100, 500, 501)]
-)
-def test_contexts_shorter_than_dense_len_are_read_whole(dense_len: int, dense_below: int, least: int) -> None:
+@pytest.mark.parametrize(("dense_len", "least"), [(8192, 8192), (-1, 1), (0, 1), (100, 100)])
+def test_contexts_shorter_than_dense_len_are_read_completely(dense_len: int, least: int) -> None:
     for name in ("infllmv2", "dense+infllmv2"):
-        strategy = make(name, dense_len=dense_len, **{"infllmv2.dense_below": dense_below})
+        strategy = make(name, **trained_options("infllmv2", {"dense_len": dense_len, "use_nope": False}))
         assert strategy.at(Phase.DECODE, least, 1).name == "infllmv2"
         assert strategy.at(Phase.DECODE, least - 1, 1).name == "dense"
+    assert make("infllmv2") == make("infllmv2", **trained_options("infllmv2", {"dense_len": 8192}))
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [({"use_nope": True}, "use_nope: keys are cached"), ({"dense_len": "x"}, "dense_len: a number")],
+)
+def test_a_configuration_that_is_not_supported(stated: dict[str, object], message: str) -> None:
+    with pytest.raises(StrategyError, match=f"strategy infllmv2: {message}"):
+        trained_options("infllmv2", stated)
 
 
 REFUSED: list[tuple[str, dict[str, object], str]] = [
-    ("infllmv2", {"use_nope": True}, "use_nope"),
+    ("infllmv2", {"use_nope": True}, r"infllmv2\.use_nope: removed: keys are cached after rotary embedding"),
     ("infllmv2", {"kernel_size": 40}, "kernel_size: a multiple of kernel_stride"),
     ("infllmv2", {"block_size": 72}, "block_size: a multiple of kernel_stride"),
     ("infllmv2", {"window_size": 100}, "window_size: a multiple of block_size"),
     ("infllmv2", {"topk": 1}, "topk: more than init_blocks"),
-    ("infllmv2", {"dense_len": -2}, "dense_len"),
+    ("infllmv2", {"dense_len": 9}, r"infllmv2\.dense_len: removed: use dense_below"),
     ("nosa-trained", {"query_blocks": 17}, "query_blocks: at least 18"),
     ("nosa-trained", {"topk": 32}, "topk: at least query_blocks"),
 ]

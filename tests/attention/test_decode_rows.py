@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields
 from itertools import product
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from keysift.attention import Dense, Strategy, Telemetry, bind, known, make
-from keysift.attention.block import BlockStrategy
-from keysift.attention.token import TokenStrategy
-from keysift.kvcache import CacheSpec, PagedCache, Selection, Span
+from keysift.attention import Dense, Strategy, StrategyError, Telemetry, bind, find, known
+from keysift.attention.registry import options
+from keysift.kvcache import CacheSpec, PagedCache, Phase, Selection, Span
+from tests.strategies import Row, rows
 
-LAYERS, HEADS, KV_HEADS, DIM = 2, 4, 2, 16
+LAYERS, HEADS, KV_HEADS, DIM, PAGE = 2, 4, 2, 16, 16
 PROMPT, TOKENS = 2024, 48
 """The prompt ends within a page; a segment of 2,048 tokens, of which indexes make lists, is full amid the tokens."""
-SMALL = {"sink": 16, "window": 24, "budget": 32, "top_k": 32, "dense_layers": 0}
-SMALL |= {"topk": 6, "query_blocks": 4, "window_size": 64}
-SMALL |= {"wait": True}  # a graph that is built beside the answers changes them whenever it is ready
 Pages = list[list[list[int]]]
 """Of each row, of each layer and head."""
 
 
-def strategies() -> Iterator[Strategy]:
-    """All that choose for tokens, over every choice among words that their options leave; budgets that bite."""
-    yield Dense()
-    yield make("streaming", sink=16, window=24)
-    for name, kind in known().items():
-        if issubclass(kind, TokenStrategy | BlockStrategy) or "decode" in vars(kind):
-            hints, named = get_type_hints(kind), [field.name for field in fields(kind)]
-            words = {field: get_args(hints[field]) for field in named if get_origin(hints[field]) is Literal}
-            for choice in product(*words.values()):
-                small = {field: value for field, value in SMALL.items() if field in named}
-                yield make(name, **small, **dict(zip(words, choice, strict=True)))
+def strategies() -> list[Strategy]:
+    """All strategies that choose for tokens, and every combination of the words that their options take."""
+    chosen = [row for row in rows(PAGE) if row.chooses(Phase.DECODE)]
+    firsts = {row.name: row for row in reversed(chosen) if row.name in known()}
+    worded = [settled(row, dict(words)) for row in firsts.values() for words in product(*choices(row.name))]
+    return list(dict.fromkeys([Dense(), *worded, *(row.make() for row in chosen)]))
 
 
-@pytest.mark.parametrize("strategy", list(strategies()), ids=repr)
+def choices(name: str) -> list[list[tuple[str, str]]]:
+    """Of each option that takes a word, the option with each of its words."""
+    return [
+        [(each.name, word) for word in each.bounds["enum"]] for each in options(find(name)) if "enum" in each.bounds
+    ]
+
+
+def settled(row: Row, words: dict[str, str]) -> Strategy:
+    """The row's strategy with these words; a graph is complete before the first token, or its answers would vary."""
+    try:
+        return row.make(**words, wait=True)
+    except StrategyError:  # no graph
+        return row.make(**words)
+
+
+@pytest.mark.parametrize("strategy", strategies(), ids=repr)
 def test_tokens_decoded_at_once_are_those_decoded_one_by_one(strategy: Strategy) -> None:
     qkv = make_qkv()
     spans = [Span(0, PROMPT + i, 1) for i in range(TOKENS)]

@@ -1,4 +1,4 @@
-"""Structure that was planted is found: diagonals, columns, blocks and needles, also where code has lost them."""
+"""Planted structure is found: diagonals, columns, blocks and needles, also where published code loses them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from keysift.attention import make
+from tests.strategies import Row, prompt_rows
 
 from .prompts import kept, mask
 from .selection_oracles import Prompt
@@ -50,24 +51,14 @@ def test_a_diagonal_keeps_its_mass_wherever_it_lies_on_the_page_grid(
     assert chosen.float().mean() < 0.6  # nor by reading everything
 
 
-PLANTED = [
-    ("flexprefill", {"gamma": 0.9, "min_budget": 0}),
-    ("minference", {"vertical_size": 80, "slash_size": 0}),
-    ("sampleattention", {"alpha": 0.9}),
-    ("xattention", {"threshold": 0.95, "stride": 2}),
-    ("sift", {"threshold": 0.1}),
-    ("oracle", {}),
-]
-
-
-@pytest.mark.parametrize(("name", "options"), PLANTED, ids=[name for name, _ in PLANTED])
+@pytest.mark.parametrize("row", [row for row in prompt_rows(PAGE) if not row.blind], ids=str)
 @pytest.mark.parametrize("column", [0, 15, 100, START - 1, START])
-def test_a_column_that_all_read_is_found(name: str, options: dict[str, object], column: int) -> None:
+def test_a_column_that_all_read_is_found(row: Row, column: int) -> None:
     common = directions(1, 1)
     k = directions(START + 128, 1)
     k[column] = common
     q = 24 * common + directions(128, 2)
-    chosen = mask(make(name, **BARE, **options), prompt_of(q, k))
+    chosen = mask(row.make(**BARE), prompt_of(q, k))
     assert chosen[:, :, column // PAGE].all()
     assert chosen.float().mean() < 0.6
 

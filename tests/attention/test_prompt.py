@@ -7,35 +7,28 @@ import torch
 
 from keysift.attention import make
 from keysift.kvcache import CacheSpec, PagedCache, Span
+from tests.strategies import Row, prompt_rows
 
 from .prompts import random_prompt, select
 
-SPARSE: dict[str, dict[str, object]] = {
-    "ashape": {},
-    "flexprefill": {"gamma": 0.3, "min_budget": 0},
-    "minference": {"vertical_size": 4, "slash_size": 4, "last_q": 8},
-    "sampleattention": {"alpha": 0.3},
-    "sift": {"threshold": 0.2, "coverage": 0.0},
-    "xattention": {"threshold": 0.3},
-}
-FEW = {"sink": 4, "local": 4, "last_rows_dense": 0}
+EACH = pytest.mark.parametrize("row", prompt_rows(), ids=str)
 PAGES, ROWS = 160, 5
 PROMPT = random_prompt(640, 40, page=4, row=8, scale=0.05)
 
 
-@pytest.mark.parametrize("name", SPARSE)
-def test_a_budget_fills_up_what_a_strategy_would_leave_out(name: str) -> None:
-    before = select(make(name, **SPARSE[name], **FEW), PROMPT).mask(PAGES)
-    after = select(make(name, **{**SPARSE[name], **FEW, "min_budget": 400}), PROMPT).mask(PAGES)
+@EACH
+def test_a_budget_adds_pages_that_a_strategy_would_leave_out(row: Row) -> None:
+    before = select(row.make(coverage=0.0), PROMPT).mask(PAGES)
+    after = select(row.make(coverage=0.0, min_budget=400), PROMPT).mask(PAGES)
     assert bool((before[-1].sum(-1) < 100).all()), "nothing would show"
     assert bool((after[-1].sum(-1) >= 100).all()), "the last row has a probe of its own"
     assert not bool((before & ~after).any())
 
 
-@pytest.mark.parametrize("name", SPARSE)
-def test_rows_that_cover_too_little_read_more_and_say_so(name: str) -> None:
-    loose = select(make(name, **SPARSE[name], **FEW), PROMPT)
-    strict = select(make(name, **{**SPARSE[name], **FEW, "coverage": 0.9}), PROMPT)
+@EACH
+def test_rows_that_cover_too_little_read_more_and_report_it(row: Row) -> None:
+    loose = select(row.make(coverage=0.0), PROMPT)
+    strict = select(row.make(coverage=0.9), PROMPT)
     coverage, widened = strict.evidence.coverage, strict.evidence.widened
     assert loose.evidence.coverage is not None
     assert coverage is not None
@@ -49,15 +42,16 @@ def test_rows_that_cover_too_little_read_more_and_say_so(name: str) -> None:
     assert not bool((before & ~after).any())
 
 
-@pytest.mark.parametrize("name", SPARSE)
-def test_dense_last_rows_do_not_hide_what_the_rows_before_them_lose(name: str) -> None:
-    options = {**SPARSE[name], **FEW}
-    told = [select(make(name, **{**options, "last_rows_dense": rows}), PROMPT).evidence.coverage for rows in (0, 1)]
-    assert torch.equal(*told)  # type: ignore[arg-type]
+@EACH
+def test_dense_last_rows_do_not_hide_losses_of_the_rows_before_them(row: Row) -> None:
+    reported = [select(row.make(coverage=0.0, last_rows_dense=rows), PROMPT).evidence.coverage for rows in (0, 1)]
+    assert torch.equal(*reported)  # type: ignore[arg-type]
 
 
-def test_without_a_target_coverage_is_told_and_nothing_is_widened() -> None:
-    selection = select(make("sift", **SPARSE["sift"], **FEW), PROMPT)
+@EACH
+def test_without_a_target_coverage_is_reported_and_nothing_is_widened(row: Row) -> None:
+    selection = select(row.make(coverage=0.0), PROMPT)
+    assert selection.evidence.coverage is not None
     assert selection.evidence.widened is not None
     assert not bool(selection.evidence.widened.any())
 
@@ -68,7 +62,7 @@ def test_the_first_layers_read_everything() -> None:
     cache.reserve(sequence, 64)
     step = cache.prefill(Span(sequence, 0, 64), 8)
     q = torch.randn(64, 2, 8)
-    strategy = make("ashape", **FEW, dense_layers=1)
+    strategy = make("ashape", sink=4, local=4, last_rows_dense=0, dense_layers=1)
     for layer, complete in ((0, True), (1, False)):
         cache.append(layer, q[:, :1], q[:, 1:], step)
         assert strategy.prefill(q, cache.context(layer, step)).complete is complete

@@ -1,4 +1,4 @@
-"""What strategies select, against oracles written from the papers, on whole, ragged and continued prompts."""
+"""Selections of prompt strategies, against oracles written from the papers, on whole, ragged and continued prompts."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from keysift.attention import known, make
-from keysift.attention.prompt import PromptStrategy
+from keysift.attention import make
+from tests.strategies import Row, prompt_rows
 
 from . import selection_oracles as oracles
 from .prompts import kept, mask, random_prompt, scaled, select
@@ -124,12 +124,12 @@ def test_logits_of_any_size_are_chosen_by(choice: Choice) -> None:
     assert selection.evidence.coverage.isfinite().all()
 
 
-PROMPT_STRATEGIES = sorted(name for name, strategy in known().items() if issubclass(strategy, PromptStrategy))
+EACH = pytest.mark.parametrize("row", prompt_rows(), ids=str)
 
 
-@pytest.mark.parametrize("name", PROMPT_STRATEGIES)
-def test_what_nobody_wrote_changes_nothing(name: str) -> None:
-    strategy = make(name, last_rows_dense=0, **EDGES)
+@EACH
+def test_unwritten_memory_changes_nothing(row: Row) -> None:
+    strategy = row.make(last_rows_dense=0, **EDGES)
     for prompt in (PROMPTS["continued"], PROMPTS["three tokens"]):
         clean = select(strategy, prompt, poison=0.0)
         for poison in (float("nan"), 3e38):
@@ -140,31 +140,41 @@ def test_what_nobody_wrote_changes_nothing(name: str) -> None:
             assert torch.equal(other.evidence.coverage, clean.evidence.coverage)
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_the_coverage_that_is_told_is_that_of_the_selection(choice: Choice) -> None:
+@EACH
+def test_coverage_is_finite_for_logits_of_any_size(row: Row) -> None:
+    coverage = select(row.make(), scaled(PROMPTS["continued"], 1e4)).evidence.coverage
+    assert coverage is not None
+    assert coverage.isfinite().all()
+
+
+STRATEGIES = [(choice.name, choice.options) for choice in CHOICES] + [(row.name, row.sparse) for row in prompt_rows()]
+
+
+@pytest.mark.parametrize(("name", "options"), STRATEGIES, ids=map(str, [*CHOICES, *prompt_rows()]))
+def test_the_coverage_that_is_reported_is_that_of_the_selection(name: str, options: Mapping[str, object]) -> None:
     """Probes whose rows read everything keep everything; all others what an exact count of one of their rows gives."""
     prompt = PROMPTS["continued"]
-    strategy = make(choice.name, last_rows_dense=0, **EDGES, **choice.options)
-    selection = select(strategy, prompt)
+    options = {**options, "last_rows_dense": 0, **EDGES}
+    selection = select(make(name, **options), prompt)
     exact = kept(prompt, selection.mask(prompt.num_pages))  # [Hq, Nq]
     assert selection.evidence.coverage is not None
     assert (selection.evidence.coverage >= exact.amin(1) - 1e-5).all()
     assert (selection.evidence.coverage <= exact.amax(1) + 1e-5).all()
-    wide = select(make(choice.name, last_rows_dense=0, coverage=1.0, **EDGES, **choice.options), prompt)
+    wide = select(make(name, **options | {"coverage": 1.0}), prompt)
     assert wide.evidence.coverage is not None
     assert (wide.evidence.coverage > 1 - 1e-3).all()
 
 
-@pytest.mark.parametrize("name", PROMPT_STRATEGIES)
-def test_the_last_rows_of_the_prompt_are_dense_and_only_they(name: str) -> None:
+@EACH
+def test_the_last_rows_of_the_prompt_are_dense_and_only_they(row: Row) -> None:
     prompt = PROMPTS["continued"]
-    dense = make(name, last_rows_dense=2, sink=0, local=0)
+    dense = row.make(last_rows_dense=2, sink=0, local=0)
     full = (
         torch.arange(prompt.num_pages)
-        <= torch.tensor([(prompt.start + row[-1]) // prompt.page for row in prompt.rows])[:, None]
+        <= torch.tensor([(prompt.start + queries[-1]) // prompt.page for queries in prompt.rows])[:, None]
     )
     chosen = mask(dense, prompt)
     assert torch.equal(chosen[-2:], full[-2:, None].expand_as(chosen[-2:]))
-    sparse = mask(make(name, last_rows_dense=0, sink=0, local=0), prompt)
+    sparse = mask(row.make(last_rows_dense=0, sink=0, local=0), prompt)
     assert torch.equal(mask(dense, prompt, behind=prompt.row)[:-1], sparse[:-1])
     assert torch.equal(mask(dense, prompt, behind=2 * prompt.row), sparse)

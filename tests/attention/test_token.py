@@ -1,8 +1,6 @@
-"""What strategies for tokens have in common: zones, budget, the tail, and what they tell about it."""
+"""Options that token strategies share: zones, budget, epsilon, and the bound on what was dropped."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -99,7 +97,7 @@ def test_coverage_is_the_share_that_is_read(cache: PagedCache, index: str, error
 
 
 @pytest.mark.parametrize("name", ["quest", "retrieval"])
-def test_what_only_bounds_or_misses_pages_tells_no_coverage(cache: PagedCache, name: str) -> None:
+def test_bounds_and_means_report_no_coverage(cache: PagedCache, name: str) -> None:
     strategy = make(name, budget=16, **({"index": "summary"} if name == "retrieval" else {"dense_layers": 0}))
     assert choose(strategy, cache, query())[0].evidence.coverage is None
 
@@ -126,39 +124,13 @@ def test_the_bound_is_never_less_than_what_was_dropped(cache: PagedCache, height
     assert covered.estimated_share == 0
 
 
-def test_what_nobody_bounds_is_unknown(cache: PagedCache) -> None:
+def test_without_a_certificate_the_dropped_mass_is_unknown(cache: PagedCache) -> None:
     _, telemetry = run(make("retrieval", budget=16, **ZONES), cache, query())
     (covered,) = telemetry.coverage(telemetry.reads())
     assert covered.dropped_bound is None
     _, telemetry = run(make("retrieval", budget=10**6, epsilon=0.0, **ZONES), cache, query())
     (covered,) = telemetry.coverage(telemetry.reads())
     assert covered.dropped_bound == 0
-
-
-def test_pages_that_are_not_read_stand_in_by_their_means(cache: PagedCache) -> None:
-    """Against the formula in fp64: each such page is S tokens with its mean key and mean value."""
-    q = query(2.0)
-    strategy = make("retrieval", budget=16, tail="mean", **ZONES)
-    selection, _ = choose(strategy, cache, q)
-    out, telemetry = run(strategy, cache, q)
-    k, v = (x.double() for x in data(LENGTH))
-    estimated = torch.zeros(HEADS)
-    for head in range(HEADS):
-        chosen = {page for page in selection.pages[0, head // 2].tolist() if page >= 0}
-        keys, values, weight = [], [], []
-        for page in range(-(-LENGTH // PAGE)):
-            here = slice(page * PAGE, min((page + 1) * PAGE, LENGTH))
-            mean = page not in chosen
-            keys += [k[here, head // 2].mean(0, keepdim=True) if mean else k[here, head // 2]]
-            values += [v[here, head // 2].mean(0, keepdim=True) if mean else v[here, head // 2]]
-            weight += [torch.full((len(keys[-1]),), math.log(PAGE) if mean else 0.0, dtype=torch.float64)]
-        scores = torch.cat(keys) @ q[0, head].double() * DIM**-0.5 + torch.cat(weight)
-        expected = scores.softmax(-1) @ torch.cat(values)
-        torch.testing.assert_close(out[0, head].double(), expected, rtol=1e-4, atol=1e-4)
-        estimated[head] = scores.softmax(-1)[torch.cat(weight) > 0].sum()
-    (covered,) = telemetry.coverage(telemetry.reads())
-    assert covered.estimated_share == pytest.approx(float(estimated.mean()), abs=1e-4)
-    assert covered.mean == pytest.approx(1 - float(estimated.mean()), abs=1e-4), "read or estimated, nothing dropped"
 
 
 def test_topk_reads_the_pages_of_the_best_keys(cache: PagedCache) -> None:

@@ -13,11 +13,12 @@ from keysift.kvcache import OffloadError, OutOfFrames, Phase, Step
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 from tests.engine.faults import KINDS, Act, Fault, check_said, holds, install
 
-RETRIEVAL = ("dense_below=0", "sink=16", "window=32", "budget=32", "epsilon=0", "wait=true")
+RETRIEVAL = ("dense_below=0", "sink=16", "window=32", "budget=32", "epsilon=0")
 STRATEGIES: dict[str, tuple[str, tuple[str, ...]]] = {
     "dense": ("dense", ()),
     "streaming": ("streaming", ("sink=16", "window=32", "dense_below=0")),
-    **{f"retrieval by {index}": ("retrieval", (*RETRIEVAL, f"index={index}")) for index in ("codes", "ivf", "graph")},
+    **{f"retrieval by {index}": ("retrieval", (*RETRIEVAL, f"index={index}")) for index in ("codes", "ivf")},
+    "retrieval by graph": ("retrieval", (*RETRIEVAL, "index=graph", "wait=true")),
 }
 PROMPTS = {"a": tokens(100), "victim": tokens(90, 1), "c": tokens(130, 2)}
 

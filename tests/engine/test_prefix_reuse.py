@@ -1,4 +1,4 @@
-"""Prefix hits change what is computed, never what is said."""
+"""Prefix hits save computation and change no token."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from keysift.attention.registry import has_option
 from keysift.engine import Engine, Finish, Output, Request, TokenOutput
+from keysift.kvcache import Phase
 from tests.engine.driver import Make, drain, finish_of, greedy, keys_and_values, said, tokens
+from tests.strategies import Row, rows
 
 
 def test_a_prefix_hit_changes_nothing_but_what_is_computed(make: Make, expected: Callable) -> None:
@@ -54,17 +57,7 @@ def test_generated_pages_are_reused_while_decoding_is_exact(
     assert finish_of(drain(engine), "next").usage.cached_tokens == cached
 
 
-SMALL = ("sink=16", "local=16")
-OPTIONS = {
-    "ashape": SMALL,
-    "flexprefill": (*SMALL, "gamma=0.4", "min_budget=16", "block_size=16"),
-    "minference": (*SMALL, "vertical_size=16", "slash_size=16"),
-    "sampleattention": (*SMALL, "alpha=0.4"),
-    "sift": (*SMALL, "threshold=0.1", "coverage=0"),
-    "streaming": ("sink=16", "window=32"),
-    "xattention": (*SMALL, "threshold=0.4"),
-}
-"""Options with which a prompt of 200 tokens leaves pages out."""
+SPARSE = [row for row in rows(16) if row.chooses(Phase.PREFILL)]
 BETWEEN = 110
 """A `dense_below` whose work lies between that of a prompt's second chunk and its third: 64 x 128 and 64 x 192."""
 BASE = tokens(300)
@@ -72,14 +65,14 @@ BASE = tokens(300)
 
 @dataclass(frozen=True)
 class Pair:
-    """A prompt that leaves pages behind and one that finds them."""
+    """A prompt whose pages stay cached, and one that begins alike."""
 
     first: tuple[int, ...]
     second: tuple[int, ...]
     cached: tuple[int, int]
-    """Tokens of the second one that are there, with no dense rows at a prompt's end and with some."""
+    """Tokens of the second one that are cached, with no dense rows at a prompt's end and with some."""
     answer: int = 0
-    """The second one is what comes after the first one and so many generated tokens; 0: it stands alone."""
+    """The second one follows the first one and so many generated tokens; 0: it is a prompt of its own."""
 
     def prompt(self, answer: list[int]) -> tuple[int, ...]:
         return (*self.first, *answer, *self.second) if self.answer else self.second
@@ -93,22 +86,21 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("strategy", OPTIONS)
-@pytest.mark.parametrize(("rows", "dense_below"), [(0, BETWEEN), (1, 0), (2, BETWEEN)])
+@pytest.mark.parametrize("row", SPARSE, ids=str)
+@pytest.mark.parametrize(("last_rows", "dense_below"), [(0, BETWEEN), (1, 0), (2, BETWEEN)])
 def test_a_sparse_prompt_holds_and_says_the_same_with_a_prefix_hit(
-    make: Make, strategy: str, rows: int, dense_below: int
+    make: Make, row: Row, last_rows: int, dense_below: int
 ) -> None:
-    args = (*OPTIONS[strategy], f"dense_below={dense_below}", f"last_rows_dense={rows}")
-    if strategy == "streaming":
-        rows, args = 0, args[:-1]
-    engine = make(strategy=strategy, strategy_args=args, queries_per_row=16, prefill_chunk=64)
+    args = row.arguments(dense_below=dense_below, last_rows_dense=last_rows, coverage=0.0)
+    some_dense = "last_rows_dense=0" not in args and has_option(row.name, "last_rows_dense")
+    engine = make(strategy=row.name, strategy_args=args, queries_per_row=16, prefill_chunk=64)
     for name, pair in PAIRS.items():
         engine.add(Request("first", pair.first, greedy(max(pair.answer, 1)), cache_salt=name))
         prompt = pair.prompt(said(drain(engine), "first"))
         cold = witness(engine, Request("cold", prompt, greedy(3, logprobs=20), bypass_prefix_cache=True))
         warm = witness(engine, Request("warm", prompt, greedy(3, logprobs=20), cache_salt=name))
         assert cold.finish.usage.cached_tokens == 0
-        assert warm.finish.usage.cached_tokens == pair.cached[rows > 0], name
+        assert warm.finish.usage.cached_tokens == pair.cached[some_dense], name
         assert cold.finish.sparsity.prefill_density < 0.99, name
         assert torch.equal(warm.held, cold.held), name
         assert warm.spoken == cold.spoken, name

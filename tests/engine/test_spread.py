@@ -34,7 +34,7 @@ STRATEGIES = [
     "minference dense_below=0",
     "xattention dense_below=0",
     "quest budget=32 dense_below=0",
-    "quest budget=32 dense_below=0 tail=mean",
+    "quest budget=32 dense_below=0 certify=true",
     "retrieval budget=32 sink=8 window=24 dense_below=0 certify=true",
     "retrieval budget=32 sink=8 window=24 dense_below=0 index=flat",
     "retrieval budget=32 sink=8 window=24 dense_below=0 index=summary",
@@ -42,7 +42,7 @@ STRATEGIES = [
     "retrieval budget=32 sink=8 window=24 dense_below=0 index=ivf",
     "nosa budget=32 sink=8 window=24 dense_below=0",
     "topk top_k=5 sink=8 window=24",
-    "infllmv2 topk=3 window_size=16 block_size=16 kernel_size=8 kernel_stride=8 dense_len=-1",
+    "infllmv2 topk=3 window_size=16 block_size=16 kernel_size=8 kernel_stride=8 dense_below=0",
 ]
 
 
@@ -159,7 +159,7 @@ def test_pages_are_as_many_as_the_fullest_device_has_room_for(
     free = {FIRST: 10**6, SECOND: 10**5}
     monkeypatch.setattr(budget, "free_memory", lambda device: free.get(device, 10**9))
     engine = make(**config(four_layers, "dense", device="cpu:0", kv_memory=None))
-    half = placement.parts(engine.cache.spec, engine.model.devices)
+    half = placement.page_bytes(engine.cache.spec, engine.model.devices)
     assert half == dict.fromkeys((FIRST, SECOND), engine.cache.spec.page_bytes // 2)
     assert engine.status.pages_total == int(budget.SHARE * 10**5) // half[SECOND]
 

@@ -21,10 +21,10 @@ from keysift.engine.model.cpu import swap
 from keysift.engine.model.load import load
 from keysift.kvcache import Span
 from keysift.kvcache.ops import use_backend
-from tests.attention.test_strategies import ROWS
 from tests.engine.driver import drain, greedy, said, tokens
 from tests.models import llama, save
 from tests.replaying import Recorder
+from tests.strategies import ROWS
 
 LAYERS, KV_HEADS, DIM = 2, 2, 8
 CONFIG = llama(max_position_embeddings=1024)

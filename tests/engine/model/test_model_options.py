@@ -24,6 +24,8 @@ MINICPM = {
     "use_nope": False,
     "dense_len": 320,
 }
+OPTIONS = {key: value for key, value in MINICPM.items() if key not in ("use_nope", "dense_len")} | {"dense_below": 319}
+"""The same as options of `infllmv2`."""
 Write = Callable[[PreTrainedConfig], Path]
 
 
@@ -34,14 +36,14 @@ def folder(write_model: Write) -> Path:
 
 def test_the_configuration_fills_what_nobody_states(make: Make, folder: Path) -> None:
     engine = make(model=str(folder), strategy="infllmv2")
-    assert engine.default == strategy("infllmv2", **MINICPM)
+    assert engine.default == strategy("infllmv2", **OPTIONS)
 
 
 @pytest.mark.parametrize("argument", ["topk=7", "infllmv2.topk=7", " infllmv2.topk = 7"])
 @pytest.mark.parametrize("name", ["infllmv2", "dense+infllmv2"])
 def test_arguments_win(make: Make, folder: Path, argument: str, name: str) -> None:
     engine = make(model=str(folder), strategy=name, strategy_args=(argument,))
-    wanted = {f"infllmv2.{key}": value for key, value in (MINICPM | {"topk": 7}).items()}
+    wanted = {f"infllmv2.{key}": value for key, value in (OPTIONS | {"topk": 7}).items()}
     assert engine.default == strategy(name, **wanted)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from keysift.attention import bind, make
 from keysift.kvcache import CacheSpec, HostStore, OffloadError, Span
-from tests.attention.test_strategies import IDS, ROWS, Row
+from tests.strategies import IDS, ROWS, Row
 from tests.tiers import in_file, in_memory, offloaded, on_device, run
 
 PAGE, CHUNK, ROW = 4, 32, 8
