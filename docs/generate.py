@@ -70,7 +70,7 @@ def flags(command: str) -> str:
 
 
 def commands() -> dict[str, Any]:
-    """Every command of `keysift` by name, as the command line's parser sees it."""
+    """Commands of `keysift` by name, as objects of its parser."""
     import typer
 
     from keysift.server.commands.cli import app

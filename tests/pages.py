@@ -1,4 +1,4 @@
-"""The pages of the documentation as tests read them: fenced blocks, inline code, and the commands in both."""
+"""Fenced blocks, inline code and commands of the documentation pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PLACEHOLDER = re.compile(r"[A-Z]+|<.*>|\.\.\.")
 
 
 def blocks(page: Path, *languages: str) -> Iterator[tuple[str, str]]:
-    """The attributes and the text of each fenced block in these languages."""
+    """Attributes and text of each fenced block in these languages."""
     for language, attributes, text in BLOCK.findall(page.read_text()):
         if language in languages:
             yield attributes, text
@@ -27,7 +27,7 @@ def inline(page: Path) -> list[str]:
 
 
 def split(line: str) -> Iterator[list[str]]:
-    """The commands of a shell line, without variables set before them."""
+    """Commands of a shell line, without the variables set before them."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;>")
     lexer.whitespace_split = True
     words: list[str] = []

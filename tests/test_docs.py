@@ -1,4 +1,4 @@
-"""README, docs/ and the site: commands parse, links resolve, code compiles, generated tables are complete."""
+"""Tests of README, docs/ and the site: commands, links, code, generated tables, and the strategy package."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ from keysift.engine.engine import Engine
 from keysift.engine.measure.profiling.profiler import Profiler
 from keysift.engine.measure.profiling.settings import Profile
 from keysift.engine.support import UNSUPPORTED
+from keysift.server.commands.load.report import report as load_report
+from keysift.server.commands.load.run import Load
+from keysift.server.commands.load.run import _settings as load_settings
 from tests.models import llama, save
 from tests.pages import PAGES, ROOT, blocks, inline, split, undocumented, written_commands
 
@@ -52,7 +55,7 @@ def generate() -> Any:
 
 @pytest.mark.parametrize("words", named("keysift"))
 def test_commands_parse(words: list[str]) -> None:
-    """By the command line's own parser, and strategies by the registry, without running anything."""
+    """Parse with the command line's own parser, and strategies with the registry, without running anything."""
     command = generate().commands()[words[1]]
     context = command.context_class(command, info_name=words[1])
     options, rest, _ = command.make_parser(context).parse_args(words[2:])
@@ -140,8 +143,10 @@ def test_python_compiles_and_its_imports_exist(page: Path) -> None:
                 assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
 
 
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= README_LINES
+def test_the_readme_is_short_and_claims_no_gpu() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= README_LINES
+    assert "not run or measured on a GPU yet" in " ".join(text.split()).replace("**", "")
 
 
 def test_the_strategies_page_names_every_strategy_and_option() -> None:
@@ -189,7 +194,7 @@ def test_the_table_of_combinations_is_whole() -> None:
 
 
 def test_every_command_is_described() -> None:
-    """Each has a table of flags, but for those that take none worth one."""
+    """Tables of flags for all but the two commands that take nothing but --json."""
     pages = "".join(page.read_text() for page in PAGES)
     flags = set(re.findall(r"generated: flags (\w+)", pages))
     assert set(generate().commands()) - flags == {"doctor", "strategies"}
@@ -270,6 +275,11 @@ def test_the_schema_page_names_every_field_of_a_profile(tmp_path: Path) -> None:
     found = Profiler(settings, engine).go(lambda *_: None)
     names = {*found, *found["environment"], *found["model"], *found["cells"][0]}
     assert not undocumented(names)
+
+
+def test_the_schema_page_names_every_field_of_a_load() -> None:
+    facts = {"date", "backend", "model_id", "interrupted", *load_settings(Load(address="localhost:1"))}
+    assert not undocumented(facts | set(load_report([], {}, 1.0)))
 
 
 def test_json_lines_of_the_examples_are_valid() -> None:

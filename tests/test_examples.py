@@ -1,4 +1,4 @@
-"""Every script of examples/ on a tiny model: in this process, but for the one that brings an event loop along."""
+"""Tests of examples/ on a tiny model: in this process, except the script that runs an event loop of its own."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_own_strategy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_own_evaluation(run: Run, tmp_path: Path) -> None:
-    """Its results have exactly the fields that docs/results-schema.md names."""
+    """Fields of its results are all in docs/results-schema.md."""
     assert "dense: score" in run("own_evaluation", "--output-dir", str(tmp_path))
     found = json.loads((tmp_path / "results.json").read_text())
     tables = [found[name] for name in ("scores", "summary", "agreement", "samples")]
