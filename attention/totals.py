@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """(query, key) pairs, a mean over heads, and bytes that one sequence read, over its full-attention layers."""
+    """Reads of one sequence over its full-attention layers: (query, key) pairs, a mean over heads, and bytes."""
 
     chosen: float = 0.0
     possible: float = 0.0
@@ -42,7 +42,7 @@ class Coverage:
     bound: float = 0.0
     """Upper bound of the dropped share, times the tokens; NaN after a selection that dropped unbounded pages."""
     chose: bool = False
-    """Some layer's selection was not complete."""
+    """Some layer's selection was not flagged `complete`, whatever it chose."""
 
     def __add__(self, other: Coverage) -> Coverage:
         return Coverage(
