@@ -1,1 +1,1 @@
-"""The gRPC edge: translates between the wire and the engine, and keeps the engine on a thread of its own."""
+"""gRPC server, its client and the command line; the engine runs on a thread of its own."""

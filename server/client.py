@@ -1,4 +1,4 @@
-"""A synchronous client that speaks in the engine's own types."""
+"""Synchronous client, with the types of the engine."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .security import client_credentials
 
 
 class Client:
-    """Calls one server. Errors are the engine's own, such as `InvalidRequest`, and those of `keysift.server.errors`.
+    """Client of one server. Raises the engine's errors, such as `InvalidRequest`, and those of `keysift.server.errors`.
 
-    `tls` is implied by any of the `ssl_` files; alone it trusts the public authorities.
+    `tls` is implied by any of the `ssl_` files; without `ssl_ca_certs` it trusts the public authorities.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Client:
         priority: int = 0,
         timeout: float | None = None,
     ) -> Iterator[Output]:
-        """Outputs as they arrive; closing the iterator or `timeout` seconds end the request on the server too."""
+        """Outputs as they arrive; closing the iterator, or `timeout` seconds, ends the request on the server too."""
         message = from_params(params or SamplingParams())
         fill(message.kv, cache_salt=cache_salt, bypass_prefix_cache=bypass_prefix_cache)
         fill(
@@ -91,16 +91,17 @@ class Client:
             call.cancel()
 
     def abort(self, request_ids: Iterable[str], *, timeout: float | None = None) -> list[str]:
-        """Ends requests; returns those that were live."""
+        """Abort requests; returns the ids of those that were live."""
         reply: pb.AbortReply = self._call("Abort", pb.AbortRequest(request_ids=request_ids), timeout)
         return list(reply.request_ids)
 
     def info(self, *, timeout: float | None = None) -> pb.ModelInfo:
-        """The model that is served; raises `Unavailable` while it is being loaded."""
+        """Facts of the served model; raises `Unavailable` while it is loading."""
         info: pb.ModelInfo = self._call("GetModelInfo", pb.GetModelInfoRequest(), timeout)
         return info
 
     def server_info(self, *, timeout: float | None = None) -> pb.ServerInfo:
+        """Version, state, load and limits of the server, in every state."""
         info: pb.ServerInfo = self._call("GetServerInfo", pb.GetServerInfoRequest(), timeout)
         return info
 
@@ -123,7 +124,7 @@ class Client:
 
 
 def connect(remote: Remote) -> Client:
-    """A client of the server that a command was told to ask."""
+    """Client for the flags of a command; raises `InvalidRequest` without an address."""
     if remote.address is None:
         raise InvalidRequest("address", "host:port of a running server, got none")
     return Client(

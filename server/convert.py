@@ -1,4 +1,4 @@
-"""Messages to the engine's types and back. Field names are the same on both sides, so most of it is by name."""
+"""Conversion between messages and the engine's types, by field names, which are the same on both sides."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from keysift.engine.request import (
 from . import inference_pb2 as pb
 
 GROUPS = ("sampling", "decoding", "stopping", "response")
-"""The parts of a GenerateRequest whose fields are `SamplingParams` fields of the same name."""
+"""Parts of a GenerateRequest whose fields are those of `SamplingParams` with the same names."""
 
 
 def to_params(message: pb.GenerateRequest) -> SamplingParams:
-    """Unset fields keep the defaults of `SamplingParams`; raises `InvalidRequest` naming the field."""
+    """Sampling parameters of a message, with defaults for unset fields; raises `InvalidRequest` naming the field."""
     fields: dict[str, Any] = {"temperature": message.temperature} if message.HasField("temperature") else {}
     for group in GROUPS:
         fields |= {field.name: _plain(value) for field, value in getattr(message, group).ListFields()}
@@ -57,7 +57,7 @@ def to_request(message: pb.GenerateRequest, request_id: str, prompt: tuple[int, 
 
 
 def from_params(params: SamplingParams) -> pb.GenerateRequest:
-    """A request that carries the parameters and nothing else."""
+    """Message with the sampling parameters only."""
     message = pb.GenerateRequest(temperature=params.temperature)
     for group in GROUPS:
         part: Message = getattr(message, group)
@@ -66,12 +66,12 @@ def from_params(params: SamplingParams) -> pb.GenerateRequest:
 
 
 def fill(message: Message, **fields: Any) -> None:
-    """Sets the fields; raises `InvalidRequest` naming the first that takes no such value."""
+    """Set fields of a message; raises `InvalidRequest` naming the first whose type or range does not fit."""
     for name, value in fields.items():
         try:
             message.MergeFrom(type(message)(**{name: value}))
         except (TypeError, ValueError, AttributeError) as error:
-            raise InvalidRequest(name, f"does not fit the wire: {error}") from None
+            raise InvalidRequest(name, f"does not fit the message: {error}") from None
 
 
 def to_reply(output: Output) -> pb.GenerateReply:
@@ -111,7 +111,7 @@ def _to_stop(stop: str | int | None) -> dict[str, Any]:
 
 
 def from_reply(reply: pb.GenerateReply, request_id: str) -> Output:
-    """The engine's own output; the wire carries the request's id only once, in prompt_info."""
+    """Engine output of a reply; only prompt_info has the request's id on the wire."""
     match reply.WhichOneof("event"):
         case "prompt_info":
             return PromptInfo(**_fields(reply.prompt_info))
@@ -124,7 +124,7 @@ def from_reply(reply: pb.GenerateReply, request_id: str) -> Output:
         case "finish":
             return _from_finish(reply.finish, request_id)
         case event:
-            raise ValueError(f"a reply of the kind {event}, which this client does not know")
+            raise ValueError(f"unknown event of a reply: {event}")
 
 
 def _from_logprobs(token: pb.TokenLogprobs) -> tuple[Logprob, ...]:
@@ -146,7 +146,7 @@ def _from_finish(finish: pb.Finish, request_id: str) -> Finish:
 
 
 def _fields(message: Message) -> dict[str, Any]:
-    """Every scalar field by name; None for an unset optional one."""
+    """Scalar fields by name; None for an unset optional one."""
     fields = message.DESCRIPTOR.fields
     return {
         f.name: getattr(message, f.name) if not f.has_presence or message.HasField(f.name) else None for f in fields

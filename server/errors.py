@@ -1,4 +1,4 @@
-"""The one place where errors become status codes, and status codes become errors again."""
+"""Errors of the server and its client, and their mapping to gRPC status codes and back."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from keysift.engine.request import Finish, FinishReason
 
 logger = logging.getLogger(__name__)
 
-LONGEST_TEXT, LONGEST_FIELD = 1000, 200
-"""Bytes of a message and of a field's name: what a request said goes back in metadata, of which peers take 8 KiB."""
+MAX_MESSAGE_BYTES, MAX_FIELD_BYTES = 1000, 200
+"""Longest error message and field name: both are sent in metadata, which peers limit to 8 KiB."""
 
 
 class Unavailable(KeysiftError):
-    """The server is loading, draining, failed or out of reach; `retry_after_s` where waiting may help."""
+    """The server is loading, draining, failed or out of reach; `retry_after_s` is set if waiting may help."""
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -40,19 +40,19 @@ class Unavailable(KeysiftError):
 
 
 class Unauthenticated(KeysiftError):
-    """The server wants a bearer token and did not get the right one."""
+    """The bearer token is missing or wrong."""
 
 
 class DeadlineExceeded(KeysiftError, TimeoutError):
-    """The time that the caller gave was not enough; the server has freed the request."""
+    """The deadline of the call has passed; the server has freed the request."""
 
 
 class Cancelled(KeysiftError):
-    """The call was cancelled from this side."""
+    """The call was cancelled by the client."""
 
 
 class Internal(KeysiftError):
-    """The server has failed on the request, by a bug or a broken medium, and has logged it."""
+    """The server has failed on the request, by a bug or a hardware fault, and has logged it."""
 
 
 CODES: dict[type[KeysiftError], grpc.StatusCode] = {
@@ -72,18 +72,18 @@ ERRORS = {code: error for error, code in CODES.items()}
 
 @asynccontextmanager
 async def answering(context: grpc.aio.ServicerContext[Any, Any], call: str) -> AsyncIterator[None]:
-    """Ends the call with the status of the error that its body raises; `call` names it in the log."""
+    """End the call with the status of the error that the body raises; `call` is its name in the log."""
     try:
         yield
     except KeysiftError as error:
         await _abort(context, error)
     except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
         raise
-    except grpc.aio.InternalError as error:  # a write that was blocked when the caller left
-        logger.debug("%s: the caller has left (%s)", call, error)
-    except BaseException as error:  # a panic of the tokenizer's library is no Exception
+    except grpc.aio.InternalError as error:  # a write was blocked when the caller disconnected
+        logger.debug("%s: the caller has disconnected (%s)", call, error)
+    except BaseException as error:  # a Rust panic of the tokenizer is no Exception
         logger.exception("%s failed", call)
-        await _abort(context, Internal(f"{call} failed with {type(error).__name__}; the server's log tells more"))
+        await _abort(context, Internal(f"{call} failed with {type(error).__name__}; see the log of the server"))
 
 
 async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: KeysiftError) -> None:
@@ -92,7 +92,7 @@ async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: KeysiftErro
 
 
 def failure(finish: Finish) -> KeysiftError | None:
-    """The error that the request ended with, if it did."""
+    """Error of a finished request; None unless its reason is ERROR."""
     if finish.reason is not FinishReason.ERROR:
         return None
     kind = ResourceExhausted if finish.exhausted else Internal
@@ -100,19 +100,19 @@ def failure(finish: Finish) -> KeysiftError | None:
 
 
 def to_status(error: KeysiftError) -> Status:
-    """The error as a rich status: BadRequest names the field, RetryInfo the time to wait."""
+    """Rich status of an error: BadRequest has the field, RetryInfo the time to wait."""
     status = Status(code=_code(error).value[0], message=_shorten(str(error)))
     for detail in _details(error):
         status.details.add().Pack(detail)
     return status
 
 
-def _shorten(text: str, most: int = LONGEST_TEXT) -> str:
-    """The text without its middle, where it has more than about `most` bytes."""
-    whole = text.encode(errors="replace")
-    if len(whole) > most:
-        whole = whole[: most // 2] + b" ... " + whole[-most // 2 :]
-    return whole.decode(errors="ignore")
+def _shorten(text: str, limit: int = MAX_MESSAGE_BYTES) -> str:
+    """Text without its middle, if it has more than `limit` bytes."""
+    encoded = text.encode(errors="replace")
+    if len(encoded) > limit:
+        encoded = encoded[: limit // 2] + b" ... " + encoded[-limit // 2 :]
+    return encoded.decode(errors="ignore")
 
 
 def _code(error: KeysiftError) -> grpc.StatusCode:
@@ -122,7 +122,7 @@ def _code(error: KeysiftError) -> grpc.StatusCode:
 
 def _details(error: KeysiftError) -> list[Message]:
     if isinstance(error, InvalidRequest):
-        field, problem = _shorten(error.field, LONGEST_FIELD), _shorten(error.problem)
+        field, problem = _shorten(error.field, MAX_FIELD_BYTES), _shorten(error.problem)
         return [BadRequest(field_violations=[BadRequest.FieldViolation(field=field, description=problem)])]
     if isinstance(error, ResourceExhausted | Unavailable) and error.retry_after_s is not None:
         delay = Duration()
@@ -132,7 +132,7 @@ def _details(error: KeysiftError) -> list[Message]:
 
 
 def from_call(call: grpc.RpcError) -> KeysiftError:
-    """The error that the server raised, as the caller of a `Client` sees it."""
+    """Error of a failed call, of the type that the server raised."""
     assert isinstance(call, grpc.Call)
     message, details = call.details() or "", rpc_status.from_call(call)
     error = ERRORS.get(call.code(), KeysiftError)

@@ -1,4 +1,4 @@
-"""Ctrl-C, and the exit status it leaves."""
+"""Ctrl-C during imports, and its exit status."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 INTERRUPTED = 130
-"""Exit status of a command that Ctrl-C has ended."""
+"""Exit status of a command ended by Ctrl-C."""
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Ctrl-C ends the process at once: torch and transformers swallow an exception here and there, and go on broken."""
+    """Block in which Ctrl-C ends the process at once: torch and transformers catch exceptions during their import."""
     before = signal.getsignal(signal.SIGINT)
     if before is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))

@@ -1,4 +1,4 @@
-"""The server's configuration, and the channel options that long contexts need on both sides."""
+"""Configuration of the server and the client, and gRPC channel options for long contexts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from keysift.engine.request import SamplingParams
 
 MIB = 2**20
 DEFAULT_MESSAGE_BYTES = 64 * MIB
-"""A prompt of a million tokens is about 5 MB of text; gRPC's own limit is 4 MiB."""
+"""Message limit: a prompt of a million tokens is about 5 MB of text, and gRPC's default is 4 MiB."""
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat messages with `role` and `content`."""
@@ -24,7 +24,7 @@ ChannelOptions = list[tuple[str, int]]
 
 
 class ServerConfig(Checked):
-    """Where and how to listen."""
+    """Address, limits and security of the server."""
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(50051, ge=0, le=65535, description="port to listen on; 0: a free one, which the log names")
@@ -33,11 +33,11 @@ class ServerConfig(Checked):
         ByteSize(DEFAULT_MESSAGE_BYTES), ge=MIB, lt=2**31, description="largest request or reply, such as 64MiB"
     )
     drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests get after SIGTERM or SIGINT")
-    api_key: SecretStr | None = Field(None, min_length=1, description="bearer token that callers must send")
-    api_key_file: Path | None = Field(None, description="file that holds the bearer token")
+    api_key: SecretStr | None = Field(None, min_length=1, description="bearer token that clients must send")
+    api_key_file: Path | None = Field(None, description="file with the bearer token")
     ssl_keyfile: Path | None = Field(None, description="private key in PEM, for TLS")
     ssl_certfile: Path | None = Field(None, description="certificate chain in PEM, for TLS")
-    ssl_ca_certs: Path | None = Field(None, description="CA that must have signed the callers' certificates (mTLS)")
+    ssl_ca_certs: Path | None = Field(None, description="CA of the clients' certificates in PEM, for mTLS")
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
@@ -50,15 +50,15 @@ class ServerConfig(Checked):
 
 
 class Document(Checked):
-    """What `keysift generate` completes."""
+    """Prompt of `keysift generate`."""
 
     prompt: str | None = Field(None, description="text to complete")
     prompt_file: Path | None = Field(None, description="file with the text; - reads standard input")
-    question: str | None = Field(None, description="goes after the text")
-    chat: bool = Field(False, description="lay it out as a user's turn of the model's chat template")
+    question: str | None = Field(None, description="question to append to the text")
+    chat: bool = Field(False, description="format the prompt as a user's turn by the model's chat template")
 
     def value(self) -> Prompt:
-        """The text, then the question. Raises `InvalidRequest` unless there is exactly one text."""
+        """The text, then the question; raises `InvalidRequest` unless exactly one text is given."""
         if (self.prompt is None) == (self.prompt_file is None):
             raise InvalidRequest("prompt", "one of --prompt and --prompt-file (- reads standard input)")
         text = self._read(self.prompt_file) if self.prompt_file else _text("prompt", str(self.prompt))
@@ -75,7 +75,7 @@ class Document(Checked):
 
 
 def _text(field: str, text: str) -> str:
-    """Refuses the surrogates that arguments and standard input have in place of bytes that are no text."""
+    """Check that the text is valid UTF-8: Python has surrogates in place of other bytes in arguments and stdin."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -84,13 +84,13 @@ def _text(field: str, text: str) -> str:
 
 
 class Sampling(Checked):
-    """The parts of `SamplingParams` that have a flag."""
+    """Fields of `SamplingParams` that have a flag."""
 
     max_new_tokens: int = Field(256, description="longest answer in tokens")
-    temperature: float = Field(0.0, description="0 takes the likeliest token")
-    top_k: int = Field(0, description="only so many of the likeliest tokens; 0: all")
-    top_p: float = Field(1.0, description="only the likeliest tokens that sum to this")
-    seed: int | None = Field(None, description="makes a sampled answer repeatable")
+    temperature: float = Field(0.0, description="0: always the likeliest token")
+    top_k: int = Field(0, description="number of likeliest tokens to sample from; 0: all")
+    top_p: float = Field(1.0, description="probability of the likeliest tokens to sample from; 1: all")
+    seed: int | None = Field(None, description="seed of a repeatable sampled answer")
     stop_strings: tuple[str, ...] = Field((), description="text that ends the answer, repeatable")
 
     def params(self) -> SamplingParams:
@@ -98,20 +98,22 @@ class Sampling(Checked):
 
 
 class Remote(Checked):
-    """The running server that `keysift generate` asks instead of an engine of its own."""
+    """Connection to a running server."""
 
     TAKES: ClassVar[str] = "only MODEL, --strategy and --strategy-arg of the engine's flags"
 
-    address: str | None = Field(None, description=f"host:port of a running server to ask; it takes {TAKES}")
-    api_key: SecretStr | None = Field(None, min_length=1, description="the token that it wants")
-    tls: bool = Field(False, description="it speaks TLS; implied by the ssl flags")
-    ssl_ca_certs: Path | None = Field(None, description="CA that signed its certificate; none: the public ones")
-    ssl_keyfile: Path | None = Field(None, description="the caller's own key in PEM, for mTLS")
-    ssl_certfile: Path | None = Field(None, description="the caller's own certificate in PEM, for mTLS")
+    address: str | None = Field(
+        None, description=f"host:port of a running server, used instead of an engine in this process; it takes {TAKES}"
+    )
+    api_key: SecretStr | None = Field(None, min_length=1, description="bearer token of the server")
+    tls: bool = Field(False, description="connect by TLS; implied by the ssl flags")
+    ssl_ca_certs: Path | None = Field(None, description="CA of the server's certificate in PEM; none: the public ones")
+    ssl_keyfile: Path | None = Field(None, description="private key of the client in PEM, for mTLS")
+    ssl_certfile: Path | None = Field(None, description="certificate of the client in PEM, for mTLS")
 
 
 def pair(argument: str) -> tuple[str, str]:
-    """Name and value of an option of a strategy."""
+    """Name and value of ``NAME.FIELD=VALUE``; raises `InvalidRequest` without an equals sign."""
     name, equals, value = argument.partition("=")
     if not equals:
         raise InvalidRequest("strategy_args", f"NAME.FIELD=VALUE, got {argument!r}")
@@ -121,14 +123,14 @@ def pair(argument: str) -> tuple[str, str]:
 def server_options(max_message_bytes: int) -> ChannelOptions:
     return [
         *_message_limits(max_message_bytes),
-        # A caller that pings while a prefill is silent would else be cut off after its second ping in five minutes.
+        # By default a client that pings during a silent prefill is disconnected after two pings in five minutes.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.max_ping_strikes", 0),
         ("grpc.keepalive_permit_without_calls", 1),
-        # Finds callers whose machine is gone, so that their pages come back.
+        # Detects clients whose machine is gone, so that their pages are freed.
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.keepalive_timeout_ms", 20_000),
-        # Else a second server on the same port starts without an error and takes half of the calls.
+        # By default a second server on the same port starts without an error and takes half of the calls.
         ("grpc.so_reuseport", 0),
     ]
 

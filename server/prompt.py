@@ -1,4 +1,4 @@
-"""The prompt of a request as tokens."""
+"""Tokens of a request's prompt."""
 
 from __future__ import annotations
 
@@ -10,37 +10,41 @@ from keysift.engine.model.tokenizer import Tokenizer
 from . import inference_pb2 as pb
 
 SHRINKAGE = 4
-"""How many characters a tokenizer's normalisation may make into one; composing accents makes three into one."""
+"""Most characters that a tokenizer's normalisation makes into one; composing accents makes three into one."""
 
 
 def to_tokens(message: pb.GenerateRequest, tokenizer: Tokenizer, max_model_len: int) -> tuple[int, ...]:
-    """Raises `InvalidRequest`, and for a text that cannot fit does so before it spends seconds on its tokens."""
+    """Tokens of the prompt, truncated as requested.
+
+    Raises `InvalidRequest`, for a text that cannot fit before the seconds that its tokenisation takes.
+    """
     prompt = message.WhichOneof("prompt")
     if prompt is None:
         raise InvalidRequest("prompt", "one of text, token_ids and chat, got none")
     if prompt == "token_ids":
         return _truncate(tuple(message.token_ids.ids), message)
-    most = _kept(message, max_model_len) * _longest_token(tokenizer) * SHRINKAGE
-    if _kept(message, max_model_len) == max_model_len:
-        _check_length(_characters(message), most, max_model_len)
+    num_tokens = _max_tokens(message, max_model_len)
+    limit = num_tokens * _longest_token(tokenizer) * SHRINKAGE
+    if num_tokens == max_model_len:
+        _check_length(_characters(message), limit, max_model_len)
     if prompt == "text":
-        return _truncate(tuple(tokenizer.encode(message.text[-most:])), message)
-    return _truncate(tuple(tokenizer.chat(_last_turns(message.chat, most))), message)
+        return _truncate(tuple(tokenizer.encode(message.text[-limit:])), message)
+    return _truncate(tuple(tokenizer.chat(_last_turns(message.chat, limit))), message)
 
 
-def _kept(message: pb.GenerateRequest, max_model_len: int) -> int:
-    """The most tokens that are of use."""
+def _max_tokens(message: pb.GenerateRequest, max_model_len: int) -> int:
+    """Most tokens that the prompt can have after truncation."""
     if not message.HasField("truncate_prompt_tokens"):
         return max_model_len
     return min(max(message.truncate_prompt_tokens, 1), max_model_len)
 
 
-def _last_turns(chat: pb.Chat, most: int) -> list[dict[str, str]]:
-    """The conversation, of whose contents only the last `most` characters are left."""
+def _last_turns(chat: pb.Chat, limit: int) -> list[dict[str, str]]:
+    """All turns of a conversation, with the last `limit` characters of their contents."""
     turns = []
     for turn in reversed(chat.messages):
-        content = turn.content[max(0, len(turn.content) - most) :]
-        most -= len(content)
+        content = turn.content[max(0, len(turn.content) - limit) :]
+        limit -= len(content)
         turns.append({"role": turn.role, "content": content})
     return turns[::-1]
 
@@ -49,8 +53,8 @@ def _characters(message: pb.GenerateRequest) -> int:
     return len(message.text) + sum(len(turn.content) for turn in message.chat.messages)
 
 
-def _check_length(characters: int, most: int, max_model_len: int) -> None:
-    if characters > most:
+def _check_length(characters: int, limit: int, max_model_len: int) -> None:
+    if characters > limit:
         raise InvalidRequest(
             "prompt",
             f"1 to {max_model_len - 1} tokens (max_model_len is {max_model_len}), got {characters} characters, "
@@ -60,12 +64,12 @@ def _check_length(characters: int, most: int, max_model_len: int) -> None:
 
 @lru_cache(maxsize=1)
 def _longest_token(tokenizer: Tokenizer) -> int:
-    """In characters."""
+    """Length of the longest token in characters."""
     return max(map(len, tokenizer.backend.get_vocab()))
 
 
 def _truncate(prompt: tuple[int, ...], message: pb.GenerateRequest) -> tuple[int, ...]:
-    """The last `truncate_prompt_tokens` tokens: the question stands at the end of a long document."""
+    """Last `truncate_prompt_tokens` tokens: the question is at the end of a long document."""
     if not message.HasField("truncate_prompt_tokens"):
         return prompt
     if message.truncate_prompt_tokens < 1:

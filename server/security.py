@@ -15,8 +15,8 @@ from keysift.engine.errors import InvalidRequest
 from .errors import Unauthenticated, answering
 from .options import ServerConfig
 
-OPEN_TO_ALL = "/grpc.health.v1.Health/"
-"""Probes carry no token, and health tells nothing secret."""
+PUBLIC_SERVICE = "/grpc.health.v1.Health/"
+"""Service without a token: health probes send none, and its replies hold no secret."""
 
 # Generic only in its stubs.
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -24,27 +24,28 @@ Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[Handler
 
 
 class BearerToken(grpc.aio.ServerInterceptor):
-    """Refuses calls without ``authorization: Bearer TOKEN``, except to the health service."""
+    """Interceptor that refuses calls without ``authorization: Bearer TOKEN``, except to the health service."""
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Handler | None:
-        if details.method.startswith(OPEN_TO_ALL) or self._admits(details):
+        if details.method.startswith(PUBLIC_SERVICE) or self._is_authorized(details):
             return await continuation(details)
         return grpc.unary_unary_rpc_method_handler(_refuse)
 
-    def _admits(self, details: grpc.HandlerCallDetails) -> bool:
+    def _is_authorized(self, details: grpc.HandlerCallDetails) -> bool:
         given = next((value for key, value in details.invocation_metadata if key == "authorization"), "")
         return hmac.compare_digest(given.encode() if isinstance(given, str) else given, self._expected)
 
 
 async def _refuse(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> None:
     async with answering(context, "authentication"):
-        raise Unauthenticated("this server wants the metadata 'authorization: Bearer TOKEN' with its token")
+        raise Unauthenticated("authorization: metadata 'Bearer TOKEN' with the server's token, got none or another")
 
 
 def interceptors(config: ServerConfig) -> list[grpc.aio.ServerInterceptor]:
+    """Interceptors of the configuration: a `BearerToken`, or none without a token."""
     token = _token(config.api_key, config.api_key_file)
     return [] if token is None else [BearerToken(token)]
 
@@ -62,7 +63,7 @@ def _token(api_key: SecretStr | None, file: Path | None) -> str | None:
 
 
 def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
-    """None where the configuration asks for no TLS."""
+    """TLS credentials of the configuration; None without TLS."""
     if config.ssl_keyfile is None or config.ssl_certfile is None:
         return None
     pair = _read("ssl_keyfile", config.ssl_keyfile), _read("ssl_certfile", config.ssl_certfile)
@@ -71,7 +72,7 @@ def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
 
 
 def client_credentials(ca: Path | None, key: Path | None, certificate: Path | None) -> grpc.ChannelCredentials:
-    """`ca` None trusts the public authorities; `key` and `certificate` are the caller's own, for mTLS."""
+    """TLS credentials of a client: without `ca` the public authorities; `key` and `certificate` for mTLS."""
     return grpc.ssl_channel_credentials(
         _read("ssl_ca_certs", ca) if ca else None,
         _read("ssl_keyfile", key) if key else None,

@@ -1,4 +1,4 @@
-"""A whole server: the worker, the services on one port, health, and the way down."""
+"""gRPC server of one engine: services, health, draining and shutdown."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 STOP_GRACE_S = 2.0
-"""What handlers get to send their last message after the drain, and a model that is being loaded."""
+"""Time for handlers to send their last message after the drain, and for a model that is still loading."""
 ENGINE_GRACE_S = 10.0
-"""What an engine gets to end: its last step, and the other processes of a team, which get half of it."""
+"""Time for the engine to end: its last step, and its other processes, which get half of it."""
 
 
 class Server:
-    """Serves one engine on one port. `start`, `drain` and `stop` run inside one event loop."""
+    """Server of one engine on one port. `start`, `drain` and `stop` run inside one event loop."""
 
     def __init__(self, config: ServerConfig, load: Callable[[], Engine]) -> None:
         self.config = config
@@ -43,7 +43,7 @@ class Server:
         self.port = 0
 
     async def start(self) -> None:
-        """Listens and begins to load; raises `Unavailable` where the port is taken."""
+        """Listen and start to load the model; raises `Unavailable` if the port is taken."""
         await self._set_health(HealthCheckResponse.NOT_SERVING)
         self._grpc = self._build()
         self.port = self._bind()
@@ -53,7 +53,7 @@ class Server:
         self._health_task = asyncio.create_task(self._follow_health())
 
     async def run(self) -> None:
-        """Serves until SIGTERM or SIGINT, then drains; a second signal kills. Raises what ended the engine."""
+        """Serve until SIGTERM or SIGINT, then drain; a second signal kills. Raises the error that ended the engine."""
         await self.start()
         signalled = asyncio.create_task(_signal())
         await asyncio.wait((signalled, self._health_task), return_when=asyncio.FIRST_COMPLETED)
@@ -65,7 +65,7 @@ class Server:
             raise failure
 
     async def drain(self, timeout: float) -> None:
-        """Refuses new requests, gives the running ones `timeout` seconds, then aborts them."""
+        """Refuse new requests, wait `timeout` seconds for the running ones, then abort them."""
         self.worker.drain()
         await self.health.enter_graceful_shutdown()
         logger.info("draining: running requests get %g s", timeout)
@@ -76,6 +76,7 @@ class Server:
             await asyncio.wait_for(self.worker.idle(), STOP_GRACE_S)
 
     async def stop(self) -> None:
+        """Close the port and end the engine's thread."""
         await self._grpc.stop(STOP_GRACE_S)
         await self.worker.close(ENGINE_GRACE_S if self.worker.loaded.done() else STOP_GRACE_S)
         self._health_task.cancel()
@@ -100,16 +101,16 @@ class Server:
                 return self._grpc.add_secure_port(address, credentials)
             return self._grpc.add_insecure_port(address)
         except RuntimeError as error:
-            raise Unavailable(f"cannot listen on {address}: address or port taken or not to be had ({error})") from None
+            raise Unavailable(f"cannot listen on {address}: address or port taken or not available ({error})") from None
 
     async def _follow_health(self) -> None:
-        """SERVING exactly while the engine lives; raises what ended it."""
+        """Report SERVING while the engine runs; raises the error that ended it."""
         engine = await self.worker.loaded
         await self._set_health(HealthCheckResponse.SERVING)
         logger.info("ready: %s", engine.model.name)
         await self.worker.failed.wait()
         await self._set_health(HealthCheckResponse.NOT_SERVING)
-        raise Internal("the engine has failed; the log tells more")
+        raise Internal("the engine has failed; see the log")
 
     async def _set_health(self, status: int) -> None:
         for name in ("", NAME):
@@ -117,7 +118,7 @@ class Server:
 
 
 async def _signal() -> None:
-    """Waits for the first SIGTERM or SIGINT; the next ends the process without a word."""
+    """Wait for the first SIGTERM or SIGINT; the next one ends the process."""
     arrived, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, arrived.set)

@@ -1,4 +1,4 @@
-"""The service `keysift.v1.Inference`: parse, submit, reply."""
+"""gRPC service `keysift.v1.Inference`: parse, submit, reply."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ MAX_ID_LENGTH = 256
 
 
 class InferenceService(InferenceServicer):
+    """Handlers of the service, on the event loop of the server."""
+
     def __init__(self, worker: Worker, max_message_bytes: int) -> None:
         self._worker = worker
         self._max_message_bytes = max_message_bytes
         self._started = time.monotonic()
 
-    # The stub knows only iterators, but a cancelled iterator is cleaned up when it is collected, not at once.
+    # The stub expects an iterator, but a cancelled one is cleaned up when it is collected, not at once.
     async def Generate(self, message: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
         request_id = message.request_id or uuid.uuid4().hex
         async with answering(context, f"Generate {request_id[:MAX_ID_LENGTH]}"):
@@ -42,14 +44,14 @@ class InferenceService(InferenceServicer):
                 await context.send_initial_metadata((("x-request-id", request_id),))
                 await _relay(stream, context)
             finally:
-                self._worker.abandon(request_id, stream)
+                self._worker.abort_stream(request_id, stream)
 
     async def _parse(self, message: pb.GenerateRequest, request_id: str) -> Request:
         _check_id(request_id)
-        engine = self._worker.accepting()
+        engine = self._worker.require_accepting()
         if message.model not in ("", model_name(engine)):
-            raise ModelNotFound(f"model: {message.model!r} is not served here, {model_name(engine)!r} is")
-        # Megabytes of text take seconds to tokenise: the loop must go on answering pings and health meanwhile.
+            raise ModelNotFound(f"model: {model_name(engine)!r}, which is served here, got {message.model!r}")
+        # Megabytes of text take seconds to tokenise, and the loop must handle pings and health meanwhile.
         return await asyncio.to_thread(_to_request, message, request_id, engine)
 
     async def Abort(self, message: pb.AbortRequest, context: Context) -> pb.AbortReply:
@@ -58,7 +60,7 @@ class InferenceService(InferenceServicer):
 
     async def GetModelInfo(self, message: pb.GetModelInfoRequest, context: Context) -> pb.ModelInfo:
         async with answering(context, "GetModelInfo"):
-            return model_info(self._worker.living())
+            return model_info(self._worker.require_engine())
 
     async def GetServerInfo(self, message: pb.GetServerInfoRequest, context: Context) -> pb.ServerInfo:
         async with answering(context, "GetServerInfo"):
@@ -82,10 +84,10 @@ async def _relay(stream: Stream, context: Context) -> None:
         for output in await stream.take():
             await context.write(to_reply(output))
             if isinstance(output, Finish):
-                return _check(output)
+                return _raise_failure(output)
 
 
-def _check(finish: Finish) -> None:
+def _raise_failure(finish: Finish) -> None:
     if error := failure(finish):
         raise error
 
@@ -93,7 +95,7 @@ def _check(finish: Finish) -> None:
 def _check_id(request_id: str) -> None:
     if len(request_id) > MAX_ID_LENGTH:
         raise InvalidRequest("request_id", f"at most {MAX_ID_LENGTH} characters, got {len(request_id)}")
-    # It goes into metadata, which can carry nothing else, and into one line of the log.
+    # The id is sent in metadata, which is ASCII, and written into one line of the log.
     if not (request_id.isascii() and request_id.isprintable()):
         raise InvalidRequest("request_id", f"printable ASCII, got {request_id!a}")
 
@@ -103,10 +105,12 @@ def _to_request(message: pb.GenerateRequest, request_id: str, engine: Engine) ->
 
 
 def model_name(engine: Engine) -> str:
+    """Name that requests use."""
     return engine.config.served_model_name or engine.model.name
 
 
 def model_info(engine: Engine) -> pb.ModelInfo:
+    """Facts of the loaded model; head counts are of all ranks together."""
     model = engine.model
     return pb.ModelInfo(
         model=model_name(engine),
@@ -123,7 +127,7 @@ def model_info(engine: Engine) -> pb.ModelInfo:
 
 
 def load(engine: Engine) -> pb.Load:
-    """Read while the engine's thread works: plain integers, a step old at worst."""
+    """Load of the engine, read while its thread runs: plain integers, at most one step old."""
     status = engine.status
     return pb.Load(
         running=status.running,

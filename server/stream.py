@@ -1,4 +1,4 @@
-"""What the engine has said about one request and its reader has not taken yet."""
+"""Coalescing output queue of one request."""
 
 from __future__ import annotations
 
@@ -9,39 +9,40 @@ from keysift.engine.request import Output, TokenOutput
 
 
 class Stream:
-    """Outputs of one request, in order; lives on the event loop's thread.
+    """Outputs of one request, in order, on the event loop's thread.
 
-    A slow reader never holds the engine up: while it is away, tokens are joined into one output and only the latest
-    progress is kept, so that what waits is bounded by the request's own completion.
+    A slow reader never blocks the engine: queued tokens are joined into one output and only the latest progress is
+    kept, so that the queue is bounded by the completion of the request.
     """
 
     def __init__(self) -> None:
-        self._waiting: list[Output] = []
+        self._queue: list[Output] = []
         self._error: BaseException | None = None
         self._arrived = asyncio.Event()
 
     def put(self, output: Output) -> None:
-        self._waiting.append(output)
+        """Queue an output."""
+        self._queue.append(output)
         self._arrived.set()
 
     def fail(self, error: BaseException) -> None:
-        """The reader gets what is waiting, then the error."""
+        """End the stream: the reader receives the queued outputs, then the error."""
         self._error = error
         self._arrived.set()
 
     async def take(self) -> list[Output]:
-        """What is waiting, as soon as there is something; raises what `fail` was given once nothing is."""
+        """Wait for outputs, and return all that are queued; raises the error of `fail` once the queue is empty."""
         await self._arrived.wait()
-        waiting, self._waiting = self._waiting, []
-        if not waiting and self._error:
+        outputs, self._queue = self._queue, []
+        if not outputs and self._error:
             raise self._error
         if not self._error:
             self._arrived.clear()
-        return coalesce(waiting)
+        return coalesce(outputs)
 
 
 def coalesce(outputs: list[Output]) -> list[Output]:
-    """Joins neighbouring token outputs and drops all but the last of neighbouring progress reports."""
+    """Join adjacent token outputs, and drop all but the last of adjacent progress reports."""
     runs: list[list[Output]] = []
     for output in outputs:
         if runs and type(runs[-1][0]) is type(output):

@@ -1,8 +1,8 @@
-"""The engine's own thread, and the bridge between it and the event loop.
+"""Thread of the engine, and its bridge to the event loop.
 
-Each side owns its things and never touches the other's: the engine's thread owns the engine, the loop's thread owns the
-streams and the state. Work goes in through one queue; outputs and results come back with `call_soon_threadsafe`, in
-order. So there is no lock, and a result never overtakes an output.
+The engine's thread owns the engine, the event loop's thread owns the streams and the state. Commands go to the engine
+through one queue; outputs and results return with `call_soon_threadsafe`, in order. So there is no lock, and a result
+never overtakes an output.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ RETRY_WHILE_DRAINING_S = 5.0
 
 
 class State(Enum):
+    """Life cycle of a server; a failure may follow any other state."""
+
     LOADING = "loading"
     READY = "ready"
     DRAINING = "draining"
@@ -39,7 +41,7 @@ class State(Enum):
 
 
 class Worker:
-    """Runs one engine. Every method belongs to the event loop's thread, and `start` must run inside the loop."""
+    """Runner of one engine. All public methods belong to the event loop's thread; `start` runs inside the loop."""
 
     def __init__(self, load: Callable[[], Engine]) -> None:
         self.state = State.LOADING
@@ -52,81 +54,83 @@ class Worker:
         self._thread = Thread(target=self._run, name="keysift-engine", daemon=True)
 
     def start(self) -> None:
+        """Start the thread, which loads the model first; `loaded` and `failed` follow it."""
         self._loop = asyncio.get_running_loop()
         self.loaded: asyncio.Future[Engine] = self._loop.create_future()
         self.failed = asyncio.Event()
         self._thread.start()
 
     async def submit(self, request: Request) -> Stream:
-        """Raises what `Engine.add` raises, and `Unavailable` unless the engine is ready."""
-        self.accepting()
+        """Add a request; raises the errors of `Engine.add`, and `Unavailable` unless the engine is ready."""
+        self.require_accepting()
         if request.request_id in self._streams:
             raise DuplicateRequest(f"request_id: {request.request_id!r} is already running")
         stream = self._streams[request.request_id] = Stream()
         self._idle.clear()
         added = self.call(lambda engine: engine.add(request))
-        added.add_done_callback(lambda added: self._forget(request.request_id) if _failed(added) else None)
+        added.add_done_callback(lambda added: self._remove(request.request_id) if _has_failed(added) else None)
         try:
             await asyncio.shield(added)
         except asyncio.CancelledError:
-            self.abandon(request.request_id, stream)
+            self.abort_stream(request.request_id, stream)
             raise
         return stream
 
     def abort(self, request_id: str) -> bool:
-        """Whether the request is live. Its id stays taken until the engine has let go of it."""
+        """Abort a request; returns True if it was live. Its id is in use until the engine has finished it."""
         if request_id not in self._streams:
             return False
-        self.call(lambda engine: engine.abort(request_id)).add_done_callback(_failed)
+        self.call(lambda engine: engine.abort(request_id)).add_done_callback(_has_failed)
         return True
 
-    def abandon(self, request_id: str, stream: Stream) -> None:
-        """Ends the request that `stream` belongs to; a newer one may carry its id by now, and runs on."""
+    def abort_stream(self, request_id: str, stream: Stream) -> None:
+        """Abort the request of `stream`, but not a newer one with the same id."""
         if self._streams.get(request_id) is stream:
             self.abort(request_id)
 
     def abort_all(self) -> None:
+        """Abort all live requests."""
         for request_id in tuple(self._streams):
             self.abort(request_id)
 
     async def idle(self) -> None:
-        """Waits until no request is live."""
+        """Wait until no request is live."""
         await self._idle.wait()
 
     def call(self, work: Callable[[Engine], T]) -> asyncio.Future[T]:
-        """Has the engine's thread do `work` between two steps."""
-        self.living()
+        """Run `work` on the engine's thread, between two steps."""
+        self.require_engine()
         done: asyncio.Future[T] = self._loop.create_future()
         self._commands.put((work, done))
         return done
 
-    def living(self) -> Engine:
-        """The engine; raises `Unavailable` while there is none."""
+    def require_engine(self) -> Engine:
+        """The engine; raises `Unavailable` before it is loaded and after it has failed."""
         if self.state is State.FAILED:
             raise Unavailable("the engine has failed; the server must be restarted")
         if self.engine is None:
-            raise Unavailable("the model is being loaded", RETRY_WHILE_LOADING_S)
+            raise Unavailable("the model is loading", RETRY_WHILE_LOADING_S)
         return self.engine
 
-    def accepting(self) -> Engine:
-        """The engine, if new requests are welcome; raises `Unavailable` otherwise."""
+    def require_accepting(self) -> Engine:
+        """The engine; raises `Unavailable` also while the server drains."""
         if self.state is State.DRAINING:
             raise Unavailable("the server is shutting down", RETRY_WHILE_DRAINING_S)
-        return self.living()
+        return self.require_engine()
 
     def drain(self) -> None:
-        """Live requests run on, new ones are refused."""
+        """Refuse new requests; live ones continue."""
         if self.state is not State.FAILED:
             self.state = State.DRAINING
 
     async def close(self, timeout: float) -> None:
-        """Ends the thread after its current step; waits at most `timeout` seconds, as loading cannot be interrupted."""
+        """End the thread after its current step; waits at most `timeout` seconds, as loading cannot be interrupted."""
         self._commands.put(None)
         await asyncio.to_thread(self._thread.join, timeout)
 
     @property
     def alive(self) -> bool:
-        """Whether the thread still runs; after `close`, that it did not end in time."""
+        """True while the thread runs; after `close`, True means that it did not end in time."""
         return self._thread.is_alive()
 
     # On the engine's thread.
@@ -141,7 +145,7 @@ class Worker:
             while self._execute_pending(engine):
                 if outputs := engine.step():
                     self._post(self._deliver, outputs)
-        # A panic of the tokenizer's library is no Exception, and must not hang requests either.
+        # A Rust panic of the tokenizer is no Exception, and must not leave requests hanging either.
         except BaseException as error:
             logger.exception("the engine has failed")
             self._post(self._on_failed, error)
@@ -149,7 +153,7 @@ class Worker:
             engine.close()
 
     def _execute_pending(self, engine: Engine) -> bool:
-        """Runs the commands that wait, sleeping for one while there is nothing else to do; False: the thread ends."""
+        """Run the queued commands, and wait for one while the engine has no work; returns False to end the thread."""
         try:
             command = self._commands.get(block=not engine.has_work)
             while command:
@@ -163,23 +167,23 @@ class Worker:
         try:
             result = work(engine)
         except Exception as error:
-            self._post(_settle, done, None, error)
-        except BaseException as error:  # the engine fails with it, and this call must not wait for ever
-            self._post(_settle, done, None, _death(error))
+            self._post(_resolve, done, None, error)
+        except BaseException as error:  # the engine fails with it; the caller of this command gets an error now
+            self._post(_resolve, done, None, _engine_error(error))
             raise
         else:
-            self._post(_settle, done, result, None)
+            self._post(_resolve, done, result, None)
 
     def _post(self, callback: Callable[..., None], *arguments: Any) -> None:
         try:
             self._loop.call_soon_threadsafe(callback, *arguments)
         except RuntimeError:
-            logger.debug("the event loop is closed: nobody is left to hear of %s", callback.__name__)
+            logger.debug("the event loop is closed: dropped %s", callback.__name__)
 
-    # On some thread of the engine's team.
+    # On a thread that watches the engine's other processes.
 
-    def _hear_of_death(self, error: BaseException) -> None:
-        """A process that the engine needs has ended: nobody has to ask for something first to find that out."""
+    def _on_process_ended(self, error: BaseException) -> None:
+        """Fail at once when another process of the engine has ended, not at the next request."""
         logger.error("%s", error)
         self._post(self._on_failed, error)
 
@@ -190,18 +194,18 @@ class Worker:
         if self.state is State.LOADING:
             self.state = State.READY
         self.loaded.set_result(engine)
-        engine.team.watch(self._hear_of_death)
+        engine.group.watch(self._on_process_ended)
 
     def _on_failed(self, error: BaseException) -> None:
-        """From here on nothing is put into the queue, so whatever waits there can be answered now."""
+        """Fail all streams and queued commands; the state keeps new commands out of the queue."""
         self.state = State.FAILED
         for stream in self._streams.values():
-            stream.fail(_death(error))
+            stream.fail(_engine_error(error))
         self._streams.clear()
         self._idle.set()
         while not self._commands.empty():
             if command := self._commands.get_nowait():
-                _settle(command[1], None, Unavailable("the engine has failed"))
+                _resolve(command[1], None, Unavailable("the engine has failed"))
         if not self.loaded.done():
             self.loaded.set_exception(error)
         self.failed.set()
@@ -211,19 +215,19 @@ class Worker:
             if stream := self._streams.get(output.request_id):
                 stream.put(output)
             if isinstance(output, Finish):
-                self._forget(output.request_id)
+                self._remove(output.request_id)
 
-    def _forget(self, request_id: str) -> None:
+    def _remove(self, request_id: str) -> None:
         self._streams.pop(request_id, None)
         if not self._streams:
             self._idle.set()
 
 
-def _death(error: BaseException) -> Internal:
-    return Internal(f"the engine has failed with {type(error).__name__}; the server's log tells more")
+def _engine_error(error: BaseException) -> Internal:
+    return Internal(f"the engine has failed with {type(error).__name__}; see the log of the server")
 
 
-def _settle(done: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
+def _resolve(done: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
     if done.done():
         return
     if error:
@@ -232,5 +236,5 @@ def _settle(done: asyncio.Future[Any], result: Any, error: Exception | None) -> 
         done.set_result(result)
 
 
-def _failed(done: asyncio.Future[Any]) -> bool:
+def _has_failed(done: asyncio.Future[Any]) -> bool:
     return done.cancelled() or done.exception() is not None

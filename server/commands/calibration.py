@@ -41,7 +41,7 @@ def not_stored(measured: Calibration, stored: Calibration) -> list[str]:
 
 def print_json(measured: Calibration, stored: Calibration) -> None:
     """Print the measured calibration as one object, with its file and the strategies that were not stored."""
-    crossovers = {name: {**each.model_dump(), "told": each.told} for name, each in measured.crossovers.items()}
+    crossovers = {name: {**each.model_dump(), "told": each.summary} for name, each in measured.crossovers.items()}
     fields = {"file": str(calibration.store_file()), "not_stored": not_stored(measured, stored)}
     print(json.dumps({**fields, **measured.model_dump(), "crossovers": crossovers}))
 
@@ -72,5 +72,5 @@ def _ratios(measured: Calibration) -> Table:
 def _verdicts(measured: Calibration) -> Table:
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, each in measured.crossovers.items():
-        table.add_row(name, each.told, f"dense_below={each.dense_below}")
+        table.add_row(name, each.summary, f"dense_below={each.dense_below}")
     return table

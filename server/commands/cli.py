@@ -41,16 +41,21 @@ app.command("doctor", rich_help_panel="Look around")(doctor)
 
 
 @app.command(rich_help_panel="Look around")
-def strategies(json: Json = False) -> None:
-    """List the attention strategies with their options and defaults.
+def strategies(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="strategy to explain, or PROMPT+TOKEN")] = None,
+    json: Json = False,
+) -> None:
+    """List the attention strategies, or explain one: its paper, its options, their bounds and meaning.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
+
+      keysift strategies sift
 
       keysift strategies --json
     """
     from .strategies import print_json, print_table
 
-    print_json() if json else print_table()
+    print_json(name) if json else print_table(name)
 
 
 @app.callback(invoke_without_command=True)

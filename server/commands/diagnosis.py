@@ -143,7 +143,7 @@ def _crossovers(each: calibration.Calibration) -> str:
     setting = each.setting
     about = f"{each.model} on {setting.device} ({setting.backend}) in {setting.dtype}, pages of {setting.page_size}"
     about += f", chunks of {setting.prefill_chunk}" + f" by {setting.dense_kernel}" * (setting.dense_kernel != "paged")
-    found = "; ".join(f"{name} {crossover.told}" for name, crossover in each.crossovers.items())
+    found = "; ".join(f"{name} {crossover.summary}" for name, crossover in each.crossovers.items())
     return f"{about}: in tokens, {found}"
 
 

@@ -1,4 +1,4 @@
-"""A tiny random Llama on disk, and a real server around it on a loopback port."""
+"""Fixtures: a tiny random Llama on disk, a server of it on a loopback port, and a runner of commands."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfo
 
 @pytest.fixture
 def terminal() -> Iterator[None]:
-    """A process that was started in the background of a shell ignores what a terminal would send."""
+    """Default handler of SIGINT, which a process in the background of a shell ignores."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -45,7 +45,7 @@ def engine_config(model_folder: Path) -> EngineConfig:
 
 
 class SlowEngine(Engine):
-    """Takes 20 ms more for each step, so that 1,000 tokens cannot be done by the time that a test looks."""
+    """Engine with 20 ms more for each step, so that 1,000 tokens outlast the assertions of a test."""
 
     def step(self) -> list[Output]:
         time.sleep(0.02)
@@ -53,7 +53,7 @@ class SlowEngine(Engine):
 
 
 class Running:
-    """A `Server` whose event loop runs on another thread, so that tests can call it the way callers do."""
+    """`Server` whose event loop runs on another thread, so that tests can call it over the network."""
 
     def __init__(self, config: ServerConfig, load: Callable[[], Engine], loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
@@ -76,7 +76,7 @@ class Running:
         self.do(_result(self.server.worker.loaded))
 
     def free_pages(self) -> int:
-        """Once no request is live, within 5 s: what the engine itself counts, between two steps."""
+        """Free pages after all requests have ended, which must take less than 5 s."""
         self.do(self.server.worker.idle(), timeout=5)
         return int(self.do(_result(self.server.worker.call, lambda engine: engine.status.pages_free)))
 
@@ -94,7 +94,7 @@ async def _result(future: Any, *arguments: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """One for all servers: the wakeups of grpc.aio get lost between several in one process."""
+    """Event loop of all servers: grpc.aio loses wakeups between several loops in one process."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -106,7 +106,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 @pytest.fixture(scope="session")
 def start(engine_config: EngineConfig, loop: asyncio.AbstractEventLoop) -> Iterator[Callable[..., Running]]:
-    """Starts a server on a free port; further keywords are those of `ServerConfig`."""
+    """Function that starts a server on a free port; its keywords are fields of `ServerConfig`."""
     started: list[Running] = []
 
     def start_one(load: Callable[[], Engine] | None = None, wait: bool = True, **options: Any) -> Running:
@@ -128,7 +128,7 @@ def running(start: Callable[..., Running]) -> Running:
 
 @pytest.fixture(scope="session")
 def slow(start: Callable[..., Running], engine_config: EngineConfig) -> Running:
-    """One request runs, one may wait."""
+    """Slow server on which one request runs and one may wait."""
     config = engine_config.model_copy(update={"max_num_seqs": 1, "max_queue": 1})
     return start(lambda: SlowEngine(config))
 
@@ -141,7 +141,7 @@ def client(running: Running) -> Iterator[Client]:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Exit status, standard output and standard error of a command."""
+    """Function that runs a command; returns its exit status, standard output and standard error."""
 
     def call(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["keysift", *map(str, arguments)])

@@ -1,4 +1,4 @@
-"""A request that fails on the way: its status on the wire, what callers are told, and that the server lives on."""
+"""Failures of one request: status on the wire, error of the client, and other requests that continue."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.engine.faults import KINDS, Act, install
 from .conftest import Run, Running
 
 LENGTHS = {77: "home full", 78: "home broken", 79: "memory"}
-"""Prompts of so many tokens fail in this way once they have said a few tokens."""
+"""Prompt length in tokens -> fault that ends the request after a few tokens."""
 
 
 def failing(engine: Engine) -> Engine:
@@ -56,7 +56,7 @@ def client(faulty: Running) -> Iterator[Client]:
 
 
 @pytest.mark.parametrize(
-    ("length", "code", "error", "told", "kind"),
+    ("length", "code", "error", "named", "kind"),
     [
         (77, grpc.StatusCode.RESOURCE_EXHAUSTED, ResourceExhausted, "4096 bytes needed", "exhausted"),
         (78, grpc.StatusCode.INTERNAL, Internal, "page 7 could not be read", "broken"),
@@ -69,13 +69,13 @@ def client(faulty: Running) -> Iterator[Client]:
         ),
     ],
 )
-def test_the_status_tells_want_of_room_from_what_is_broken(
+def test_the_status_separates_exhaustion_from_faults(
     faulty: Running,
     client: Client,
     length: int,
     code: grpc.StatusCode,
     error: type[KeysiftError],
-    told: str,
+    named: str,
     kind: str,
 ) -> None:
     pages, before = faulty.free_pages(), total(kind)
@@ -84,14 +84,14 @@ def test_the_status_tells_want_of_room_from_what_is_broken(
         with pytest.raises(grpc.RpcError) as caught:
             replies.extend(InferenceStub(channel).Generate(pb.GenerateRequest(text="x" * length), timeout=60))
     assert caught.value.code() is code
-    assert told in caught.value.details()
+    assert named in caught.value.details()
     finish = replies[-1].finish
     assert (finish.reason, finish.exhausted) == (pb.ERROR, code is grpc.StatusCode.RESOURCE_EXHAUSTED)
-    assert told in finish.error
+    assert named in finish.error
     assert finish.usage.completion_tokens == 3
     assert faulty.free_pages() == pages
     outputs: list[Output] = []
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=named):
         outputs.extend(client.generate("x" * length))
     assert isinstance(outputs[-1], Finish)
     assert outputs[-1].exhausted == finish.exhausted
@@ -100,24 +100,24 @@ def test_the_status_tells_want_of_room_from_what_is_broken(
 
 
 def total(kind: str) -> float:
-    """Over all strategies."""
+    """Failures of this kind over all strategies."""
     (family,) = (each for each in REGISTRY.collect() if each.name == "keysift_request_failures")
     return sum(
         sample.value for sample in family.samples if sample.labels.get("kind") == kind and "_total" in sample.name
     )
 
 
-def test_others_go_on_beside_a_failure(client: Client, faulty: Running) -> None:
+def test_other_requests_continue_after_a_failure(client: Client, faulty: Running) -> None:
     params = Params(max_new_tokens=40, ignore_eos=True)
-    alone = [output for output in client.generate("beside", params) if not isinstance(output, Finish)]
+    alone = [output for output in client.generate("other", params) if not isinstance(output, Finish)]
     streams = [client.generate("x" * length, params) for length in (77, 78, 79)]
-    beside = client.generate("beside", params)
-    heads = [next(stream) for stream in (*streams, beside)]
+    other = client.generate("other", params)
+    heads = [next(stream) for stream in (*streams, other)]
     assert heads
     for stream, error in zip(streams, (ResourceExhausted, Internal, ResourceExhausted), strict=True):
         with pytest.raises(error):
             list(stream)
-    assert tokens(beside) == tokens(alone)
+    assert tokens(other) == tokens(alone)
     assert faulty.free_pages() == faulty.engine.status.pages_total
 
 
@@ -126,11 +126,11 @@ def tokens(outputs: Iterable[Output]) -> list[int]:
 
 
 @pytest.mark.parametrize("form", [[], ["--json"]], ids=["text", "json"])
-def test_the_command_says_what_failed(run: Run, faulty: Running, form: list[str]) -> None:
-    for length, told in ((77, "4096 bytes needed"), (78, "page 7")):
+def test_the_command_prints_the_error(run: Run, faulty: Running, form: list[str]) -> None:
+    for length, named in ((77, "4096 bytes needed"), (78, "page 7")):
         status, _, err = run("generate", "--address", faulty.address, "--prompt", "x" * length, *form)
         assert status == 1
-        assert f"keysift: kv_offload: {told}" in err
+        assert f"keysift: kv_offload: {named}" in err
 
 
 def test_an_offline_run_yields_every_completion(engine_config: EngineConfig) -> None:

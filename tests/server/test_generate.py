@@ -1,4 +1,4 @@
-"""Generate and Abort over a real connection: what arrives, what ends a stream, what gives pages back."""
+"""Generate and Abort over a real connection: order of events, ends of a stream, and freed pages."""
 
 from __future__ import annotations
 
@@ -63,7 +63,9 @@ def in_process(config: EngineConfig, prompt: str, params: SamplingParams) -> lis
 @pytest.mark.parametrize(
     "params", [SamplingParams(), SamplingParams(temperature=0.7, top_p=0.9, seed=3)], ids=["greedy", "sampled"]
 )
-def test_the_wire_changes_nothing(client: Client, engine_config: EngineConfig, params: SamplingParams) -> None:
+def test_a_server_generates_the_tokens_of_an_engine(
+    client: Client, engine_config: EngineConfig, params: SamplingParams
+) -> None:
     short = params.model_copy(update={"max_new_tokens": 12})
     assert tokens(list(client.generate("The same", short))) == in_process(engine_config, "The same", short)
 
@@ -80,9 +82,9 @@ def test_events_come_in_order(client: Client) -> None:
 
 def test_every_prompt_form_is_the_same_prompt(client: Client, running: Running) -> None:
     chat = [{"role": "user", "content": "hi"}]
-    laid_out = "user: hi\nassistant:"
-    ids = running.engine.tokenizer.encode(laid_out)
-    forms: list[Any] = [chat, laid_out, ids]
+    formatted = "user: hi\nassistant:"
+    ids = running.engine.tokenizer.encode(formatted)
+    forms: list[Any] = [chat, formatted, ids]
     assert len({tuple(tokens(list(client.generate(form, SamplingParams(max_new_tokens=6))))) for form in forms}) == 1
 
 
@@ -154,7 +156,7 @@ def test_a_waiting_request_can_be_cancelled(slow: Running) -> None:
     assert slow.free_pages() == slow.engine.status.pages_total
 
 
-def test_abort_ends_the_stream_well(slow: Running) -> None:
+def test_abort_ends_the_stream_without_an_error(slow: Running) -> None:
     with Client(slow.address) as client:
         started, outputs = threading.Event(), list[Output]()
 
@@ -175,12 +177,12 @@ def test_abort_ends_the_stream_well(slow: Running) -> None:
 
 
 MUCH = SamplingParams(max_new_tokens=800, ignore_eos=True, logprobs=20)
-"""More than a connection holds that was opened by `stuck`."""
+"""A completion that is larger than the window of a connection of `stuck`."""
 
 
 @contextlib.contextmanager
 def stuck(running: Running, request_id: str) -> Iterator[Iterator[pb.GenerateReply]]:
-    """A request whose tokens the engine has all made, and of which the caller has read one reply."""
+    """Stream of a request that the engine has finished, and of which the client has read one reply."""
     with grpc.insecure_channel(
         running.address, [("grpc.http2.lookahead_bytes", 1024), ("grpc.http2.bdp_probe", 0)]
     ) as channel:
@@ -198,19 +200,19 @@ def test_a_slow_reader_gets_every_token(client: Client, running: Running) -> Non
     with stuck(running, "late") as call:
         outputs = [from_reply(reply, "late") for reply in call]
     assert tokens(outputs) == expected
-    assert len(outputs) < len(expected) / 2, "the reader was slow, so what waited was joined"
+    assert len(outputs) < len(expected) / 2, "the reader was slow, so queued tokens were joined"
 
 
-def test_a_blocked_reader_who_leaves_is_no_bug_and_ends_no_other(
+def test_a_blocked_reader_that_disconnects_is_no_bug_and_ends_no_other_request(
     client: Client, running: Running, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The second request may carry the first one's id: the engine is done with that."""
+    """The second request may have the first one's id, as the engine has finished the first."""
     caplog.set_level(logging.DEBUG, "keysift")
     with stuck(running, "twin"):
         second = client.generate("x", MUCH, request_id="twin")
         next(second)
     assert finish(list(second)).reason is FinishReason.LENGTH
-    assert "the caller has left" in caplog.text
+    assert "the caller has disconnected" in caplog.text
     assert "Traceback" not in caplog.text
 
 

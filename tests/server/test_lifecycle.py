@@ -1,4 +1,4 @@
-"""Loading, health, drain and the engine's death: nothing hangs, nothing lies."""
+"""Life cycle of a server: loading, health, drain, and failure of the engine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def watch(running: Running) -> Iterator[int]:
 
 
 def read_in_background(client: Client, outputs: list[Output]) -> threading.Thread:
-    """Returns once the first token has arrived."""
+    """Thread that reads a long completion; returns after its first token."""
     started = threading.Event()
 
     def read() -> None:
@@ -67,7 +67,7 @@ def test_not_serving_until_the_model_is_loaded(start: Callable[..., Running], en
     with Client(running.address) as client:
         assert client.server_info().state == pb.LOADING
         for call in (client.info, lambda: list(client.generate("x"))):
-            with pytest.raises(Unavailable, match="loaded") as caught:
+            with pytest.raises(Unavailable, match="the model is loading") as caught:
                 call()
             assert caught.value.retry_after_s
         go.set()
@@ -77,7 +77,7 @@ def test_not_serving_until_the_model_is_loaded(start: Callable[..., Running], en
 
 
 class FragileEngine(SlowEngine):
-    """Breaks in the middle of a step when told to."""
+    """Engine whose next step fails once `broken` is set."""
 
     broken = False
 
@@ -87,7 +87,7 @@ class FragileEngine(SlowEngine):
         return super().step()
 
 
-def test_a_crash_fails_requests_and_is_seen(
+def test_a_failed_engine_fails_requests_and_health(
     start: Callable[..., Running], engine_config: EngineConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     running = start(lambda: FragileEngine(engine_config))
@@ -138,7 +138,7 @@ def test_drain_lets_running_requests_finish(start: Callable[..., Running], engin
     assert outputs[-1].reason is FinishReason.LENGTH
 
 
-def test_drain_aborts_what_takes_too_long(start: Callable[..., Running], engine_config: EngineConfig) -> None:
+def test_drain_aborts_requests_after_its_timeout(start: Callable[..., Running], engine_config: EngineConfig) -> None:
     running, outputs = start(lambda: SlowEngine(engine_config)), list[Output]()
     with Client(running.address) as client:
         reader = read_in_background(client, outputs)

@@ -1,4 +1,4 @@
-"""`keysift serve` with a model that two processes share: it starts the second one, and neither outlives the other."""
+"""`keysift serve` with tensor parallelism: two processes, which start and end together."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .test_serve import PLAIN, rest, serving
 PAIR = {"KEYSIFT_TENSOR_PARALLEL_SIZE": "2", "KEYSIFT_DTYPE": "float32"}
 
 
-def test_it_answers_and_ends_with_the_process_that_it_started(model_folder: Path) -> None:
+def test_serve_ends_when_its_follower_is_killed(model_folder: Path) -> None:
     with serving(PLAIN, model_folder, **PAIR) as (process, address):
         with Client(address) as client:
             assert isinstance(list(client.generate("hello"))[-1], Finish)
@@ -31,14 +31,14 @@ def test_it_answers_and_ends_with_the_process_that_it_started(model_folder: Path
 def test_a_signal_ends_both(model_folder: Path) -> None:
     with serving(PLAIN, model_folder, **PAIR) as (process, _):
         (follower,) = psutil.Process(process.pid).children()
-        follower.send_signal(signal.SIGTERM)  # is the leader's business
+        follower.send_signal(signal.SIGTERM)  # ignored: the leader ends its followers
         process.send_signal(signal.SIGTERM)
         assert "Traceback" not in rest(process)
         assert process.wait(20) == 0
         assert not follower.is_running()
 
 
-def test_one_that_hangs_is_ended_before_its_leader(model_folder: Path, tmp_path: Path) -> None:
+def test_a_hanging_follower_is_ended_before_its_leader(model_folder: Path, tmp_path: Path) -> None:
     with serving(PLAIN, model_folder, TMPDIR=str(tmp_path), **PAIR) as (process, _):
         (follower,) = psutil.Process(process.pid).children()
         follower.suspend()
@@ -48,9 +48,9 @@ def test_one_that_hangs_is_ended_before_its_leader(model_folder: Path, tmp_path:
     assert not list(tmp_path.glob("keysift-*"))
 
 
-def test_a_leader_that_is_killed_leaves_nothing_behind(model_folder: Path, tmp_path: Path) -> None:
+def test_a_killed_leader_leaves_no_process_and_no_file(model_folder: Path, tmp_path: Path) -> None:
     with serving(PLAIN, model_folder, TMPDIR=str(tmp_path), **PAIR) as (process, _):
-        assert list(tmp_path.glob("keysift-*/meeting"))
+        assert list(tmp_path.glob("keysift-*/rendezvous"))
         (follower,) = psutil.Process(process.pid).children()
         process.kill()
         assert "Traceback" not in rest(process)

@@ -1,4 +1,4 @@
-"""`keysift serve` as a process of its own: signals and the exit status are part of the contract."""
+"""`keysift serve` as a process: signals and exit status."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from keysift.server.errors import Internal
 PLAIN = "from keysift.server.commands.cli import main; main()"
 BROKEN = """
 from keysift.engine.engine import Engine
-from keysift.server.cli import main
+from keysift.server.commands.cli import main
 
 def step(engine):
     if engine.has_work:
@@ -33,7 +33,7 @@ main()
 SLOW = """
 import time
 from keysift.engine.engine import Engine
-from keysift.server.cli import main
+from keysift.server.commands.cli import main
 
 step = Engine.step
 
@@ -48,7 +48,7 @@ main()
 
 @contextlib.contextmanager
 def serving(script: str, model: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """The process, once it is ready, and its address."""
+    """Process of a server that is ready, and its address."""
     command = [sys.executable, "-c", script, "serve", str(model)]
     own = {"KEYSIFT_PORT": "0", "KEYSIFT_KV_MEMORY": "8MiB"} | settings
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | own) as process:
@@ -76,7 +76,7 @@ def rest(process: subprocess.Popen[str]) -> str:
     return process.stderr.read()
 
 
-def test_it_listens_answers_and_leaves(model_folder: Path) -> None:
+def test_serve_answers_and_ends_by_sigterm(model_folder: Path) -> None:
     with serving(PLAIN, model_folder, KEYSIFT_API_KEY="sesame") as (process, address):
         with Client(address, api_key="sesame") as client:
             assert list(client.generate("hello"))
@@ -84,7 +84,7 @@ def test_it_listens_answers_and_leaves(model_folder: Path) -> None:
         assert process.wait(20) == 0
 
 
-def test_it_ends_with_its_engine(model_folder: Path) -> None:
+def test_serve_ends_when_its_engine_fails(model_folder: Path) -> None:
     with serving(BROKEN, model_folder) as (process, address):
         with Client(address) as client, pytest.raises(Internal, match="RuntimeError"):
             list(client.generate("hello"))

@@ -1,4 +1,4 @@
-"""Three hundred requests of every kind at once: the server loses no page and still answers."""
+"""Soak test: 300 concurrent requests of every kind, after which all pages are free."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REQUESTS = 300
 
 
 def one(client: Client, channel: grpc.Channel, number: int) -> str:
-    """Does one thing that callers do, and says how it ended."""
+    """Run one random kind of request; returns the name of its end."""
     chance = random.Random(number)
     prompt = f"request {number} " * chance.randint(1, 40)
     params = SamplingParams(max_new_tokens=chance.randint(1, 40), temperature=chance.choice([0.0, 1.0]), seed=number)

@@ -1,4 +1,4 @@
-"""Every status code, with the details that callers act on."""
+"""Status codes of failed calls, with their details."""
 
 from __future__ import annotations
 
@@ -120,14 +120,15 @@ def test_a_long_value_is_not_echoed_whole(running: Running, message: pb.Generate
 def test_a_long_model_name_is_not_echoed_whole(running: Running) -> None:
     error = failure(running, request(model="x" * 20_000))
     assert error.code() is grpc.StatusCode.NOT_FOUND
-    assert error.details().endswith("'tiny' is")
+    assert error.details().startswith("model: 'tiny', which is served here, got 'x")
+    assert len(error.details()) < 1100
 
 
 class Panic(BaseException):
-    """What the tokenizer's library raises where it has a bug."""
+    """Rust panic, as the tokenizer raises it for a bug of its own."""
 
 
-def test_a_panic_on_the_way_to_the_engine_is_a_bug(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_panic_of_the_tokenizer_is_an_internal_error(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     def encode(text: str) -> list[int]:
         raise Panic
 
@@ -138,9 +139,7 @@ def test_a_panic_on_the_way_to_the_engine_is_a_bug(running: Running, monkeypatch
     assert "Panic" in error.details()
 
 
-def test_a_panic_in_the_engine_fails_it_and_hangs_nobody(
-    start: Callable[..., Running], engine_config: EngineConfig
-) -> None:
+def test_a_panic_in_the_engine_fails_all_requests(start: Callable[..., Running], engine_config: EngineConfig) -> None:
     class Panicking(Engine):
         def add(self, request: Request) -> None:
             raise Panic
@@ -187,7 +186,7 @@ def test_a_live_request_id(slow: Running) -> None:
     slow.free_pages()
 
 
-def test_a_full_queue_says_when_to_come_back(slow: Running) -> None:
+def test_a_full_queue_has_a_retry_delay(slow: Running) -> None:
     with Client(slow.address) as client:
         first = client.generate("x", LONG)
         next(first)
@@ -210,7 +209,7 @@ REFUSALS = {"unsupported": Unsupported("this strategy does not fit"), "bug": Run
 
 
 class RefusingEngine(Engine):
-    """Refuses every request with the error that the request's id names."""
+    """Engine that refuses each request with the error named by its id."""
 
     def add(self, request: Request) -> None:
         raise REFUSALS[request.request_id]

@@ -1,4 +1,4 @@
-"""What a slow reader finds when it comes back."""
+"""Output queue of one request: coalescing, errors and waiting."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_nothing_is_joined_across_other_outputs() -> None:
     assert coalesce([A, DONE, B]) == [A, DONE, B]
 
 
-def test_an_error_comes_after_what_was_said() -> None:
+def test_an_error_comes_after_the_queued_outputs() -> None:
     async def read() -> None:
         stream = Stream()
         stream.put(A)
@@ -36,7 +36,7 @@ def test_an_error_comes_after_what_was_said() -> None:
     asyncio.run(asyncio.wait_for(read(), 5))
 
 
-def test_a_reader_waits_for_news() -> None:
+def test_a_reader_waits_for_outputs() -> None:
     async def read() -> None:
         stream = Stream()
         asyncio.get_running_loop().call_later(0.01, stream.put, A)

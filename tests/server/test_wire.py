@@ -1,4 +1,4 @@
-"""The contract: names, limits and behaviour of the connection that callers depend on."""
+"""Public contract of the protocol: names, limits and behaviour of the connection."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ WRONG: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("prompt", "options"), WRONG.values(), ids=WRONG.keys())
-def test_the_client_names_what_does_not_fit(
+def test_the_client_names_a_field_that_does_not_fit(
     client: Client, prompt: Any, options: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -157,18 +157,18 @@ def test_info(client: Client, running: Running) -> None:
 def test_reflection_lists_the_services(running: Running) -> None:
     with grpc.insecure_channel(running.address) as channel:
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-        asked = [
+        requests = [
             reflection_pb2.ServerReflectionRequest(list_services=""),
             reflection_pb2.ServerReflectionRequest(file_containing_symbol="keysift.v1.Inference"),
         ]
-        listed, described = list(stub.ServerReflectionInfo(iter(asked)))
+        listed, described = list(stub.ServerReflectionInfo(iter(requests)))
     names = {service.name for service in listed.list_services_response.service}
     assert {"keysift.v1.Inference", "grpc.health.v1.Health"} <= names
     assert b"keysift.v1" in described.file_descriptor_response.file_descriptor_proto[0]
 
 
 class SilentEngine(Engine):
-    """Says nothing for 5 s, as a long prefill does: time for five pings, which are at least 1 s apart."""
+    """Engine that is silent for 5 s, as in a long prefill: time for five pings, which are at least 1 s apart."""
 
     def step(self) -> list[Output]:
         if self.has_work:

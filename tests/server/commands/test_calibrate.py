@@ -37,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_engines_take_the_stored_crossover(
+def test_engines_use_the_stored_crossover(
     run: Run, model_folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faster(monkeypatch, {"sift": 1, "flexprefill": 9})
@@ -51,15 +51,15 @@ def test_engines_take_the_stored_crossover(
     assert [chunk["context"] for chunk in sift["chunks"]] == [512, 1024, 1536, 2048]
     assert (sift["wins_from"], sift["dense_below"], sift["told"]) == (1024, 724, "from 1,024")  # isqrt(512 * 1024 - 1)
     assert (flexprefill["dense_up_to"], flexprefill["dense_below"]) == (4096, 1449)  # over the root of 512 * 4096
-    told = _calibration(run)
-    assert told.startswith(f"{model_folder.name} on {found['setting']['device']} (")
-    assert "chunks of 512: in tokens, " in told
-    assert "sift from 1,024" in told
-    assert "flexprefill not up to 2,048: dense up to 4,096" in told
-    assert told.endswith(f"in {file}")
+    detail = _calibration(run)
+    assert detail.startswith(f"{model_folder.name} on {found['setting']['device']} (")
+    assert "chunks of 512: in tokens, " in detail
+    assert "sift from 1,024" in detail
+    assert "flexprefill not up to 2,048: dense up to 4,096" in detail
+    assert detail.endswith(f"in {file}")
     _edit(file, '"dense_below": 724', '"dense_below": 100')
-    asked = ("generate", model_folder, "--json", "--kv-memory", "8MiB", "--max-new-tokens", "1", "--prompt", "x" * 200)
-    sift_prompt = (*asked, "--strategy", "sift")
+    answer = ("generate", model_folder, "--json", "--kv-memory", "8MiB", "--max-new-tokens", "1", "--prompt", "x" * 200)
+    sift_prompt = (*answer, "--strategy", "sift")
     status, out, err = run(*sift_prompt, *setting)
     assert not json.loads(out)["sparsity"]["dense_fallback"]
     assert "sift.dense_below=100, as measured here" in err
@@ -68,9 +68,9 @@ def test_engines_take_the_stored_crossover(
         assert json.loads(out)["sparsity"]["dense_fallback"], other
         assert "measured" not in err
     _edit(file, '"threads": ', '"threads": 9')
-    told = _calibration(run)
-    assert told.startswith("none for this machine")
-    assert told.endswith(f"1 of another machine or version; stored in {file}")
+    detail = _calibration(run)
+    assert detail.startswith("none for this machine")
+    assert detail.endswith(f"1 of another machine or version; stored in {file}")
 
 
 def test_a_shorter_calibration_does_not_replace_a_longer_one(
@@ -93,7 +93,7 @@ def test_a_shorter_calibration_does_not_replace_a_longer_one(
     assert run("calibrate", "--forget")[1] == f"nothing is stored in {cache / 'calibration.json'}\n"
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_measuring(run: Run, cache: Path) -> None:
+def test_a_read_only_folder_fails_before_measuring(run: Run, cache: Path) -> None:
     cache.write_text("in the way")
     status, out, err = run("calibrate", "/no/such/model")
     assert (status, out, err.count("\n")) == (1, "", 1)
@@ -142,10 +142,10 @@ def test_forget_takes_no_field(run: Run, cache: Path, arguments: tuple[str, ...]
 
 
 def _calibration(run: Run) -> str:
-    (told,) = (
+    (detail,) = (
         check["detail"] for check in json.loads(run("doctor", "--json")[1])["checks"] if "calib" in check["name"]
     )
-    return str(told)
+    return str(detail)
 
 
 def _edit(file: Path, old: str, new: str) -> None:
@@ -179,7 +179,7 @@ def _narrow(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     main()
 
 
-def test_the_time_of_a_calibration_is_really_taken(run: Run, model_folder: Path, cache: Path) -> None:
+def test_a_calibration_measures_time(run: Run, model_folder: Path, cache: Path) -> None:
     setting = ("--max-model-len", "512", "--prefill-chunk", "256")
     found = json.loads(run("calibrate", model_folder, "--json", *setting)[1])
     for each in found["crossovers"].values():

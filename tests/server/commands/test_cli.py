@@ -33,7 +33,7 @@ def generate(run: Run, model: Path | str, *arguments: str | Path) -> dict[str, A
     return answer
 
 
-def test_json_is_what_scripts_expect(run: Run, model_folder: Path) -> None:
+def test_the_fields_of_the_json_object(run: Run, model_folder: Path) -> None:
     answer = generate(run, model_folder, "--prompt", "Once upon a time")
     assert set(answer) == {"text", "token_ids", "finish_reason", "usage", "timings", "sparsity"}
     assert answer["usage"] == {"prompt_tokens": 16, "completion_tokens": len(answer["token_ids"]), "cached_tokens": 0}
@@ -42,7 +42,7 @@ def test_json_is_what_scripts_expect(run: Run, model_folder: Path) -> None:
     assert answer["finish_reason"] in ("length", "stop")
 
 
-def test_a_server_answers_the_same(run: Run, model_folder: Path, running: Running) -> None:
+def test_a_server_generates_the_same_tokens(run: Run, model_folder: Path, running: Running) -> None:
     here = generate(run, model_folder, "--prompt", "Once upon a time")
     there = generate(run, "tiny", "--prompt", "Once upon a time", "--address", running.address)
     assert (there["text"], there["token_ids"]) == (here["text"], here["token_ids"])
@@ -51,8 +51,8 @@ def test_a_server_answers_the_same(run: Run, model_folder: Path, running: Runnin
 def test_text_streams_to_standard_output(run: Run, running: Running, tmp_path: Path) -> None:
     document = tmp_path / "document.txt"
     document.write_text("A document.")
-    asked = ("--question", "Why?", "--chat", "--max-new-tokens", "8", "--address", running.address)
-    status, out, err = run("generate", "--prompt-file", document, *asked)
+    arguments = ("--question", "Why?", "--chat", "--max-new-tokens", "8", "--address", running.address)
+    status, out, err = run("generate", "--prompt-file", document, *arguments)
     assert (status, err) == (0, "")
     with Client(running.address) as client:
         turn = [{"role": "user", "content": "A document.\n\nWhy?"}]
@@ -92,8 +92,8 @@ def test_a_former_name_still_works(
     file.write_text(f"kv_home: {nowhere}\n" if way == "file" else "")
     if way == "variable":
         monkeypatch.setenv("KEYSIFT_KV_HOME", nowhere)
-    asked = ("--kv-home", nowhere) if way == "flag" else ()
-    status, _, err = run("generate", model_folder, "--prompt", "x", "--config", file, *asked)
+    former = ("--kv-home", nowhere) if way == "flag" else ()
+    status, _, err = run("generate", model_folder, "--prompt", "x", "--config", file, *former)
     assert status == 2
     assert "kv_offload" in err
     assert nowhere in " ".join(err.split()) or "nowhere" in err
@@ -183,15 +183,15 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("config", "arguments", "told"), BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize(("config", "arguments", "named"), BAD.values(), ids=BAD.keys())
 def test_bad_input_is_one_clear_message(
-    run: Run, model_folder: Path, tmp_path: Path, config: str, arguments: tuple[str, ...], told: str
+    run: Run, model_folder: Path, tmp_path: Path, config: str, arguments: tuple[str, ...], named: str
 ) -> None:
     file = tmp_path / "config.yaml"
     file.write_text(config)
     status, out, err = run("generate", model_folder, "--config", file, *arguments)
     assert (status, out) == (2, "")
-    assert told in err
+    assert named in err
     assert "Traceback" not in err
 
 

@@ -10,7 +10,7 @@ import pytest
 from ..conftest import Run, Running
 
 
-def test_a_load_is_printed_and_kept(run: Run, running: Running, tmp_path: Path) -> None:
+def test_a_load_is_printed_and_stored(run: Run, running: Running, tmp_path: Path) -> None:
     server = ("--address", running.address, "--num-prompts", "3", "--input-len", "40", "--output-len", "4")
     status, out, err = run("load", *server, "--strategy", "dense", "--output-dir", tmp_path, "--json")
     assert status == 0, err
@@ -43,7 +43,7 @@ def test_a_load_counts_the_requests_that_met_the_target_and_fails_without_any(
     assert "0 completed, 2 failed" in out
 
 
-def test_a_load_may_have_answers_of_one_token(run: Run, running: Running, tmp_path: Path) -> None:
+def test_a_load_of_single_tokens_has_no_tpot(run: Run, running: Running, tmp_path: Path) -> None:
     server = ("--address", running.address, "--num-prompts", "2", "--input-len", "40", "--output-len", "1")
     status, out, err = run("load", *server, "--output-dir", tmp_path)
     assert status == 0, err

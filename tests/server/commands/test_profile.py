@@ -17,7 +17,7 @@ from ..conftest import Run
 SMALL = ("--output-len", "4", "--runs", "1", "--attempts", "1", "--warmup", "0", "--prefill-chunk", "64")
 
 
-def test_a_profile_is_printed_kept_and_compared(run: Run, model_folder: Path, tmp_path: Path) -> None:
+def test_a_profile_is_printed_stored_and_compared(run: Run, model_folder: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     lengths = ("--input-lens", "40,60", "--input-lens", "50", "--strategy", "dense")
     status, out, err = run("profile", model_folder, *SMALL, *lengths, "--output-dir", first, "--json")
@@ -37,7 +37,7 @@ def test_a_profile_is_printed_kept_and_compared(run: Run, model_folder: Path, tm
     assert "selection" in out
 
 
-def test_the_terminal_and_the_page_tell_the_same_medians(
+def test_the_terminal_and_the_page_have_the_same_medians(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = profile(("dense",), (1024,), (1,))
@@ -54,7 +54,7 @@ def test_the_terminal_and_the_page_tell_the_same_medians(
     assert "41.5 ms" in page
 
 
-def test_what_cannot_be_measured_or_compared_is_one_line(run: Run, model_folder: Path, tmp_path: Path) -> None:
+def test_bad_arguments_are_one_line(run: Run, model_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"schema": "another/1"}')
     for arguments, words in (
         (("--input-lens", "100000"), "keysift: input_lens: at most"),
