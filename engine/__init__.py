@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 _LAZY = {"Engine": "engine", "LLM": "llm", "Completion": "llm"}
-"""What needs torch and transformers: imported at first use, so that a client or ``--help`` starts at once."""
+"""Names that need the model's code: imported at first use, so that a client or ``--help`` starts sooner."""
 
 
 def __getattr__(name: str) -> Any:

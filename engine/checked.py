@@ -1,4 +1,4 @@
-"""Base of everything that people configure: frozen, complete, and clear about what is wrong."""
+"""Base class of settings: frozen, validated once, with errors that name the field, the limit and the value."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .errors import InvalidRequest
 
 
 def split(values: Any) -> Any:
-    """``("a,b", "c", "a")`` is ``("a", "b", "c")``: a list as a command line spells it, in which each counts once."""
+    """Distinct items of a command line's list: ``("a,b", "c", "a")`` becomes ``("a", "b", "c")``."""
     if isinstance(values, str | int):
         values = (values,)
     words = (part.strip() for value in values for part in str(value).split(",") if part.strip())
@@ -20,7 +20,7 @@ def split(values: Any) -> Any:
 
 
 def ready(folder: Path) -> None:
-    """Have the output folder there. Raises `InvalidRequest` where it cannot be, or cannot be written to."""
+    """Create the output folder. Raises `InvalidRequest` where it cannot be created or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -30,7 +30,7 @@ def ready(folder: Path) -> None:
 
 
 class Checked(BaseModel):
-    """Settings that are validated once. Raises `InvalidRequest` naming the field, the limit and the value."""
+    """Frozen settings. Construction raises `InvalidRequest` naming the field, the limit and the value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -8,7 +8,7 @@ from .errors import InvalidRequest
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called `name`; ``auto`` is CUDA where there is one. Raises `InvalidRequest` for a missing one."""
+    """Device of a name; ``auto`` is CUDA where there is one. Raises `InvalidRequest` for one that is missing."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -27,11 +27,11 @@ def check_count(device: torch.device, ranks: int) -> None:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; ``auto`` is bfloat16 where the hardware multiplies it, else float32."""
+    """Dtype of a name; ``auto`` is bfloat16 where the hardware multiplies it, else float32."""
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
     if device.type == "cuda":
         return torch.bfloat16
-    # The function is younger than the oldest torch that we support.
+    # The oldest supported torch does not have the function.
     features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     return torch.bfloat16 if features.get("avx512_bf16") or features.get("amx_bf16") else torch.float32

@@ -1,4 +1,4 @@
-"""The engine: requests in, outputs out, one forward pass at a time."""
+"""Engine: continuous batching of requests over one model, one forward pass at a time."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from .text.transcript import Transcript
 class Engine:
     """Runs many requests over one model and one paged cache.
 
-    Not thread-safe: one thread owns it. `add` and `abort` between steps; `step` until `has_work` is false.
+    Not thread-safe: one thread owns it. Call `add` and `abort` between steps, `step` until `has_work` is false.
     """
 
     def __init__(self, config: EngineConfig, report: Callable[[str], None] = lambda message: None) -> None:
-        """Load the model and lay out the cache; `report` hears what takes time.
+        """Load the model and allocate the cache; `report` receives a line for each slow part.
 
         Raises:
-            InvalidRequest, ModelNotFound, Unsupported: the configuration cannot run.
+            InvalidRequest, ModelNotFound, Unsupported: the configuration cannot run here.
         """
         self.config = config
-        _strategy(config.strategy, config.strategy_args)  # a wrong name should not have to wait for a model
-        self.team = assemble(config, report)
-        with self.team.failure_scope():
+        _strategy(config.strategy, config.strategy_args)  # refuse a wrong name before loading
+        self.group = assemble(config, report)
+        with self.group.failure_scope():
             self._load(report)
         self._jobs: dict[str, Job] = {}
         self._outbox: list[Output] = []
@@ -53,33 +53,35 @@ class Engine:
         self.model = load(config, report)
         self._crossovers = calibration.crossovers(config, self.model)
         self.tokenizer = self.model.tokenizer
-        self.cache = make_cache(config, self.model, report, self.team.cache_type)
+        self.cache = make_cache(config, self.model, report, self.group.cache_type)
         self.default = self.strategy(config.strategy, config.strategy_args)
-        calibration.tell(config, self._crossovers, report)
+        calibration.announce(config, self._crossovers, report)
         self.scheduler = Scheduler(
             self.cache,
             max_running=config.max_num_seqs,
             chunk=config.prefill_chunk,
             queries_per_row=config.queries_per_row,
         )
-        self.runner = self.team.runner(config, self.model, self.cache)
+        self.runner = self.group.runner(config, self.model, self.cache)
         self.runner.rehearse()
 
     @property
     def has_work(self) -> bool:
+        """Requests are running or waiting, or outputs have not been returned yet."""
         return bool(self._jobs or self._outbox)
 
     @property
     def status(self) -> EngineStatus:
+        """Requests and pages between two steps."""
         spec, cache = self.cache.spec, self.cache
         running, waiting = len(self.scheduler.running), len(self.scheduler.waiting)
         return EngineStatus(running, waiting, cache.free_pages, cache.allocator.total, spec.page_size, spec.page_bytes)
 
     def strategy(self, name: str, arguments: tuple[str, ...] = ()) -> Strategy:
-        """The strategy of this name, fit to run here.
+        """Strategy of a name, checked against the model and the cache.
 
-        It has the options that the model was trained with and the `dense_below` that was measured here, as far as the
-        arguments state none. Raises `InvalidRequest` or `Unsupported` naming what is wrong.
+        Options that `arguments` do not state come from the model's configuration, `dense_below` from the calibration of
+        this machine. Raises `InvalidRequest` or `Unsupported` naming what is wrong.
         """
         try:
             stated = with_model_options(name, arguments, self.model)
@@ -107,26 +109,26 @@ class Engine:
                 f"max_queue: {len(self._jobs)} requests are running or waiting, at most {room}", retry_after_s=1.0
             )
         self._jobs[request.request_id] = self._job(sequence)
-        if (which := sequence.strategy.index_spec()) is not None:
-            self.cache.index(which)  # from its first chunk on it sees what it will search
+        if (spec := sequence.strategy.index_spec()) is not None:
+            self.cache.index(spec)  # before the first chunk, whose keys it must contain
         self.scheduler.add(sequence)
 
     def check(self, request: Request) -> None:
-        """Raise what `add` would raise for the request itself, whatever else is running."""
+        """Raise what `add` raises for the request itself, regardless of other requests."""
         self._check_size(self._sequence(request))
 
     def abort(self, request_id: str) -> bool:
-        """End a request now and give its pages back; its `Finish` comes with the next step's outputs."""
+        """End a request now and free its pages; its `Finish` comes with the next step's outputs. False: unknown id."""
         if (job := self._jobs.get(request_id)) is None:
             return False
         self._outbox.append(self._finish(job, FinishReason.CANCELLED))
         return True
 
     def step(self) -> list[Output]:
-        """Run one forward pass, if anybody has work, and return what it brought.
+        """Run one forward pass, if there is work, and return its outputs.
 
-        Who runs out of memory, or has pages that their home cannot take or give, ends with `FinishReason.ERROR`; the
-        others go on.
+        A request that runs out of memory, or whose pages the backing store fails to write or read, ends with
+        `FinishReason.ERROR`; the others continue.
         """
         outputs, self._outbox = self._outbox, []
         if (batch := self.scheduler.next_batch()) is not None:
@@ -138,12 +140,12 @@ class Engine:
         return outputs
 
     def close(self) -> None:
-        """End the other processes of a team; without one there is nothing to do. The engine cannot run any more."""
-        self.team.close()
+        """End the other ranks, if there are any. The engine cannot run after that."""
+        self.group.close()
 
     @contextmanager
     def watched(self, spans: Spans) -> Iterator[None]:
-        """Meanwhile `spans` hears what the time of every step goes to."""
+        """Trace the parts of every step with `spans` inside the block."""
         runner, cache, tier = self.runner, self.cache, self.cache.tier
         before, runner.spans, cache.tier = runner.spans, spans, watched_tier(tier, spans)
         try:
@@ -152,7 +154,7 @@ class Engine:
             runner.spans, cache.tier = before, tier
 
     def _run(self, batch: Batch) -> list[Output]:
-        """Run the batch; where it fails, each of its sequences alone, so that only those fail that fail alone."""
+        """Run the batch; after a failure run each sequence alone, so that only those end that fail alone."""
         try:
             result = self.runner.run(batch, [self._job_of(sequence).sampler for sequence in batch.sampled])
         except Exception as error:
@@ -161,13 +163,13 @@ class Engine:
                 raise
         else:
             return self._commit(batch, result)
-        if len(batch.sequences) > 1:  # out of the handler, which would keep the failed step's tensors alive
+        if len(batch.sequences) > 1:  # outside the handler, which keeps the failed step's tensors alive
             return [output for part in batch.alone() for output in self._run(part)]
         self.scheduler.fail(batch.sequences[0], failure)
         return []
 
     def _sequence(self, request: Request) -> Sequence:
-        """The request, checked, as the scheduler sees it."""
+        """The scheduler's form of a request. Raises `InvalidRequest` or `Unsupported`."""
         limit, length = self.model.max_model_len, len(request.prompt)
         if not 0 < length < limit:
             raise InvalidRequest("prompt", f"1 to {limit - 1} tokens (max_model_len is {limit}), got {length}")
@@ -183,26 +185,26 @@ class Engine:
         return sequence
 
     def _check_strategy(self, strategy: Strategy) -> None:
-        """Raises `Unsupported` where the cache does not suit the strategy, or cannot keep its index."""
-        which = strategy.index_spec()
+        """Raises `Unsupported` where the cache does not suit the strategy, or cannot hold its index."""
+        spec = strategy.index_spec()
         try:
             strategy.check(self.cache.spec)
-            if which is not None:
-                self.cache.new_index(which)
+            if spec is not None:
+                self.cache.new_index(spec)
         except ValueError as error:
             raise Unsupported(f"strategy {strategy.name}: {error}") from None
 
-    def _retire(self, sequence: Sequence) -> None:
-        """Without the index that only this sequence searched: requests may each ask for another one."""
-        which = sequence.strategy.index_spec()
+    def _retire_index(self, sequence: Sequence) -> None:
+        """Drop the index that only this sequence searched, since each request may bring another one."""
+        spec = sequence.strategy.index_spec()
         in_use = {self.default.index_spec(), *(job.sequence.strategy.index_spec() for job in self._jobs.values())}
-        if which is not None and which not in in_use:
-            self.cache.retire(which)
+        if spec is not None and spec not in in_use:
+            self.cache.retire(spec)
 
     def _page_keys(self, sequence: Sequence) -> PageKeys | None:
-        """Names for the prompt's pages: what they hold depends on what prefills the prompt, all its options included.
+        """Prefix-cache keys of the sequence's pages; None where it does not use that cache.
 
-        Those decide about each chunk, so prompts that share a chunk decided alike.
+        A page's content depends on the model, on the prompt's strategy with all its options, and on the tokens before.
         """
         request = sequence.request
         if not self.config.prefix_cache or request.bypass_prefix_cache:
@@ -224,7 +226,7 @@ class Engine:
         self._check_scans(sequence, Phase.DECODE, tokens)
 
     def _check_scans(self, sequence: Sequence, phase: Phase, tokens: int) -> None:
-        """Whether a strategy that wants all keys of a layer at once can have them."""
+        """Raises `ResourceExhausted` where the strategy reads all keys of a layer and the pool cannot hold them."""
         strategy, cache = sequence.runs(phase, tokens), self.cache
         pages, page = cache.spec.pages_for(tokens), cache.spec.num_kv_heads * cache.spec.read_bytes
         if strategy.scans and not cache.tier.holds(pages):
@@ -249,7 +251,7 @@ class Engine:
         return self._jobs[sequence.request.request_id]
 
     def _commit(self, batch: Batch, result: StepResult) -> list[Output]:
-        """Book what the step computed, then let every request that got a token speak."""
+        """Add a step's results to its sequences. Returns progress of prompts and new tokens."""
         for sequence, reads, coverage in zip(batch.sequences, result.reads, result.coverage, strict=True):
             sequence.reads[batch.phase] += reads
             sequence.coverage[batch.phase] += coverage
@@ -262,14 +264,14 @@ class Engine:
         for sequence in batch.sequences:
             outputs += self._job_of(sequence).progress()
         for sequence, choice in zip(sampled, result.sampled, strict=True):
-            output, reason = self._job_of(sequence).say(choice)
+            output, reason = self._job_of(sequence).push(choice)
             outputs += [output] if reason is None else [output, self._finish(self._job_of(sequence), reason)]
         return outputs
 
     def _finish(self, job: Job, reason: FinishReason, failure: Failure | None = None) -> Finish:
         del self._jobs[job.request_id]
         self.scheduler.finish(job.sequence)
-        self._retire(job.sequence)
+        self._retire_index(job.sequence)
         return job.finish(reason, failure)
 
 

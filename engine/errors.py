@@ -1,4 +1,4 @@
-"""What can be wrong with a request. Each error names the field, the limit and the value."""
+"""Errors of the engine. Each message names the field, the limit and the value."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class InvalidRequest(KeysiftError, ValueError):
 
 
 class ModelNotFound(KeysiftError):
-    """The model that a request or a command names is not there."""
+    """There is no model of the name that a request or a command states."""
 
 
 class DuplicateRequest(KeysiftError):
-    """A live request already carries this id."""
+    """The id is that of a live request."""
 
 
 class Unsupported(KeysiftError):
-    """A strategy or an option does not fit the loaded model; nothing was started."""
+    """A strategy, a model or an option does not fit the others; nothing was started."""
 
 
 class ResourceExhausted(KeysiftError):
-    """The queue or the KV cache cannot take the request now."""
+    """The queue or the KV cache has no room for the request."""
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)

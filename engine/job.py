@@ -1,4 +1,4 @@
-"""A live request: where it stands, how it samples, what it has said."""
+"""Live request: its sequence, sampler state and text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .text.transcript import Transcript
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """Ties one request's parts together and words its outputs."""
+    """Parts of one request, and the outputs made of them."""
 
     sequence: Sequence
     sampler: SamplerState
@@ -24,8 +24,8 @@ class Job:
     def request_id(self) -> str:
         return self.sequence.request.request_id
 
-    def say(self, choice: Sampled) -> tuple[TokenOutput, FinishReason | None]:
-        """Take in one new token: its output, and why the request ends with it, if it does."""
+    def push(self, choice: Sampled) -> tuple[TokenOutput, FinishReason | None]:
+        """Append a sampled token. Returns its output and the reason that the request ends with it, if it does."""
         token, logprobs = choice
         self.sampler.generated.append(token)
         text = self.transcript.push(token)
@@ -35,6 +35,7 @@ class Job:
         return TokenOutput(self.request_id, text, (token,), (logprobs,) if logprobs else ()), reason
 
     def finish(self, reason: FinishReason, failure: Failure | None = None) -> Finish:
+        """The request's last output, counted in the metrics."""
         sequence = self.sequence
         finish = Finish(
             self.request_id,
@@ -50,7 +51,7 @@ class Job:
         return finish
 
     def progress(self) -> list[Output]:
-        """What a step has changed about the prompt: first what it is, then how far it got; never the same twice."""
+        """Progress of the prompt since the last call: `PromptInfo` once, then `PrefillProgress`; empty without any."""
         sequence = self.sequence
         opening: list[Output] = [] if sequence.reported >= 0 else [sequence.prompt_info()]
         report = sequence.progress()

@@ -1,4 +1,4 @@
-"""The offline face: prompts in, completions out."""
+"""Offline inference: completions of a list of prompts, in this process."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ Prompt = str | Sequence[int]
 
 @dataclass(slots=True)
 class Completion:
-    """What one prompt brought."""
+    """Text and tokens generated for one prompt."""
 
     prompt: Prompt
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[tuple[Logprob, ...]] = field(default_factory=list)
     finish: Finish | None = None
-    """Why it ended, token counts, timings and sparsity; set on every completion that `generate` yields.
+    """Finish reason, token counts, timings and sparsity; set on every completion that `generate` yields.
 
-    Where the reason is `ERROR`, the text is what came before it and `finish.error` says what went wrong.
+    After an `ERROR` the text is what came before it, and `finish.error` is the message.
     """
 
 
 class LLM:
-    """A model with its attention swapped, for scripts: ``LLM(strategy="streaming").generate(["Once upon"])``."""
+    """An engine for scripts: ``LLM(strategy="streaming").generate(["Once upon"])``."""
 
     def __init__(self, model: str | None = None, **config: Any) -> None:
         """Load `model` (None: the embedded one); the other arguments are `EngineConfig`'s fields."""
-        self.engine = Engine(EngineConfig(model=model, **config), _tell)
+        self.engine = Engine(EngineConfig(model=model, **config), _print_to_stderr)
         self._count = 0
         self._live: dict[str, Completion] = {}
 
@@ -53,7 +53,7 @@ class LLM:
         Raises:
             InvalidRequest, ResourceExhausted: a prompt or a parameter is out of bounds; nothing was started.
 
-        A prompt that runs out of memory on the way ends with `FinishReason.ERROR`, and the others go on.
+        A prompt that runs out of memory later ends with `FinishReason.ERROR`; the others continue.
         """
         many = _as_list(prompts)
         requests = [self._request(prompt, params or SamplingParams(), strategy) for prompt in many]
@@ -77,7 +77,7 @@ class LLM:
                 del self._live[request_id]
 
     def _step(self, queue: list[Request], meter: _Meter) -> None:
-        """Start what fits, run one step, and hand its outputs to whoever waits for them, other iterators too."""
+        """Add queued requests, run one step, and add its outputs to their completions, those of other iterators too."""
         while queue and self.engine.status.running + self.engine.status.waiting < self.engine.config.max_num_seqs:
             self.engine.add(queue.pop())
         for output in self.engine.step():
@@ -92,7 +92,7 @@ class LLM:
 
 
 class _Meter:
-    """Prompt and generated tokens so far, on a progress bar."""
+    """Progress bar of prompt and generated tokens."""
 
     def __init__(self, bar: Progress, requests: list[Request]) -> None:
         self._bar = bar
@@ -122,8 +122,8 @@ def _fill(completion: Completion, output: Output) -> None:
         completion.finish = output
 
 
-def _tell(message: str) -> None:
-    """Loading may take a while, the first time above all: say so where it does not mix with results."""
+def _print_to_stderr(message: str) -> None:
+    """Progress of loading, apart from results on standard output."""
     print(message, file=sys.stderr)
 
 

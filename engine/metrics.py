@@ -1,4 +1,4 @@
-"""Prometheus metrics of this process, under vLLM's names with our prefix."""
+"""Prometheus metrics of this process, under vLLM's names with the prefix ``keysift_``."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ _SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 
 _BY_STRATEGY = ("strategy",)
 
 
-def _seconds(name: str, what: str) -> Histogram:
-    return Histogram(f"keysift_{name}_seconds", what, _BY_STRATEGY, buckets=_SECONDS)
+def _seconds(name: str, help: str) -> Histogram:
+    return Histogram(f"keysift_{name}_seconds", help, _BY_STRATEGY, buckets=_SECONDS)
 
 
-def _counter(name: str, what: str) -> Counter:
-    return Counter(f"keysift_{name}", what, _BY_STRATEGY)
+def _counter(name: str, help: str) -> Counter:
+    return Counter(f"keysift_{name}", help, _BY_STRATEGY)
 
 
 TIME_TO_FIRST_TOKEN = _seconds("time_to_first_token", "Arrival to first token")
-INTER_TOKEN_LATENCY = _seconds("inter_token_latency", "Between two tokens of a request, its mean")
+INTER_TOKEN_LATENCY = _seconds("inter_token_latency", "Mean time between two tokens of a request")
 E2E_REQUEST_LATENCY = _seconds("e2e_request_latency", "Arrival to last token")
 REQUEST_QUEUE_TIME = _seconds("request_queue_time", "Arrival to first step")
 RUNNING = Gauge("keysift_num_requests_running", "Requests that hold pages")
 WAITING = Gauge("keysift_num_requests_waiting", "Requests in the queue")
 KV_CACHE_USAGE = Gauge("keysift_kv_cache_usage_perc", "Share of the KV pages in use, 1 = all")
-PREEMPTIONS = _counter("num_preemptions_total", "Requests that gave their pages back to be computed again")
+PREEMPTIONS = _counter("num_preemptions_total", "Preemptions: a request freed its pages and was computed again")
 PREFIX_QUERIES = _counter("prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache")
 PREFIX_HITS = _counter("prefix_cache_hits_total", "Prompt tokens found in the prefix cache")
 PROMPT_TOKENS = _counter("prompt_tokens_total", "Prompt tokens processed")
@@ -40,15 +40,15 @@ DENSITY = {
 }
 COVERAGE = Histogram("keysift_attention_coverage", "Attention mass kept, mean", _BY_STRATEGY, buckets=_SHARES)
 COVERAGE_MIN = Histogram(
-    "keysift_attention_coverage_min", "Attention mass kept where least was", _BY_STRATEGY, buckets=_SHARES
+    "keysift_attention_coverage_min", "Attention mass kept, lowest probe and head", _BY_STRATEGY, buckets=_SHARES
 )
 WIDENED = Histogram(
-    "keysift_widened_share", "Share of the probes whose rows were widened to everything", _BY_STRATEGY, buckets=_SHARES
+    "keysift_widened_share", "Share of the probed rows that were widened to everything", _BY_STRATEGY, buckets=_SHARES
 )
-KV_BYTES_MOVED = _counter("kv_bytes_moved_total", "KV bytes fetched from their home")
-KV_BYTES_WRITTEN = _counter("kv_bytes_written_total", "KV bytes written to their home")
-KV_TIER_HITS = _counter("kv_tier_hits_total", "Pages of a layer and head that new tokens found in the pool")
-KV_TIER_MISSES = _counter("kv_tier_misses_total", "Pages of a layer and head that new tokens had to fetch")
+KV_BYTES_MOVED = _counter("kv_bytes_moved_total", "KV bytes read from the backing store")
+KV_BYTES_WRITTEN = _counter("kv_bytes_written_total", "KV bytes written to the backing store")
+KV_TIER_HITS = _counter("kv_tier_hits_total", "Pages of a layer and head that decode steps found in the pool")
+KV_TIER_MISSES = _counter("kv_tier_misses_total", "Pages of a layer and head that decode steps had to fetch")
 REQUEST_FAILURES = Counter(
     "keysift_request_failures_total", "Requests that an error ended: exhausted or broken", (*_BY_STRATEGY, "kind")
 )
@@ -56,14 +56,14 @@ DENSE_FALLBACK = _counter("dense_fallback_total", "Requests that ran dense below
 
 
 def observe_status(status: EngineStatus) -> None:
-    """Show where the engine stands."""
+    """Set the gauges to the engine's state."""
     RUNNING.set(status.running)
     WAITING.set(status.waiting)
     KV_CACHE_USAGE.set(1 - status.pages_free / status.pages_total)
 
 
 def observe_finish(finish: Finish, sequence: Sequence) -> None:
-    """Count a request that ended."""
+    """Count a finished request."""
     label, timings, usage, sparsity = finish.sparsity.strategy, finish.timings, finish.usage, finish.sparsity
     looked_up = usage.prompt_tokens if sequence.keys and sequence.started else 0
     PROMPT_TOKENS.labels(label).inc(max(sequence.reported, 0))

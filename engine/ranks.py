@@ -1,4 +1,4 @@
-"""The process group: what all ranks of one model do alike."""
+"""Process group of a model's ranks: joining, leaving, and values that all ranks share."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ import torch.distributed as dist
 from keysift.kvcache.native.cores import num_threads
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others inside of a forward pass. One that ends is noticed at once, where gloo talks."""
+"""Longest wait for the other ranks within a forward pass. Over gloo a rank that ends is noticed at once."""
 
 
 def join(rank: int, size: int, rendezvous: Path, device: str) -> None:
-    """Become a rank of the group that meets in the file `rendezvous`; waits for the other ranks.
+    """Join the process group that meets in the file `rendezvous`; waits for the other ranks.
 
-    Numbers on a CPU travel over the loopback interface, where there is one: nobody outside shall listen.
+    CPU tensors travel over the loopback interface, where there is one, so that they do not leave the machine.
     """
     if "lo" in (name for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ["LOCAL_RANK"] = str(rank)  # where transformers looks for the number of this process's GPU
+    os.environ["LOCAL_RANK"] = str(rank)  # transformers reads the index of this process's GPU there
     backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
     if device == "cpu":
         share_cores(size)
@@ -32,7 +32,7 @@ def join(rank: int, size: int, rendezvous: Path, device: str) -> None:
 
 
 def leave() -> None:
-    """Be no rank any more."""
+    """Leave the process group, if this process has joined one."""
     os.environ.pop("LOCAL_RANK", None)
     if dist.is_initialized():
         with suppress(RuntimeError):
@@ -40,20 +40,20 @@ def leave() -> None:
 
 
 def share_cores(size: int) -> None:
-    """A part of the cores for this rank, unless somebody has said how many threads there are to be."""
+    """Limit this rank's threads to its part of the cores, unless OMP_NUM_THREADS is set."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, num_threads() // size))
 
 
 def local_device(device: torch.device, size: int) -> torch.device:
-    """Where this rank computes."""
+    """Device of this rank: with several ranks on CUDA, the one of its number."""
     return torch.device("cuda", dist.get_rank()) if size > 1 and device.type == "cuda" else device
 
 
-def least(number: int, size: int) -> int:
-    """The smallest of the numbers of all ranks, which all ask for it; with one rank, its own."""
+def smallest(number: int, size: int) -> int:
+    """Smallest of the numbers of all ranks, each of which must call it; with one rank, its own."""
     if size == 1:
         return number
-    smallest = torch.tensor(number)
-    dist.all_reduce(smallest, dist.ReduceOp.MIN)
-    return int(smallest)
+    found = torch.tensor(number)
+    dist.all_reduce(found, dist.ReduceOp.MIN)
+    return int(found)

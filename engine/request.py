@@ -1,4 +1,4 @@
-"""A request as the engine sees it, and everything that it can send back."""
+"""Requests and outputs of the engine."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TokenId = Annotated[int, Field(ge=0)]
 
 
 class SamplingParams(Checked):
-    """How to choose tokens and when to stop. The defaults are greedy and deterministic.
+    """Parameters of token choice and of stopping. The defaults are greedy and deterministic.
 
     Field names follow ``vllm.Inference``; out-of-range values raise `InvalidRequest`.
     """
 
     temperature: float = Field(0.0, ge=0, le=100)
-    """0: always the most likely token; else at least 0.01, below which scores overflow."""
+    """0: the most likely token; else at least 0.01, below which scores overflow."""
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
     min_p: float = Field(0.0, ge=0, le=1)
@@ -44,7 +44,7 @@ class SamplingParams(Checked):
     ignore_eos: bool = False
 
     logprobs: int | None = Field(None, ge=0, le=20)
-    """How many candidates' log probabilities come with each token; 0: the chosen token's only."""
+    """Most likely candidates whose log probabilities are returned with each token; 0: the chosen token's only."""
     skip_special_tokens: bool = True
 
     def endings(self, eos_token_ids: Set[int]) -> frozenset[int]:
@@ -71,17 +71,19 @@ class Request:
     prompt: tuple[int, ...]
     params: SamplingParams = field(default_factory=SamplingParams)
     strategy: str | None = None
-    """Overrides the engine's strategy for this request, as `attention.make` spells it."""
+    """Strategy of this request, as `attention.parse` spells it; None: the engine's."""
     strategy_args: tuple[str, ...] = ()
     """``name.field=value`` pairs for `strategy`."""
     cache_salt: str = ""
     bypass_prefix_cache: bool = False
     priority: int = 0
-    """Smaller runs earlier; equal priorities run in order of arrival."""
+    """Smaller runs first; equal priorities run in order of arrival."""
     arrival: float = field(default_factory=time.monotonic)
 
 
 class FinishReason(Enum):
+    """Reason that a request ended."""
+
     STOP = "stop"
     LENGTH = "length"
     CANCELLED = "cancelled"
@@ -90,6 +92,8 @@ class FinishReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """Token counts of a request. `cached_tokens` are those of the prompt that the prefix cache held."""
+
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
@@ -108,44 +112,49 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class Sparsity:
-    """What the strategy read. Densities have the causal denominator and cover full-attention layers."""
+    """Statistics of what a request's attention read.
+
+    A density is the share of causal pairs of query and key that were read, over layers without a window.
+    """
 
     strategy: str
     prefill_density: float
     decode_density: float
     coverage: float | None
-    """Share of the attention that was kept: mean over tokens, layers, heads and probes; None where nothing measured it.
+    """Share of the attention that was kept: mean over tokens, layers, heads and probes; None: not measured.
 
-    Of the phases in which the strategy chose; 1 where it did in none.
+    Over the phases in which the strategy chose pages; 1 where it chose in none.
     """
     dense_fallback: bool
     kv_bytes_read: int
     kv_bytes_moved: int
     coverage_min: float | None
-    """The same of the probe and head that lost most."""
+    """`coverage` of the probe and head that lost most."""
     widened: float
-    """Share of the probes whose rows read more because too little was covered."""
+    """Share of the probed rows that read more because too little was covered."""
     estimated: float = 0.0
-    """Share of the attention that came from pages' means; what is neither kept nor estimated was dropped."""
+    """Share of the attention that was estimated by pages' means; the rest, neither kept nor estimated, was dropped."""
     dropped_bound: float | None = 0.0
-    """The most of the attention that dropped pages can hold, mean over tokens, layers and heads; None: nobody told."""
+    """Upper bound of the share that was dropped, mean over tokens, layers and heads; None: the strategy has none."""
     kv_bytes_written: int = 0
-    """Bytes of keys and values written to their home; `kv_bytes_moved` are those fetched from it."""
+    """Bytes of keys and values written to the backing store; `kv_bytes_moved` are those read from it."""
     decode_bytes_moved: int = 0
-    """Of `kv_bytes_moved`, what generated tokens fetched."""
+    """Part of `kv_bytes_moved` that decode steps fetched."""
     kv_hits: int = 0
-    """Pages of one layer and KV head that generated tokens found in the pool."""
+    """Pages of one layer and KV head that decode steps found in the pool."""
     kv_misses: int = 0
-    """The same that they had to fetch."""
+    """Pages of one layer and KV head that decode steps had to fetch."""
     kv_overlap: float | None = None
-    """Share of the pages of a generated token that the token before had read too, mean over tokens, layers and heads;
-    None: nothing compared them."""
+    """Share of a generated token's pages that the token before read too, mean over tokens, layers and heads;
+    None: not compared."""
     bound_exceeded: float = 0.0
-    """Share of the choices under a locality bound that let in more pages than it allows, so as not to miss too much."""
+    """Share of the choices that exceeded their locality bound, because too much attention was missing otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class Logprob:
+    """Log probability of one token, and its rank: 1 is the most likely."""
+
     token_id: int
     logprob: float
     rank: int
@@ -153,7 +162,7 @@ class Logprob:
 
 @dataclass(frozen=True, slots=True)
 class PromptInfo:
-    """First output of a request, when it starts to run."""
+    """First output of a request, when its first step has run."""
 
     request_id: str
     prompt_tokens: int
@@ -164,16 +173,18 @@ class PromptInfo:
 
 @dataclass(frozen=True, slots=True)
 class PrefillProgress:
+    """Prompt tokens computed so far."""
+
     request_id: str
     total: int
     cached: int
     processed: int
-    """Prompt tokens that are in the cache now, the cached ones included."""
+    """Prompt tokens whose keys and values are in the cache, the `cached` ones included."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenOutput:
-    """New tokens and the text that became final with them (empty while a character is incomplete)."""
+    """New tokens and the text that became final with them, empty while a character is incomplete."""
 
     request_id: str
     text: str
@@ -192,16 +203,16 @@ class Finish:
     timings: Timings
     sparsity: Sparsity
     matched_stop: str | int | None = None
-    """The stop string or the token id that ended the text."""
+    """Stop string or token id that ended the text."""
     error: str = ""
-    """What went wrong, where the reason is `ERROR`."""
+    """Message of an `ERROR`."""
     exhausted: bool = False
-    """It was want of memory or of room for pages: the same request may succeed where there is more of it."""
+    """The error was a lack of memory or of room for pages: the same request may succeed with more."""
 
 
 @dataclass(frozen=True, slots=True)
 class EngineStatus:
-    """Where the engine stands between two steps."""
+    """Counts of requests and pages between two steps."""
 
     running: int
     waiting: int

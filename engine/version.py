@@ -1,4 +1,4 @@
-"""The version of the installed package."""
+"""Version of the installed package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def keysift_version() -> str:
+    """Version of the package, or "unknown" in a source tree that is not installed."""
     try:
         return version("keysift")
-    except PackageNotFoundError:  # run from a source tree
+    except PackageNotFoundError:
         return "unknown"

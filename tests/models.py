@@ -1,4 +1,4 @@
-"""Whole model folders, small enough to write and load in a blink."""
+"""Complete model folders, small enough to write and load at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHAT_TEMPLATE = (
 
 
 def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
-    """One token for every byte, after three special ones: 259 in all."""
+    """Tokenizer with one token per byte, after three special ones: 259 in all."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate((*SPECIAL, *alphabet))}
     backend = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -37,7 +37,7 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
 
 
 def llama(**changes: Any) -> LlamaConfig:
-    """Two layers with 4 query and 2 KV heads of 8, 259 tokens and 512 positions."""
+    """Configuration of two layers with 4 query and 2 KV heads of 8, 259 tokens and 512 positions."""
     shape = {
         "vocab_size": 259,
         "hidden_size": 32,
@@ -55,7 +55,7 @@ def llama(**changes: Any) -> LlamaConfig:
 
 
 def save(config: PreTrainedConfig, folder: Path, chat_template: str | None = CHAT_TEMPLATE) -> Path:
-    """A randomly initialised model of `config` with the byte tokenizer."""
+    """Write a randomly initialised model of `config` with the byte tokenizer."""
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     make_tokenizer(chat_template).save_pretrained(folder)

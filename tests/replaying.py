@@ -1,9 +1,8 @@
-"""As much of a CUDA graph as any device can do: the ops that some work ran, run again over the same tensors.
+"""Stand-in for CUDA graphs on any device: runs the recorded ops of some work again over the same tensors.
 
-It shows what a recording takes from the host, and that a replay reads nothing that it has not written: before each, the
-memory that the recording made is filled with what no op can use, and memory that it took has to be kept by somebody
-else. It keeps all that the recording made and knows no streams, so it shows nothing of how graphs share memory, nor of
-kernels that are no ops of torch.
+It detects values that a recording takes from the host, and reads of memory that a replay has not written: before each
+replay the recording's own memory is filled with NaN or -1, and foreign memory must still be alive. It keeps all memory
+of the recording and has no streams, so it tests neither how graphs share memory nor kernels that are not ops of torch.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from keysift.engine.execution.recorder import WaitsForDevice
 
 T = TypeVar("T")
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"}
-"""Ops that wait for the device: what they found would be the same in every replay."""
-ASKS = {"item", "tolist", "cpu", "numpy", "__array__", "__int__", "__float__", "__bool__", "__index__"}
-"""Methods that wait for it, not all of which are ops on a CPU."""
+"""Ops that wait for the device: their result would be the same in every replay."""
+WAITING = {"item", "tolist", "cpu", "numpy", "__array__", "__int__", "__float__", "__bool__", "__index__"}
+"""Methods that wait for the device, not all of which are ops on a CPU."""
 
 
-class Unasked(TorchFunctionMode):
-    """Inside, whatever asks a tensor what it holds raises."""
+class NoWaits(TorchFunctionMode):
+    """Mode in which methods that read a tensor's values on the host raise."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in ASKS:
+        if getattr(func, "__name__", "") in WAITING:
             raise waits(func.__name__)
         return func(*args, **(kwargs or {}))
 
@@ -42,7 +41,7 @@ def waits(name: str) -> WaitsForDevice:
 
 
 class Taken:
-    """A tensor over memory of others, which this does not keep."""
+    """A tensor over foreign memory, which it does not keep alive."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._memory = StorageWeakRef(tensor.untyped_storage())
@@ -50,17 +49,17 @@ class Taken:
 
     def again(self) -> Tensor:
         memory = torch.UntypedStorage._new_with_weak_ptr(self._memory.cdata)
-        assert memory is not None, "a replay would read memory that nobody has kept"
+        assert memory is not None, "a replay would read memory that was freed"
         return torch.empty(0, dtype=self._dtype).set_(memory, *self._place)  # type: ignore[call-overload,no-any-return]
 
 
 class Replayer(TorchDispatchMode):
-    """Notes every op with the memory that it took and gave. Only ops of torch: no native code, no Triton."""
+    """Records every op with its input and output memory. Only ops of torch: no native code, no Triton."""
 
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[tuple[Callable[..., Any], Any, Any]] = []
-        """Ops, their arguments and what they gave, each tensor among these the recording's own or `Taken`."""
+        """Ops, their arguments and results; each tensor is the recording's own or `Taken`."""
         self._made: dict[int, torch.UntypedStorage] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -78,7 +77,7 @@ class Replayer(TorchDispatchMode):
         return Taken(each) if foreign else each
 
     def _note_made(self, taken: Any, given: Any) -> None:
-        """Memory of what an op gave, but where it took that memory."""
+        """Record memory of an op's results that is not memory of its arguments."""
         before = {each.untyped_storage().data_ptr() for each in tree_leaves(taken) if isinstance(each, Tensor)}
         for each in tree_leaves(given):
             if isinstance(each, Tensor) and (storage := each.untyped_storage()).data_ptr() not in {0, *before}:
@@ -95,12 +94,12 @@ class Replayer(TorchDispatchMode):
 
 
 def _masks(indices: Any) -> bool:
-    """Whether how many are taken is for the device to say."""
+    """The number of indexed elements depends on values on the device."""
     return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in indices)
 
 
 class Recorder:
-    """Counts what it has recorded and replayed."""
+    """Recorder of work that counts recordings and replays."""
 
     def __init__(self) -> None:
         self.recorded = 0
@@ -109,8 +108,8 @@ class Recorder:
     def __call__(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         replayer = Replayer()
         work()  # as for a real one, whose kernels are compiled in a first run
-        with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True), replayer, Unasked():
-            result = work()  # models ask whether they are recorded
+        with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True), replayer, NoWaits():
+            result = work()  # models test for a recording
         self.recorded += 1
 
         def replay() -> None:

@@ -1,4 +1,4 @@
-"""From which length on choosing pays: measured once for a machine and a model, kept in the user's cache folder."""
+"""Store of calibrations: the length from which each strategy beats dense, measured once per machine and model."""
 
 from __future__ import annotations
 
@@ -29,47 +29,49 @@ from .fit import Crossover, Record
 
 
 class Machine(Record):
-    """What a measurement holds for, apart from the model and how it is run."""
+    """Machine that a calibration was measured on, and the version that measured it."""
 
     processor: str
     threads: int
-    """Those that really compute."""
+    """Threads that compute."""
     version: str
-    """Of Keysift."""
+    """Version of Keysift."""
 
 
 class Setting(Record):
-    """What a measurement holds for; anything else needs one of its own."""
+    """Machine, model and options that a calibration is valid for; any other setting needs its own."""
 
     machine: Machine
     device: str
     fingerprint: str
-    """Of the model's configuration and weights in their precision; see `LoadedModel`."""
+    """`LoadedModel.fingerprint`."""
     dtype: str
     page_size: int
     prefill_chunk: int
     queries_per_row: int
     backend: str
-    """The one that really runs; see `running`."""
+    """Backend that runs, not the configured one; see `running_backend`."""
     dense_kernel: str = "paged"
-    """What the strategies were up against."""
+    """Kernel of the dense attention that strategies were compared with."""
 
 
 class Calibration(Record):
-    """The crossover of each prompt strategy, by name."""
+    """Crossovers of the prompt strategies in one setting."""
 
     setting: Setting
     model: str
-    """For people: it may be served under several names."""
+    """Name of the model, for display: one model may be served under several."""
     crossovers: dict[str, Crossover]
+    """By name of the strategy."""
 
 
 def machine() -> Machine:
+    """This machine."""
     return Machine(processor=processor(), threads=num_threads(), version=keysift_version())
 
 
 def setting(config: EngineConfig, model: LoadedModel) -> Setting:
-    """What holds here and now."""
+    """Setting of this machine, model and configuration."""
     gpu = model.device.type == "cuda"
     return Setting(
         machine=machine(),
@@ -79,12 +81,13 @@ def setting(config: EngineConfig, model: LoadedModel) -> Setting:
         page_size=config.page_size,
         prefill_chunk=config.prefill_chunk,
         queries_per_row=config.queries_per_row,
-        backend=running(config.backend, model.device),
+        backend=running_backend(config.backend, model.device),
         dense_kernel=config.dense_kernel,
     )
 
 
 def processor() -> str:
+    """Name of the CPU."""
     with suppress(OSError), Path("/proc/cpuinfo").open() as lines:
         for line in lines:
             if line.startswith("model name"):
@@ -92,9 +95,9 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def running(asked: Backend, device: torch.device) -> str:
-    """The twins that run where `asked` is configured, the native ones with their instruction set."""
-    name = asked if asked != "auto" else "triton" if device.type == "cuda" else "native"
+def running_backend(backend: Backend, device: torch.device) -> str:
+    """Backend that runs where `backend` is configured, native with its instruction set."""
+    name = backend if backend != "auto" else "triton" if device.type == "cuda" else "native"
     if name == "native":
         try:
             from keysift.kvcache.native.library import isa
@@ -105,12 +108,12 @@ def running(asked: Backend, device: torch.device) -> str:
 
 
 def options(strategy: Strategy) -> str:
-    """All options of a strategy but the one that is measured: with others it may win elsewhere."""
+    """All options of a strategy but `dense_below`, which is measured: other options may cross over elsewhere."""
     return repr(dataclasses.replace(strategy, dense_below=0))
 
 
 def crossovers(config: EngineConfig, model: LoadedModel) -> dict[str, Crossover]:
-    """The crossover of each strategy that was calibrated for exactly this setting."""
+    """Crossover of each strategy that was calibrated for exactly this setting, by name."""
     known = stored()
     if not known:
         return {}
@@ -119,9 +122,9 @@ def crossovers(config: EngineConfig, model: LoadedModel) -> dict[str, Crossover]
 
 
 def applied(strategy: str, arguments: Iterable[str], measured: Mapping[str, Crossover]) -> Crossover | None:
-    """The crossover that counts for the part of `strategy` that chooses for prompts.
+    """Crossover that applies to the prompt part of `strategy`.
 
-    None: there is none, or not with these options, or the arguments state a `dense_below` themselves.
+    None: none was measured with these options, or the arguments state a `dense_below` themselves.
     """
     name, given = strategy.partition("+")[0], tuple(arguments)
     stated = {argument.partition("=")[0].strip() for argument in given}
@@ -129,44 +132,45 @@ def applied(strategy: str, arguments: Iterable[str], measured: Mapping[str, Cros
         return None
     try:
         part = parse(strategy, given).part(Phase.PREFILL)
-    except StrategyError:  # whoever makes the strategy says so
+    except StrategyError:  # raised where the strategy is made
         return None
     return found if options(part) == found.options else None
 
 
 def calibrated(strategy: str, arguments: Iterable[str], measured: Mapping[str, Crossover]) -> tuple[str, ...]:
-    """The arguments, with the measured `dense_below` where one counts; see `applied`."""
+    """The arguments, completed by the measured `dense_below` where one applies; see `applied`."""
     given = tuple(arguments)
     if (found := applied(strategy, given, measured)) is None:
         return given
     return (*given, f"{strategy.partition('+')[0]}.dense_below={found.dense_below}")
 
 
-def tell(config: EngineConfig, measured: Mapping[str, Crossover], report: Callable[[str], None]) -> None:
-    """One line, if a measured crossover counts for the configured strategy."""
+def announce(config: EngineConfig, measured: Mapping[str, Crossover], report: Callable[[str], None]) -> None:
+    """Report the measured crossover that applies to the configured strategy, if any."""
     if (found := applied(config.strategy, config.strategy_args, measured)) is not None:
         name = config.strategy.partition("+")[0]
-        report(f"{name}.dense_below={found.dense_below}, as measured here on {found.measured} UTC: {found.told} tokens")
+        report(f"{name}.dense_below={found.dense_below}, as measured here on {found.measured} UTC: {found.summary} tokens")
 
 
 def store_file() -> Path:
+    """File of all calibrations."""
     return cache_folder() / "calibration.json"
 
 
 def stored() -> tuple[Calibration, ...]:
-    """Every calibration that was kept and that this version can read; none where the file is missing or not ours."""
+    """All stored calibrations that this version can read; empty if the file is missing or of another format."""
     with suppress(OSError):
         return tuple(known for known in map(_known, _read()) if known is not None)
     return ()
 
 
 def keep(calibration: Calibration) -> Calibration:
-    """Store it, and return what is stored for its setting from now on.
+    """Store a calibration. Returns what is stored for its setting afterwards.
 
-    A crossover of the same setting and options that was measured up to a longer context stays. Raises `KeysiftError`
-    where the folder cannot be written to.
+    A stored crossover with the same options that was measured up to a longer context stays. Raises `KeysiftError` if
+    the folder cannot be written to.
     """
-    with _naming_the_file(), _alone(store_file().parent):
+    with _errors_with_file(), _locked(store_file().parent):
         records = [(record, _known(record)) for record in _read()]
         others = [record for record, known in records if known is None or known.setting != calibration.setting]
         for _, known in records:
@@ -177,7 +181,7 @@ def keep(calibration: Calibration) -> Calibration:
 
 
 def _merged(old: Calibration, new: Calibration) -> Calibration:
-    """The new one, with what the old one knows up to a longer context, or alone."""
+    """The new calibration, with crossovers of the old one that are missing in it or reach a longer context."""
     crossovers = old.crossovers | {
         name: found
         for name, found in new.crossovers.items()
@@ -189,21 +193,21 @@ def _merged(old: Calibration, new: Calibration) -> Calibration:
 
 
 def check_writable() -> None:
-    """Raises `KeysiftError` where `keep` would, before anything was measured for nothing."""
-    with _naming_the_file(), _alone(folder := store_file().parent), tempfile.TemporaryFile(dir=folder):
+    """Raises `KeysiftError` where `keep` would, before anything is measured."""
+    with _errors_with_file(), _locked(folder := store_file().parent), tempfile.TemporaryFile(dir=folder):
         _read()
 
 
 def forget() -> bool:
-    """Delete every calibration; whether there was a file. Raises `KeysiftError` where it cannot be deleted."""
-    with _naming_the_file(), suppress(FileNotFoundError):
+    """Delete all calibrations. Returns False if there were none. Raises `KeysiftError` if that fails."""
+    with _errors_with_file(), suppress(FileNotFoundError):
         store_file().unlink()
         return True
     return False
 
 
 def _read() -> list[Any]:
-    """The records as they were written, by whatever version; none in a file that is not ours."""
+    """Raw records of the file, of any version; empty for a file of another format."""
     with suppress(FileNotFoundError, ValueError):
         found = json.loads(store_file().read_bytes())
         records = found.get("calibrations") if isinstance(found, dict) else None
@@ -212,7 +216,7 @@ def _read() -> list[Any]:
 
 
 def _known(record: Any) -> Calibration | None:
-    """None: of another version, or no calibration."""
+    """The calibration of a raw record; None: one of another version, or none at all."""
     try:
         return Calibration.model_validate(record)
     except ValidationError:
@@ -220,7 +224,7 @@ def _known(record: Any) -> Calibration | None:
 
 
 def _write(records: list[Any]) -> None:
-    """Whole or not at all."""
+    """Replace the file atomically."""
     file = store_file()
     unfinished = file.with_suffix(f".{os.getpid()}")
     try:
@@ -231,8 +235,8 @@ def _write(records: list[Any]) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Makes the folder; nobody else changes what is in it meanwhile, where the system can lock one."""
+def _locked(folder: Path) -> Iterator[None]:
+    """Create the folder and lock it against other processes, where the system supports that."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
@@ -249,7 +253,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _naming_the_file() -> Iterator[None]:
+def _errors_with_file() -> Iterator[None]:
+    """Raise `OSError` as `KeysiftError` that names the file."""
     try:
         yield
     except OSError as error:

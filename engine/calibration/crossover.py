@@ -1,4 +1,4 @@
-"""Measures from which prompt length on each strategy beats dense attention, on this machine and model."""
+"""Measurement of the prompt length from which each strategy beats dense attention on this machine and model."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from .calibration import Calibration, options, setting
 from .fit import Chunk, Crossover, fit
 
 LENGTH = {"cpu": 6 * 1024, "cuda": 32 * 1024}
-"""Longest prompt measured, in tokens: what a CPU of two cores reads within the minute, and what a GPU does."""
+"""Longest prompt measured, in tokens, by device: what two CPU cores, or a GPU, read within a minute."""
 LAYERS = 4
-"""Layers that are measured, spread over the model's depth: what is worth reading differs between them."""
+"""Layers that are measured, evenly over the model's depth, as attention differs between them."""
 SECONDS = 60.0
-"""Once they have passed, no further chunk is begun, if at least two were measured."""
+"""Time after which no further chunk starts, once at least two were measured."""
 RUNS, ATTEMPTS = 3, 8
-"""Undisturbed runs of which a time is the median, and how many there may be to get them."""
+"""Undisturbed runs of which a time is the median, and the most runs to get them."""
 DISTURBED = 1.2
-"""A run that took so many times the fastest of its kind shared the machine with something else."""
+"""Factor of the fastest run above which a run counts as disturbed by other load."""
 BASE = "dense"
 
 Progress = Callable[[int, int], None]
-"""Chunks done, and in all."""
+"""Called with the chunks done and the chunks in all."""
 Times = dict[str, float]
-"""Milliseconds of each strategy, and of dense."""
+"""Milliseconds by strategy, dense included."""
 
 
 def measure(config: EngineConfig, model: LoadedModel, progress: Progress) -> Calibration:
-    """Prefill real text densely, and time every strategy beside dense where the model asks for attention.
+    """Prefill real text with dense attention, timing every strategy against it in some layers.
 
-    Raises `Unsupported` where there is nothing to choose in: every layer has a window; `InvalidRequest` where the dense
+    Raises `Unsupported` if every layer has a window, so that there is nothing to choose; `InvalidRequest` if the dense
     kernel cannot run.
     """
     tokens = text(config, model)
@@ -60,7 +60,7 @@ def measure(config: EngineConfig, model: LoadedModel, progress: Progress) -> Cal
 
 
 def prompt_strategies() -> dict[str, Strategy]:
-    """Every strategy, with its default options, that chooses what a prompt reads in order to read less."""
+    """Strategies that choose pages for prompts, with default options, by name; no yardsticks."""
     found: dict[str, Strategy] = {}
     for name, strategy in known().items():
         if issubclass(strategy, PromptStrategy) and not strategy.yardstick:
@@ -70,7 +70,7 @@ def prompt_strategies() -> dict[str, Strategy]:
 
 
 def text(config: EngineConfig, model: LoadedModel) -> Tensor:
-    """[T] int64: CPython's own documentation, in whole chunks if the model can take one."""
+    """Tokens [T] int64 of CPython's documentation, in whole chunks if the model can take one."""
     longest = min(LENGTH[model.device.type], model.max_model_len)
     longest = longest // config.prefill_chunk * config.prefill_chunk or longest
     words = "\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
@@ -78,7 +78,7 @@ def text(config: EngineConfig, model: LoadedModel) -> Tensor:
 
 
 def _prefill(config: EngineConfig, model: LoadedModel, tokens: Tensor, progress: Progress) -> list[tuple[Step, Times]]:
-    """Each chunk's step and its times, summed over the measured layers."""
+    """Step and times of each chunk, summed over the measured layers."""
     spec, length = cache_spec(config, model), len(tokens)
     frames = spec.pages_for(length)
     tier = tier_of(spec, frames, model.devices, model.device)
@@ -111,9 +111,9 @@ def _layers(model: LoadedModel) -> set[int]:
 
 
 class _Timer:
-    """`Attend` that is dense, and that times every strategy in some layers first.
+    """Dense `Attend` that first times every strategy in some layers.
 
-    Writing the same keys and values again changes nothing, and costs every strategy the same.
+    Writing the same keys and values again changes nothing and costs every strategy the same.
     """
 
     def __init__(self, cache: PagedCache, step: Step, layers: set[int], kernel: DenseKernel) -> None:
@@ -137,9 +137,9 @@ def _work(attend: Attend, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Callab
 
 
 def side_by_side(works: Mapping[str, Callable[[], object]], device: torch.device) -> Times:
-    """Milliseconds of each work, taken in turns, so that a machine that slows down slows all of them.
+    """Milliseconds of each work, measured in turns, so that a machine that slows down affects all alike.
 
-    The median of undisturbed runs; of all, where the machine never came to rest.
+    The median of undisturbed runs, or of all runs if too few were undisturbed.
     """
     for work in works.values():
         work()  # compiles kernels, warms caches

@@ -1,4 +1,4 @@
-"""Where a strategy begins to beat dense attention, from the times of chunks of a prompt."""
+"""Fit of the length from which a strategy beats dense attention, to the times of a prompt's chunks."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from keysift.attention.strategy import LARGEST
 
 
 class Record(BaseModel):
-    """Something that is stored; what it does not know was written by another version."""
+    """Base of stored records. Unknown fields are an error: they are of another version."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Chunk(Record):
-    """One chunk of a prompt: its queries, its keys so far, and milliseconds of attention summed over some layers."""
+    """One chunk of a prompt: number of queries and of keys so far, and milliseconds of attention over some layers."""
 
     queries: int
     context: int
@@ -34,44 +34,44 @@ class Chunk(Record):
 
 
 class Fit(Record):
-    """Where a strategy begins to win, and what it does until then."""
+    """Length from which a strategy wins, as its option `dense_below`."""
 
     dense_below: int = Field(ge=0, le=LARGEST)
-    """The strategy's option, in tokens; see `Strategy.at`."""
+    """Option of the strategy, in tokens; see `Strategy.at`."""
     wins_from: int | None
-    """Tokens of context of the first chunk from which on it always won; None: it did not by the end."""
+    """Context in tokens of the first chunk from which on it always won; None: it did not win the last chunk."""
     dense_up_to: int | None
-    """Tokens of the longest prompt that is dense throughout though it was not measured; None: it wins from somewhere"""
+    """Longest prompt in tokens that stays dense, beyond what was measured; None: the strategy won the last chunk."""
 
 
 class Crossover(Fit):
-    """A strategy's fit, what it was measured with, and what was measured."""
+    """A strategy's fit, with its options and measurements."""
 
     options: str
-    """Of the strategy, all but `dense_below`; see `options`."""
+    """Options of the strategy but `dense_below`; see `calibration.options`."""
     measured: str
-    """UTC."""
+    """Time of the measurement, UTC."""
     chunks: tuple[Chunk, ...] = Field(min_length=1)
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest context that was measured."""
+        """Longest context measured, in tokens."""
         return max(chunk.context for chunk in self.chunks)
 
     @property
-    def told(self) -> str:
-        """For people, in tokens."""
+    def summary(self) -> str:
+        """The fit in words, in tokens."""
         if self.wins_from is not None:
             return f"from {self.wins_from:,}"
         return f"not up to {self.longest:,}: dense up to {self.dense_up_to:,}"
 
 
 def fit(chunks: Sequence[Chunk], prefill_chunk: int) -> Fit:
-    """The greatest `dense_below` that still lets the first of the chunks run that win for good.
+    """Largest `dense_below` under which the first chunk that wins for good still runs sparse.
 
-    The chunks are in order of their work, at least one; prompts are read in chunks of `prefill_chunk` tokens. Such a
-    prompt takes whichever is faster chunk by chunk. If the last chunk does not win, nothing is known about where one
-    would: prompts of up to twice the longest measured context are dense, and only longer ones are the strategy's.
+    `chunks`, at least one, are in order of their work; prompts run in chunks of `prefill_chunk` tokens, each dense or
+    sparse. If the last chunk does not win, the crossover is unknown: prompts of up to twice the longest measured
+    context stay dense, and only longer ones are sparse.
     """
     losing = [index for index, chunk in enumerate(chunks) if not chunk.wins]
     first = losing[-1] + 1 if losing else 0
@@ -79,5 +79,5 @@ def fit(chunks: Sequence[Chunk], prefill_chunk: int) -> Fit:
         winner = chunks[first]
         return Fit(dense_below=math.isqrt(winner.work - 1), wins_from=winner.context, dense_up_to=None)
     length = 2 * max(chunk.context for chunk in chunks)
-    most = min(prefill_chunk, length) * length  # the work of the prompt's last chunk, which is its greatest
+    most = min(prefill_chunk, length) * length  # work of the prompt's last chunk, its largest
     return Fit(dense_below=math.isqrt(most - 1) + 1, wins_from=None, dense_up_to=length)

@@ -1,4 +1,4 @@
-"""What goes into a forward pass, and what comes out of it, as plain data."""
+"""Input and result of a forward pass, as plain data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .sampler import Sampled
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step brought: one token for each sampled sequence, and what each sequence of the batch read and kept."""
+    """Result of a step: a token for each sampled sequence, and the statistics of each sequence of the batch."""
 
     sampled: list[Sampled]
     reads: list[Reads]
@@ -24,18 +24,21 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class ForwardInput:
-    """The work of one forward pass, as plain data."""
+    """Input of one forward pass, as plain data: ranks exchange it."""
 
     phase: Phase
     strategy: Strategy
     spans: tuple[Span, ...]
     tokens: list[int]
-    """Of all spans, packed."""
+    """Tokens of all spans, packed."""
     tokens_left: int
-    """Tokens of the prompt that come later."""
+    """Tokens of the prompt after this chunk; 0 while decoding."""
 
     @classmethod
     def of(cls, batch: Batch) -> ForwardInput:
+        """The input of a batch."""
+        """The input of a batch."""
+        """The input of a batch."""
         pairs = zip(batch.sequences, batch.spans, strict=True)
         tokens = [token for sequence, span in pairs for token in sequence.tokens[span.start : span.stop]]
         tokens_left = batch.sequences[0].prompt_len - batch.spans[0].stop

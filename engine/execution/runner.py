@@ -1,4 +1,4 @@
-"""One forward pass: from a batch of host integers to tokens."""
+"""Forward passes: from a batch of host integers to sampled tokens."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from .sampler import Sampled, SamplerState, sample
 
 
 def check_kernel(kernel: DenseKernel, cache: PagedCache) -> None:
-    """Raises `InvalidRequest` where the kernel cannot run on what this cache holds."""
+    """Raises `InvalidRequest` where the dense kernel cannot run on this cache's device, dtype or head dim."""
     if (why := obstacle(kernel, cache.spec, cache.device)) is not None:
         raise InvalidRequest("dense_kernel", why)
 
 
 class Runner:
-    """Binds strategy, cache and step into `attend` and hands it to the model."""
+    """Runs forward passes: binds strategy, cache and step into `attend` and passes it to the model."""
 
     def __init__(self, model: LoadedModel, cache: PagedCache, config: EngineConfig) -> None:
         self._model = model
@@ -38,18 +38,18 @@ class Runner:
         self._queries_per_row = config.queries_per_row
         self._dense_kernel = config.dense_kernel
         self.graphs: Graphs | None = None
-        """Replays decode steps where it can."""
+        """Replay of recorded decode steps; None: not enabled."""
         self.spans: Spans = untraced
-        """Hears what the time of every step goes to."""
+        """Tracing hooks for the parts of a step."""
 
     def record(self, record: Record[tuple[torch.Tensor, Telemetry]]) -> None:
-        """From now on record decode steps and replay them, where that is possible."""
+        """Record decode steps with `record` from now on, and replay them where possible."""
         self.graphs = Graphs(self._cache, self.evaluate, record)
 
     def rehearse(self) -> None:
-        """One token through one layer's cache and attention.
+        """Run one token through one layer's cache and attention, to fail before the first request.
 
-        Raises `InvalidRequest` where the backend cannot do it, or the dense kernel could not do a prompt.
+        Raises `InvalidRequest` where the backend or the dense kernel cannot run here.
         """
         check_kernel(self._dense_kernel, self._cache)
         sequence = self._cache.open()
@@ -75,17 +75,17 @@ class Runner:
         return self.result(sampled, telemetry, before)
 
     def result(self, sampled: list[Sampled], telemetry: Telemetry, before: Traffic) -> StepResult:
-        """All that a step brought, given the tier's traffic before it."""
+        """Result of a step, given the tier's traffic before it."""
         reads = telemetry.reads()
         moved = self._cache.tier.traffic - before
         return StepResult(sampled, reads, telemetry.coverage(reads), moved, telemetry.locality())
 
     def forward(self, batch: Batch, last: torch.Tensor) -> tuple[torch.Tensor, Telemetry]:
-        """Next-token logits [B, V] fp32 after the tokens at indices last [B] of the packed ones, and what was read."""
+        """Next-token logits [B, V] fp32 after the packed tokens at indices last [B], and the step's telemetry."""
         return self.compute(ForwardInput.of(batch), last)
 
     def compute(self, work: ForwardInput, last: torch.Tensor) -> tuple[torch.Tensor, Telemetry]:
-        """As `forward`."""
+        """As `forward`, for plain data."""
         if self.graphs is not None and (done := self.graphs.take(work, last)) is not None:
             return done
         tokens = torch.tensor(work.tokens, device=self._cache.device)
@@ -106,7 +106,7 @@ class Runner:
         return self._cache.decode(work.spans)
 
     def _last(self, batch: Batch) -> torch.Tensor:
-        """[B'] int64, index of each sampled sequence's last token among the packed ones."""
+        """[B'] int64, index of each sampled sequence's last token among the packed tokens."""
         ends = accumulate(span.length for span in batch.spans)
         pairs = zip(batch.sequences, batch.spans, ends, strict=True)
         last = [end - 1 for sequence, span, end in pairs if span.stop == len(sequence.tokens)]

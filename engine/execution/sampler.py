@@ -1,4 +1,4 @@
-"""From logits to tokens."""
+"""Sampling of tokens from logits."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ class Sampled(NamedTuple):
 
     token_id: int
     logprobs: tuple[Logprob, ...]
-    """The chosen one first, then the candidates in descending order; empty where none were asked for."""
+    """The chosen token's first, then the candidates' in descending order; empty without `SamplingParams.logprobs`."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class SamplerState:
-    """All that one request's next token depends on beside its logits, so that batches never matter."""
+    """Everything but the logits that a request's next token depends on, so that batches never matter."""
 
     params: SamplingParams
     prompt: Sequence[int]
     generated: list[int]
-    """Tokens so far; the owner appends to it."""
+    """Generated tokens; the owner appends to the list."""
     eos_token_ids: Set[int]
     seed: int
-    """Used where `params` carry none; see `derive_seed`."""
+    """Seed if `params` have none; see `derive_seed`."""
     generator: torch.Generator = field(init=False)
     processors: tuple[Processor, ...] = field(init=False)
 
@@ -61,12 +61,12 @@ class SamplerState:
 
     @property
     def plain(self) -> bool:
-        """Whether the next token is the most likely one, nothing else being asked."""
+        """The next token is the most likely one, without any processing of the logits."""
         return self.params.temperature == 0 and not self.processors
 
 
 def derive_seed(engine_seed: int, request_id: str) -> int:
-    """A seed of its own for every request, the same whenever the same request comes to the same engine."""
+    """Seed of a request: equal for the same id in an engine of the same seed."""
     digest = hashlib.sha256(f"{engine_seed}:{request_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -90,7 +90,7 @@ def check(params: SamplingParams, vocab_size: int, eos_token_ids: Set[int] = fro
 
 
 def _check_choice(params: SamplingParams, vocab_size: int, endings: Set[int]) -> None:
-    """Refuse what leaves no token to choose."""
+    """Raise `InvalidRequest` for parameters that leave no token to choose."""
     allowed = set(params.allowed_token_ids) or set(range(vocab_size))
     if allowed <= (banned := {token for token, bias in params.logit_bias.items() if bias == -math.inf}):
         raise InvalidRequest("logit_bias", f"at least one token that is not at -inf, got {len(banned)} that are")
@@ -100,18 +100,18 @@ def _check_choice(params: SamplingParams, vocab_size: int, endings: Set[int]) ->
 
 
 def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
-    """The next token of every row of logits [B, V] fp32, with log probabilities where the request asks for them.
+    """The next token of every row of logits [B, V] fp32, with the log probabilities that its request asks for.
 
     Log probabilities and ranks are of the model's own distribution, before temperature, penalties and masks. Waits for
-    the device once for the greedy rows and once for each other row. Where it raises, nobody has drawn anything.
+    the device once for the greedy rows and once for each other row. An error leaves all generators as they were.
     """
-    with _drawing([state.generator for state in states if state.params.temperature > 0]):
+    with _restoring([state.generator for state in states if state.params.temperature > 0]):
         return _sample(logits, states)
 
 
 @contextmanager
-def _drawing(generators: Sequence[torch.Generator]) -> Iterator[None]:
-    """Puts the generators back to where they were, if the block raises: a step that failed may be run again."""
+def _restoring(generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Restore the generators' states if the block raises: a step that failed may be run again."""
     before = [generator.get_state() for generator in generators]
     try:
         yield
@@ -139,20 +139,20 @@ def _choose(scores: Tensor, state: SamplerState) -> int:
 
 
 def _draw(scores: Tensor, generator: torch.Generator) -> int:
-    """One token from the softmax of scores [V], by inverting its distribution function at one uniform number.
+    """One token from the softmax of scores [V], by inverse transform sampling.
 
-    The number is drawn on the host whatever the device is, so a seed means the same everywhere. In double precision it
-    stays below 1 and rare tokens keep their share.
+    The uniform number is drawn on the host whatever the device is, so a seed means the same everywhere. In double
+    precision it stays below 1 and rare tokens keep their share.
     """
     uniform = int(torch.randint(UNIFORM_STEPS, (), generator=generator)) / UNIFORM_STEPS
     mass = scores.double().softmax(-1).cumsum(-1)  # [V]
-    if not mass[-1].isfinite():  # scores that overflowed: the best of them is all that is left to say
+    if not mass[-1].isfinite():  # scores overflowed: fall back to the highest
         return int(scores.nan_to_num().argmax())
     return int(torch.searchsorted(mass, mass[-1:] * uniform, right=True).clamp(max=len(mass) - 1))
 
 
 def _logprobs(logits: Tensor, token_id: int, candidates: int | None) -> tuple[Logprob, ...]:
-    """The chosen token of logits [V], then the `candidates` most likely ones in descending order."""
+    """Log probabilities under logits [V]: of the chosen token, then of the `candidates` most likely, descending."""
     if candidates is None:
         return ()
     logprobs = logits.float().log_softmax(-1)
@@ -164,7 +164,7 @@ def _logprobs(logits: Tensor, token_id: int, candidates: int | None) -> tuple[Lo
 
 
 def _processors(params: SamplingParams, prompt: Sequence[int], eos_token_ids: Set[int]) -> tuple[Processor, ...]:
-    """What the request asks for beyond the most likely token, in the order of transformers' `generate`."""
+    """Logits processors of a request, in the order of transformers' `generate`."""
     built: list[Processor] = []
     if params.logit_bias:
         built.append(SequenceBiasLogitsProcessor([[[token], float(bias)] for token, bias in params.logit_bias.items()]))
@@ -181,7 +181,7 @@ def _processors(params: SamplingParams, prompt: Sequence[int], eos_token_ids: Se
 
 
 def _warpers(params: SamplingParams) -> list[Processor]:
-    """What reshapes the distribution without moving its peak: nothing for a greedy request."""
+    """Processors that reshape the distribution without moving its peak; none for a greedy request."""
     built: list[Processor] = []
     if params.temperature == 0:
         return built
@@ -208,7 +208,7 @@ def _repetition(penalty: float, prompt: Sequence[int]) -> Processor:
 
 
 def _penalties(presence: float, frequency: float) -> Processor:
-    """Of generated tokens only: `presence` once for each that occurred, `frequency` as often as it occurred."""
+    """Penalties of generated tokens: `presence` once for each that occurred, `frequency` for each occurrence."""
 
     def penalties(generated: Tensor, scores: Tensor) -> Tensor:
         counts = torch.bincount(generated[0], minlength=scores.shape[-1])

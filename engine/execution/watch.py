@@ -1,4 +1,4 @@
-"""Telling when pages are brought where an op can read them."""
+"""Tracing of transfers: pages that a tier moves to where ops read them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from keysift.kvcache import Frames, Selection, Step, Tier
 
 
 def watched_tier(tier: Tier, spans: Spans) -> Tier:
-    """The same tier; `spans` hears of every transfer."""
+    """A proxy of the tier that traces every transfer with `spans`."""
     return cast(Tier, _WatchedTier(tier, spans))
 
 
@@ -21,7 +21,7 @@ class _WatchedTier:
         self._tier, self._spans = tier, spans
 
     def __getattr__(self, name: str) -> Any:
-        """All that brings nothing is the tier's own."""
+        """Everything that moves no pages is the tier's own."""
         return getattr(self._tier, name)
 
     def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
@@ -33,7 +33,7 @@ class _WatchedTier:
             return self._tier.own(layer, step)
 
     def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
-        """Each part's own bringing: what is done with a part in between is no transfer."""
+        """Traces only the transfer of each part, not the caller's work between two parts."""
         parts = iter(self._tier.parts(layer, selection, step))
         while True:
             with self._spans("transfer", layer):

@@ -1,1 +1,1 @@
-"""Memory of the KV cache: how many pages there are, and where they live."""
+"""Memory of the KV cache: number of pages, backing store and pool sizes."""

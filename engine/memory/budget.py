@@ -1,4 +1,4 @@
-"""How much memory the KV pages get."""
+"""Memory budget of the KV cache."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from .. import ranks as group
 from ..config import EngineConfig
 from ..errors import InvalidRequest
 from ..model.loaded import LoadedModel
-from ..model.placement import parts, tier_of
+from ..model.placement import page_bytes, tier_of
 from .layout import lay_out, make_tier
 
 CGROUP = Path("/sys/fs/cgroup")
 SHARE = 0.4
-"""Of the memory that is free once the model is loaded, the most that pages take unless ``kv_memory`` says otherwise."""
+"""Largest share of the memory that is free after loading that pages take by default, without ``kv_memory``."""
 
 
 def cache_spec(config: EngineConfig, model: LoadedModel) -> CacheSpec:
+    """Shape of the model's KV cache."""
     return CacheSpec(
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
@@ -42,39 +43,38 @@ def make_cache(
     report: Callable[[str], None],
     cache_type: type[PagedCache] = PagedCache,
 ) -> PagedCache:
-    """A cache of at most ``kv_memory`` bytes, and no larger than all running requests could fill; and one page more,
-    which belongs to nobody.
+    """A cache of at most ``kv_memory`` bytes, no larger than all running requests can fill, plus one padding page.
 
-    The ranks of a team all have as many pages as the one that has the least room. With ``kv_offload`` these are the
-    bytes of what is at hand, and `report` hears how they are spent.
+    All ranks have as many pages as the one with the least room. With ``kv_offload`` the bytes are those of the pool,
+    and `report` receives the layout.
 
     Raises:
-        InvalidRequest: the bytes do not hold one page, or the home has no room.
+        InvalidRequest: the bytes do not hold one page, or the backing store has no room.
     """
     spec = cache_spec(config, model)
-    frames, tier = _room(config, model, spec, report)
+    frames, tier = _allocate(config, model, spec, report)
     sizes = {"max_sequences": config.max_num_seqs, "max_len": model.max_model_len}
     return cache_type(spec, frames, **sizes, device=model.device, tier=tier)
 
 
-def _room(
+def _allocate(
     config: EngineConfig, model: LoadedModel, spec: CacheSpec, report: Callable[[str], None]
 ) -> tuple[int, Tier | None]:
-    """How many pages there are, and where they live; None: on the device."""
+    """Number of pages, and the tier that holds them; None: the cache makes one on its device."""
     free = free_memory(model.device)
     if config.kv_offload is not None:
-        beside = free_memory(torch.device("cpu")) if model.device.type == "cuda" else None
-        layout = lay_out(config, spec, model.max_model_len, free, SHARE, beside)
+        host = free_memory(torch.device("cpu")) if model.device.type == "cuda" else None
+        layout = lay_out(config, spec, model.max_model_len, free, SHARE, host)
         report(str(layout))
         return layout.frames, make_tier(config, spec, layout, model.device)
     wanted = spec.pages_for(model.max_model_len) * config.max_num_seqs
     size = config.tensor_parallel_size
     sharing = size if model.device.type == "cpu" else 1
     if config.kv_memory is None:
-        fitting = [int(SHARE * free_memory(d) / sharing) // page for d, page in parts(spec, model.devices).items()]
+        fitting = [int(SHARE * free_memory(d) / sharing) // page for d, page in page_bytes(spec, model.devices).items()]
     else:
         fitting = [int(config.kv_memory) // spec.page_bytes]
-    frames = group.least(min(*fitting, wanted), size)
+    frames = group.smallest(min(*fitting, wanted), size)
     if frames < 1:
         given = int(SHARE * free / sharing) if config.kv_memory is None else int(config.kv_memory)
         raise InvalidRequest("kv_memory", f"at least one page = {spec.page_bytes} bytes, got {given}")
@@ -82,14 +82,14 @@ def _room(
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that the device could give now."""
+    """Bytes that can be allocated on the device now."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return min(psutil.virtual_memory().available, _free_in_container())
 
 
 def _free_in_container() -> float:
-    """Bytes that the control group of this process leaves it; infinite where it has no limit."""
+    """Bytes left to the control group of this process; infinite without a limit."""
     try:
         limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:

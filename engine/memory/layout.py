@@ -1,4 +1,4 @@
-"""How much of the KV cache is at hand and how much of it lives elsewhere, decided before anything runs."""
+"""Layout of an offloaded KV cache: sizes of the backing store and of the pool, fixed before anything runs."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from ..errors import InvalidRequest
 
 PINNED = "pinned"
 SHARE_OF_DISK = 0.8
-"""Of what is free in the home's folder, the most that it takes unless ``kv_offload_memory`` says otherwise."""
+"""Largest share of the folder's free bytes that the backing store takes by default, without ``kv_offload_memory``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Pages at home, and what of them is at hand."""
+    """Pages of the backing store, and sizes of the pool that holds some of them."""
 
     frames: int
     pool: PoolSize
-    home_bytes: int
+    store_bytes: int
     pool_bytes: int
     described_bytes: int
-    """Of summaries, codes and tables, which are at hand for every page."""
+    """Bytes of summaries, codes and tables, which are resident for every page."""
 
     def __str__(self) -> str:
         size = self.pool
         return (
-            f"KV: {self.frames:,} pages at home ({_mib(self.home_bytes)}), their summaries and codes at hand "
-            f"({_mib(self.described_bytes)}); a pool of {_mib(self.pool_bytes)}: {size.slots:,} pages of each layer "
-            f"and head, {size.staged:,} of one layer for prompts, {size.tails} for open pages"
+            f"KV: {self.frames:,} pages in the backing store ({_mib(self.store_bytes)}), their summaries and codes in "
+            f"memory ({_mib(self.described_bytes)}); a pool of {_mib(self.pool_bytes)}: {size.slots:,} pages of each "
+            f"layer and head, {size.staged:,} of one layer for prompts, {size.tails} for open pages"
         )
 
 
@@ -45,62 +45,62 @@ def lay_out(
 ) -> Layout:
     """A layout that fits into `free` bytes of the device's memory; defaults take `share` of them at most.
 
-    `host`: bytes of host memory where that is another one, for a pinned home.
+    `host`: free bytes of host memory, for a pinned store, where the device has memory of its own.
 
     Raises:
-        InvalidRequest: what was asked for does not fit, or is too little to work with; it names the bytes.
+        InvalidRequest: the configured sizes do not fit or are too small; it names the bytes.
     """
     longest = spec.pages_for(max_model_len)
-    room = _home_bytes(config, spec, free, share, host)
+    room = _store_bytes(config, spec, free, share, host)
     frames = min(_frames(spec, room), longest * config.max_num_seqs)
     if frames < 1:
         raise InvalidRequest("kv_offload_memory", f"at least one page = {spec.kv_bytes} bytes, got {room}")
     pool = _pool(config, spec, int(share * free) if config.kv_memory is None else int(config.kv_memory), longest)
     layout = Layout(frames, pool, frames * spec.kv_bytes, pool.bytes(spec), frames * _described(spec))
-    _check_fits(layout, layout.home_bytes if config.kv_offload == PINNED and host is None else 0, free)
+    _check_fits(layout, layout.store_bytes if config.kv_offload == PINNED and host is None else 0, free)
     return layout
 
 
-def _check_fits(layout: Layout, home: int, free: float) -> None:
-    """`home`: bytes of it that come from the same memory."""
-    if layout.described_bytes + layout.pool_bytes + home > free:
+def _check_fits(layout: Layout, store: int, free: float) -> None:
+    """Raises `InvalidRequest` beyond `free` bytes; `store`: bytes of the backing store in the same memory."""
+    if layout.described_bytes + layout.pool_bytes + store > free:
         raise InvalidRequest(
             "kv_offload_memory",
             f"{layout.frames} pages need {layout.described_bytes} bytes of memory for their summaries and codes"
-            + (f" and {home} for themselves" if home else "")
+            + (f" and {store} for themselves" if store else "")
             + f", the pool (kv_memory) {layout.pool_bytes}; {int(free)} are free",
         )
 
 
 def make_tier(config: EngineConfig, spec: CacheSpec, layout: Layout, device: torch.device) -> OffloadTier:
-    """Raises `InvalidRequest` where the home cannot be made."""
+    """The tier of an offloaded cache. Raises `InvalidRequest` where the backing store cannot be made."""
     assert config.kv_offload is not None
-    home: BackingStore
+    store: BackingStore
     try:
-        home = HostStore(spec, device) if config.kv_offload == PINNED else FileStore(spec, Path(config.kv_offload))
+        store = HostStore(spec, device) if config.kv_offload == PINNED else FileStore(spec, Path(config.kv_offload))
     except OffloadError as error:
         raise InvalidRequest("kv_offload", str(error)) from None
-    return OffloadTier(spec, layout.frames, home, layout.pool, device)
+    return OffloadTier(spec, layout.frames, store, layout.pool, device)
 
 
 def _described(spec: CacheSpec) -> int:
-    """Bytes at hand for each page at home: summaries, codes, and where it is in every layer's and head's pool."""
+    """Resident bytes for each page of the store: summaries, codes, and its slot in every layer's and head's pool."""
     return spec.page_bytes - spec.kv_bytes + 4 * spec.num_layers * spec.num_kv_heads
 
 
 def _frames(spec: CacheSpec, room: int) -> int:
-    """Pages for so many bytes of home; it grows by whole extents, and only the first may be more than there is for."""
+    """Pages of a store of `room` bytes, which grows by whole extents; only the first extent may exceed the room."""
     pages = room // spec.kv_bytes
     return pages if pages < EXTENT else pages // EXTENT * EXTENT
 
 
-def _home_bytes(config: EngineConfig, spec: CacheSpec, free: float, share: float, host: float | None) -> int:
-    """By default no more than the place has room for, and no more pages than the device's share of memory bears."""
-    borne = _described(spec)
+def _store_bytes(config: EngineConfig, spec: CacheSpec, free: float, share: float, host: float | None) -> int:
+    """Bytes of the backing store: as configured, or what its place and the resident memory of its pages allow."""
+    resident = _described(spec)
     if config.kv_offload == PINNED:
         place, there = "host memory", int(free if host is None else host)
-        spared = int(share * there)
-        borne += spec.kv_bytes if host is None else 0
+        allowed = int(share * there)
+        resident += spec.kv_bytes if host is None else 0
     else:
         folder = Path(str(config.kv_offload))
         if not folder.is_dir():
@@ -108,9 +108,9 @@ def _home_bytes(config: EngineConfig, spec: CacheSpec, free: float, share: float
                 "kv_offload", f"an existing folder, or {PINNED!r} for host memory, got {str(folder)!r}"
             )
         place, there = str(folder), shutil.disk_usage(folder).free
-        spared = int(SHARE_OF_DISK * there)
+        allowed = int(SHARE_OF_DISK * there)
     if config.kv_offload_memory is None:
-        return min(spared, int(share * free) // borne * spec.kv_bytes)
+        return min(allowed, int(share * free) // resident * spec.kv_bytes)
     if config.kv_offload_memory > there:
         raise InvalidRequest(
             "kv_offload_memory",
@@ -120,9 +120,9 @@ def _home_bytes(config: EngineConfig, spec: CacheSpec, free: float, share: float
 
 
 def _pool(config: EngineConfig, spec: CacheSpec, given: int, longest: int) -> PoolSize:
-    """Half of it at most for one whole layer of the longest context, the rest for the slots of all layers.
+    """Split of the pool: at most half for one whole layer of the longest context, the rest for slots of all layers.
 
-    A chunk of a prompt always has room, and so has a page of each layer.
+    A prompt's chunk and a page of each layer always fit. Raises `InvalidRequest` naming the bytes that are needed.
     """
     layers, page = spec.num_layers, spec.num_kv_heads * spec.read_bytes
     pages, tails = given // page, config.max_num_seqs

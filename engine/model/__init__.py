@@ -1,1 +1,1 @@
-"""Loading of transformers models, and the seam through which they attend."""
+"""Loading of transformers models, with attention that calls the engine."""

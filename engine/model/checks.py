@@ -42,7 +42,7 @@ def check_calls(calls: list[AttentionCall], text: Any) -> None:
         kind is not None and (kind == "sliding_attention") != bool(call.window)
         for call, kind in zip(calls, kinds, strict=True)
     ):
-        raise Unsupported(f"{text.model_type}: its sliding layers do not tell attention their window")
+        raise Unsupported(f"{text.model_type}: its sliding layers do not pass attention their window")
 
 
 def served_length(asked: int | None, text: Any) -> int:

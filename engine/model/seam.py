@@ -1,4 +1,4 @@
-"""The seam with transformers: one attention name, registered for every model that uses its attention interface."""
+"""Attention implementation registered with transformers, for every model that uses its attention interface."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from . import key_bias
 
 NAME = "keysift"
 REFUSED = ("softcap", "s_aux", "sinks", "position_bias", "indices", "block_indices", "head_mask")
-"""Arguments that change what attention computes; a model that passes one is not served rather than served wrongly."""
+"""Arguments that change the result of attention; a model that passes one is refused rather than served wrongly."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionCall:
-    """What one layer asks of attention, seen where it asks."""
+    """Shapes and arguments of one layer's attention call."""
 
     layer: int
     num_query_heads: int
@@ -35,14 +35,14 @@ class AttentionCall:
 
 
 ALIKE = ("num_query_heads", "num_kv_heads", "head_dim", "scale")
-"""What all layers of a model must have in common."""
+"""Fields that must be equal in all layers of a model."""
 Observe = Callable[[AttentionCall], None]
 
 
 def register() -> None:
-    """Make `NAME` an attention implementation of transformers; doing it again changes nothing.
+    """Register `NAME` as an attention implementation of transformers; idempotent.
 
-    Both registries must know it: a name that only the first one knows loses its masks without a word.
+    Both registries must have it: a name in only the first one silently loses its masks.
     """
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, mask)
@@ -64,8 +64,8 @@ def attention(
 ) -> tuple[Tensor, None]:
     """query [1, Hq, T, D], key and value [1, Hkv, T, D] after rotary embedding -> ([1, T, Hq, D], None).
 
-    The model's own caller decides the arguments; `attend` and `observe` are ours and arrive through ``model(...)``.
-    Raises `Unsupported` naming whatever cannot be honoured.
+    The model's layer passes the arguments; `attend` and `observe` are the engine's and arrive through ``model(...)``.
+    Raises `Unsupported` naming arguments that cannot be honoured.
     """
     layer = _layer(module)
     _refuse(module, attention_mask, dropout, attend, others)
@@ -79,20 +79,20 @@ def attention(
 
 
 def mask(*_args: Any, config: Any, attention_mask: Tensor | None = None, **_others: Any) -> None:
-    """No mask: `Attend` knows each token's sequence and position, so causality and windows are its business."""
+    """No mask: `Attend` knows each token's sequence and position, and applies causality and windows itself."""
     if attention_mask is not None:
         raise Unsupported(f"{config.model_type}: cannot honour attention_mask; tokens are packed, there is no padding")
 
 
 def probe(model: nn.Module, device: torch.device) -> list[AttentionCall]:
-    """What every layer asks of attention, in the order of the layers' calls, from one forward pass over two tokens.
+    """Attention calls of all layers, in order, observed in one forward pass over two tokens.
 
     Raises `Unsupported` naming what cannot be honoured.
     """
     calls: list[AttentionCall] = []
     positions = torch.arange(2, device=device)  # [T]
-    spread = len({parameter.device for parameter in model.parameters()}) > 1  # an index would be on the wrong one
-    kept = 1 if spread else positions[-1:]
+    several = len({parameter.device for parameter in model.parameters()}) > 1  # an index would be on the wrong one
+    kept = 1 if several else positions[-1:]
     options = {"use_cache": False, "logits_to_keep": kept, "attend": _zeros, "observe": calls.append}
     try:
         with torch.inference_mode():
@@ -109,7 +109,7 @@ def probe(model: nn.Module, device: torch.device) -> list[AttentionCall]:
 
 
 def facts(calls: list[AttentionCall]) -> dict[str, Any]:
-    """What a `LoadedModel` says of its layers, which are alike but for windows and devices."""
+    """Fields of `LoadedModel` about its layers, which differ only in windows and devices."""
     return {
         "num_layers": len(calls),
         **{name: getattr(calls[0], name) for name in ALIKE},

@@ -1,4 +1,4 @@
-"""A rank's part of a model: transformers splits the weights by the plan that comes with the model."""
+"""Tensor-parallel parts of a model: transformers splits the weights by the plan that comes with the model."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def check_split(call: AttentionCall, text: Any, ranks: int) -> None:
 
 
 def own(parameter: Tensor) -> Tensor:
-    """This rank's part of it."""
-    to_local = getattr(parameter, "to_local", None)  # a DTensor, which one process does not even import
+    """This rank's part of a parameter."""
+    to_local = getattr(parameter, "to_local", None)  # of a DTensor, a class that one process does not import
     return parameter if to_local is None else to_local()
 
 
 def check_heads(config: EngineConfig, source: Source) -> None:
-    """Raises `InvalidRequest` where the ranks cannot have equal numbers of heads."""
+    """Raises `InvalidRequest` where the heads cannot be divided evenly among the ranks."""
     size, text = config.tensor_parallel_size, _text_config(config, source)
     queries = getattr(text, "num_attention_heads", None)
     kept = getattr(text, "num_key_value_heads", None) or queries

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a GGUF file, a hub name, or the embedded package."""
+"""Sources of a model: a folder, a GGUF file, a hub name, or the embedded package."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Source:
 
 
 def locate(model: str | None, report: Callable[[str], None]) -> Source:
-    """The source that `model` names; None is the embedded model, which may first have to be converted.
+    """Source that `model` names; None: the embedded model, which is converted at first use.
 
-    Raises `ModelNotFound` for a path that does not exist. A hub name is taken as it is.
+    Raises `ModelNotFound` for a path that does not exist. A hub name is not checked.
     """
     if model is None or model == embedded.NAME:
         return Source(embedded.NAME, str(embedded.embedded(report)))

@@ -1,4 +1,4 @@
-"""Text to tokens and back, for whole prompts and for streams."""
+"""Tokenizer and incremental detokenizer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tokenizers.decoders import DecodeStream
 from ..errors import InvalidRequest, Unsupported
 
 TAIL = 16
-"""Prompt tokens that a stream is seeded with: enough for a decoder that treats the start of a text differently."""
+"""Prompt tokens that seed a stream, for decoders that treat the start of a text differently."""
 MARK = "keysift0message"
-"""A message that no template writes of itself."""
+"""A message that no template contains."""
 
 
 class Tokenizer:
-    """A model's tokenizer and chat template. Safe to share between threads; nothing in it changes after construction.
+    """A model's tokenizer and chat template. Immutable, so that threads can share it.
 
     Raises `Unsupported` for a tokenizer that has no fast implementation.
     """
@@ -36,12 +36,12 @@ class Tokenizer:
 
     @property
     def bos_token_id(self) -> int | None:
-        """What a text begins with, if the model has such a token."""
+        """Token that begins a text; None: the model has none."""
         return self._hf.bos_token_id  # type: ignore[no-any-return]
 
     @property
     def eos_token_id(self) -> int | None:
-        """What a text ends with, if the model has such a token."""
+        """Token that ends a text; None: the model has none."""
         return self._hf.eos_token_id  # type: ignore[no-any-return]
 
     @property
@@ -49,7 +49,7 @@ class Tokenizer:
         return self._hf.chat_template  # type: ignore[no-any-return]
 
     def save(self, folder: Path) -> None:
-        """Write it down as transformers reads it."""
+        """Write the tokenizer's files, in the format of transformers."""
         self._hf.save_pretrained(folder)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -64,9 +64,9 @@ class Tokenizer:
         return self.encode(self.render(messages, add_generation_prompt), add_special_tokens=False)
 
     def around(self) -> tuple[str, str] | None:
-        """What the model's template writes before and behind a single message of a user; None: it has no template.
+        """Text of the chat template before and after a single user message; None: there is no template.
 
-        Raises `InvalidRequest` where the template does not show the message as it is.
+        Raises `InvalidRequest` where the template does not contain the message unchanged, once.
         """
         if not self._hf.chat_template:
             return None
@@ -76,7 +76,7 @@ class Tokenizer:
         return parts[0], parts[1]
 
     def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **options: Any) -> str:
-        """The text of a conversation, as `chat` lays it out; `options` are those of transformers."""
+        """Text of a conversation in the model's template; `options` are those of transformers."""
         if not self._hf.chat_template:
             raise InvalidRequest("chat", "the model has no chat template")
         try:
@@ -94,10 +94,10 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Turns a stream of tokens into text that never has to be taken back.
+    """Incremental detokenizer: turns a stream of tokens into text that is final as soon as it is returned.
 
-    What `push` returned and what `flush` returns join to the decoded text of all tokens, but for a space where bytes
-    that no text contains were skipped. `prompt` is what came before, so that a first word keeps its leading space.
+    All that `push` and `flush` return joins to the decoded text of all tokens, but for a space where bytes that are not
+    valid text were skipped. `prompt` precedes the stream, so that a first word keeps its leading space.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> None:
@@ -108,11 +108,11 @@ class Detokenizer:
         self._stream = self._start(self._context)
 
     def push(self, token_id: int) -> str:
-        """The text that is final with this token; empty while a character is incomplete."""
+        """Text that becomes final with this token; empty while a character is incomplete."""
         try:
             text = self._stream.step(self._tokenizer.backend, token_id)
         except Exception:
-            # The library rejects bytes that no text contains once they have changed the meaning of earlier ones.
+            # The library rejects invalid bytes once they have changed the meaning of earlier ones.
             return self._restart(token_id)
         self._pending.append(token_id)
         if not text:
@@ -121,7 +121,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """The text of tokens that are still waiting for the rest of a character; it never came."""
+        """Text of tokens that are held back for the rest of a character, which does not follow."""
         before, after = self._decode(self._context), self._decode([*self._context, *self._pending])
         self._context, self._pending = self._pending or self._context, []
         return after[len(before) :]
@@ -135,7 +135,7 @@ class Detokenizer:
         return DecodeStream(ids=list(prompt), skip_special_tokens=self._skip)
 
     def _whole_characters(self, prompt: Sequence[int]) -> list[int]:
-        """`prompt` without a last character that is cut: a stream seeded with one repeats the prompt's text."""
+        """`prompt` without an incomplete last character: a stream seeded with one repeats the prompt's text."""
         ids = list(prompt)
         while ids and self._decode(ids).endswith("\ufffd"):
             ids.pop()

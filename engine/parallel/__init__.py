@@ -1,6 +1,6 @@
 """Tensor parallelism: several processes share one model, each with some of its heads and their pages.
 
-The leader is the process that people started: it schedules, samples and speaks. The others follow: they hold the same
-page tables and run the same forward passes, on orders that come as plain data. Which pages a head reads is its own
-affair, so ranks only talk to each other where transformers' plan for the model adds up what they computed.
+The leader, rank 0, is the process that was started: it schedules and samples. Each follower holds the same page tables
+and runs the same forward passes, on orders that it receives as plain data. Pages are chosen per head, so ranks exchange
+tensors only where transformers' plan for the model sums their results.
 """

@@ -1,4 +1,4 @@
-"""A rank that only computes: it does to its pages what the leader did to its own, and runs the same forward passes."""
+"""Follower process: replays the leader's changes of the page tables and runs the same forward passes."""
 
 from __future__ import annotations
 
@@ -26,49 +26,51 @@ from ..model.load import load
 from .orders import Order, replay
 from .peers import Broken
 
-LOOK_S = 1.0
-"""How often to look whether the leader is still there: one that waits inside of a GPU's library is told by nobody."""
+POLL_S = 1.0
+"""Seconds between checks for the leader's end, which a follower that waits inside of a GPU library does not notice."""
 
 
 def main(descriptor: int, rank: int, size: int, rendezvous: Path) -> int:
-    """Follow until the leader ends; the exit status."""
+    """Run until the leader ends. Returns the exit status."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the leader, which may have requests to finish
-    Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the leader says it
+    Thread(target=_exit_after, args=(os.getppid(),), daemon=True).start()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # the leader reports it
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     pipe = Connection(descriptor)
     try:
         config, device = pipe.recv()
-        pipe.send("here")
+        pipe.send("ready")
         group.join(rank, size, rendezvous, device)
         _follow(pipe, config)
         group.leave()
     except EOFError:
-        _tidy_up(rendezvous)
+        _remove_rendezvous(rendezvous)
         return 0
     except BaseException as error:
         try:
             pipe.send(Broken(f"{type(error).__name__}: {error}"))
             traceback.print_exc()
         except OSError:
-            _tidy_up(rendezvous)
+            _remove_rendezvous(rendezvous)
         return 1
     return 0
 
 
-def _tidy_up(rendezvous: Path) -> None:
-    """What the leader would have done, had it not ended without a word."""
+def _remove_rendezvous(rendezvous: Path) -> None:
+    """Remove the folder of the rendezvous file after the leader ended without doing so."""
     shutil.rmtree(rendezvous.parent, ignore_errors=True)
 
 
-def _end_with(leader: int) -> None:
+def _exit_after(leader: int) -> None:
+    """End this process once its parent, the leader, has ended."""
     while os.getppid() == leader:
-        time.sleep(LOOK_S)
+        time.sleep(POLL_S)
     os._exit(1)
 
 
 def _follow(pipe: Connection, config: EngineConfig) -> None:
+    """Load this rank's part of the model, then execute orders until None arrives."""
     model = load(config, _quiet)
     cache = make_cache(config, model, _quiet)
     runner = Runner(model, cache, config)
@@ -77,7 +79,7 @@ def _follow(pipe: Connection, config: EngineConfig) -> None:
 
 
 def _execute(runner: Runner, cache: PagedCache, order: Order) -> StepResult:
-    """Do what is ordered; what this rank's heads read, no tokens with it."""
+    """Execute an order. Returns the statistics of this rank's heads, without sampled tokens."""
     replay(cache, order)
     before = cache.tier.traffic
     _, telemetry = runner.compute(order.work, torch.tensor(order.last, dtype=torch.int64, device=cache.device))
@@ -85,7 +87,7 @@ def _execute(runner: Runner, cache: PagedCache, order: Order) -> StepResult:
 
 
 def _quiet(message: str) -> None:
-    """The leader says it."""
+    """Drop a progress message, which the leader reports."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who runs the model: this process alone, or several with this one as their leader."""
+"""Groups of ranks: a single process, or a leader that starts and drives followers."""
 
 from __future__ import annotations
 
@@ -40,46 +40,47 @@ Report = Callable[[str], None]
 
 
 class RankGroup:
-    """This process alone."""
+    """A single process, without followers."""
 
     cache_type: type[PagedCache] = PagedCache
 
     @contextmanager
     def failure_scope(self) -> Iterator[None]:
-        """Around what all ranks do together: what goes wrong inside ends them all, and is told as `RankFailed`."""
+        """Scope of work that involves all ranks: an error inside ends them all and is raised as `RankFailed`."""
         yield
 
     def runner(self, config: EngineConfig, model: LoadedModel, cache: PagedCache) -> Runner:
+        """The runner of forward passes on all ranks."""
         runner = Runner(model, cache, config)
         if config.cuda_graphs:
             runner.record(CudaRecorder(cache.device))
         return runner
 
-    def watch(self, hear: Callable[[KeysiftError], None]) -> None:
-        """Has `hear` called, on some other thread, should a rank end while nobody asks it for anything."""
+    def watch(self, on_failure: Callable[[KeysiftError], None]) -> None:
+        """Call `on_failure`, on another thread, if a rank ends outside of a forward pass."""
 
     def close(self) -> None:
         """End the other ranks."""
 
 
 class Leader(RankGroup):
-    """This process as rank 0, and the others, which it has started."""
+    """Rank 0, which starts the followers and drives them."""
 
     cache_type = RecordedCache
 
     def __init__(self, config: EngineConfig, device: str) -> None:
-        """Starts the others, which begin to load the model, and meets them."""
+        """Start the followers, which begin to load the model, and join the process group with them."""
         size, folder = config.tensor_parallel_size, Path(tempfile.mkdtemp(prefix="keysift-"))
         self._failure: KeysiftError | None = None
         self._pending = False
         self._peers: list[Peer] = []
         self._end = weakref.finalize(self, _end, self._peers, folder)
         with self.failure_scope():
-            self._peers += [Peer(rank, size, folder / "meeting") for rank in range(1, size)]
+            self._peers += [Peer(rank, size, folder / "rendezvous") for rank in range(1, size)]
             self._send((config, device))
             for peer in self._peers:
-                peer.receive()  # it is there: whoever waits for it from here on will not wait in vain
-            group.join(0, size, folder / "meeting", device)
+                peer.receive()  # ready, so that joining does not wait for a rank that never started
+            group.join(0, size, folder / "rendezvous", device)
 
     @contextmanager
     def failure_scope(self) -> Iterator[None]:
@@ -94,19 +95,19 @@ class Leader(RankGroup):
             failure = self._poll_failure() or RankFailed(f"rank 0 has failed: {type(error).__name__}: {error}")
             self._fail(failure)
             raise failure from error
-        except BaseException:  # interrupted, maybe in the middle of an exchange with the others
+        except BaseException:  # interrupted, maybe while ranks exchange tensors
             self._fail(RankFailed("rank 0 was interrupted"))
             raise
 
     def _fail(self, failure: KeysiftError) -> None:
-        """Nothing can go on, and whoever waits in the middle of something would wait for ever."""
+        """End all ranks: those inside of an exchange would wait for ever."""
         self._failure = failure
         for peer in self._peers:
             peer.kill()
         self.close()
 
     def _poll_failure(self) -> RankFailed | None:
-        """The first failure that a follower tells about, or shows by its end; a moment may pass until it does."""
+        """First failure that a follower reports, or shows by its end, within a grace period."""
         waits = (0.0, GRACE_S / len(self._peers)) if self._peers else ()
         found = (peer.poll_failure(wait_s) for wait_s in waits for peer in self._peers)
         return next((failure for failure in found if failure is not None), None)
@@ -115,20 +116,20 @@ class Leader(RankGroup):
         assert isinstance(cache, RecordedCache)
         return LeadingRunner(self, model, cache, config)
 
-    def watch(self, hear: Callable[[KeysiftError], None]) -> None:
+    def watch(self, on_failure: Callable[[KeysiftError], None]) -> None:
         for peer in self._peers:
-            peer.watch(hear)
+            peer.watch(on_failure)
 
     def dispatch(self, order: Order) -> None:
-        """Have the others run a forward pass; this process must run it too."""
+        """Send a forward pass to all followers; this process must run it too."""
         self.results()
         self._send(order)
         self._pending = True
 
     def results(self) -> list[StepResult]:
-        """What the others found in the last forward pass, if nobody has asked for that yet."""
-        owed, self._pending = self._pending, False
-        return [peer.receive() for peer in self._peers] if owed else []
+        """Results of the followers' last forward pass; empty if they were taken before."""
+        pending, self._pending = self._pending, False
+        return [peer.receive() for peer in self._peers] if pending else []
 
     def _send(self, message: Any) -> None:
         for peer in self._peers:
@@ -139,7 +140,7 @@ class Leader(RankGroup):
 
 
 class LeadingRunner(Runner):
-    """Has every other rank run what this one runs. Only this one samples, so that all have the same tokens."""
+    """Runner whose forward passes run on all ranks. Only the leader samples, so that all have the same tokens."""
 
     def __init__(self, group: Leader, model: LoadedModel, cache: RecordedCache, config: EngineConfig) -> None:
         super().__init__(model, cache, config)
@@ -147,7 +148,7 @@ class LeadingRunner(Runner):
         self._record = cache
 
     def run(self, batch: Batch, states: Sequence[SamplerState]) -> StepResult:
-        """As for one process. Raises `RankFailed` where any rank could not do its part: then none can go on."""
+        """As `Runner.run`. Raises `RankFailed` if any rank fails, which ends them all."""
         with self._group.failure_scope():
             own = super().run(batch, states)
             return merge_ranks([own, *self._group.results()])
@@ -158,17 +159,18 @@ class LeadingRunner(Runner):
 
 
 def _end(peers: list[Peer], folder: Path) -> None:
+    """End the followers, leave the process group and remove its folder."""
     for peer in peers:
         peer.request_stop()
-    last = time.monotonic() + GRACE_S  # for all of them together: a server waits no longer for many than for one
+    deadline = time.monotonic() + GRACE_S  # of all together: many take no longer to end than one
     for peer in peers:
-        peer.end(max(last - time.monotonic(), 0.0))
+        peer.end(max(deadline - time.monotonic(), 0.0))
     group.leave()
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def assemble(config: EngineConfig, report: Report) -> RankGroup:
-    """The team that `config` asks for. Raises `InvalidRequest` naming what several processes cannot have or do."""
+    """The group of ranks that `config` names. Raises `InvalidRequest` naming what several processes cannot have."""
     if config.tensor_parallel_size == 1:
         return RankGroup()
     device = choose_device(config.device)

@@ -1,4 +1,4 @@
-"""What all heads together read and kept, from what each rank's did. Every rank has the same number of heads."""
+"""Merge of the ranks' step results into one of all heads. Every rank has the same number of heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def merge_ranks(ranks: Sequence[StepResult]) -> StepResult:
-    """One step's result from those of all ranks, that of the leader, which has sampled, first."""
+    """Result of a step from those of all ranks, the leader's first, which has the sampled tokens."""
     return StepResult(
         sampled=ranks[0].sampled,
         reads=_each(_reads, [rank.reads for rank in ranks]),
@@ -26,7 +26,7 @@ def merge_ranks(ranks: Sequence[StepResult]) -> StepResult:
 
 
 def _each(join: Callable[[Sequence[T]], T], ranks: Sequence[Sequence[T]]) -> list[T]:
-    """Joins what the ranks say of each sequence."""
+    """Join the ranks' statistics of each sequence."""
     return [join(parts) for parts in zip(*ranks, strict=True)]
 
 

@@ -1,4 +1,4 @@
-"""What the leader tells its followers: changes of the page tables, and forward passes."""
+"""Orders of the leader to its followers: changes of the page tables, and forward passes."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from keysift.kvcache.index import IndexSpec
 from ..execution.forward import ForwardInput
 
 Change = tuple[str, tuple[Any, ...]]
-"""A method of `PagedCache`, and what it was called with."""
+"""Name of a method of `PagedCache`, and its arguments."""
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One forward pass, and what happened to the page tables since the one before."""
+    """One forward pass, and the changes of the page tables since the one before."""
 
     changes: list[Change]
     free_pages: int
-    """After the changes; a follower that counts otherwise has gone astray."""
+    """Free pages after the changes, as a check of the follower's page tables."""
     work: ForwardInput
     last: list[int]
-    """Indices of the tokens whose successors are asked for."""
+    """Indices of the packed tokens after which logits are needed."""
 
 
 class RecordedCache(PagedCache):
-    """Keeps a record of all that changes its page tables, so that others can do the same."""
+    """Paged cache that records all changes of its page tables, for `replay` on other ranks."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._changes: list[Change] = []
 
     def take_changes(self) -> list[Change]:
-        """Those since the last call, in order."""
+        """Changes since the last call, in order."""
         changes, self._changes = self._changes, []
         return changes
 
@@ -56,7 +56,7 @@ class RecordedCache(PagedCache):
         before = self.free_pages
         try:
             super().reserve(sequence, tokens)
-        finally:  # where there was no memory for the table, the pages are the sequence's until it is released
+        finally:  # after an error the sequence may own the pages until it is released
             if self.free_pages != before:
                 self._note("reserve", sequence, tokens)
 
@@ -76,20 +76,20 @@ class RecordedCache(PagedCache):
         super().withdraw(sequence)
         self._note("withdraw", sequence)
 
-    def index(self, which: IndexSpec) -> PageIndex:
-        known = which in self._indexes
-        index = super().index(which)
+    def index(self, spec: IndexSpec) -> PageIndex:
+        known = spec in self._indexes
+        index = super().index(spec)
         if not known:
-            self._note("index", which)
+            self._note("index", spec)
         return index
 
-    def retire(self, which: IndexSpec) -> None:
-        super().retire(which)
-        self._note("retire", which)
+    def retire(self, spec: IndexSpec) -> None:
+        super().retire(spec)
+        self._note("retire", spec)
 
 
 def replay(cache: PagedCache, order: Order) -> None:
-    """Change the page tables as the leader did. Raises `RuntimeError` where they come out otherwise."""
+    """Apply the leader's changes to the page tables. Raises `RuntimeError` where the result differs."""
     for name, arguments in order.changes:
         getattr(cache, name)(*arguments)
     if cache.free_pages != order.free_pages:

@@ -1,4 +1,4 @@
-"""The other processes of a team, as its leader knows them."""
+"""Follower processes, seen from the leader: start, messages, failure and end."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from ..errors import KeysiftError
 
 FOLLOWER = "keysift.engine.parallel.follower"
 GRACE_S = 5.0
-"""What a follower gets to end by itself, or to tell why it has failed."""
+"""Seconds for a follower to end by itself, or to report a failure."""
 
 
 class RankFailed(KeysiftError):
-    """One of the processes that share a model cannot go on, so none of them can."""
+    """A rank cannot continue, so none of those that share the model can."""
 
 
 @dataclass(frozen=True, slots=True)
 class Broken:
-    """A follower's last words."""
+    """Last message of a follower that failed."""
 
     text: str
 
 
 class Peer:
-    """One follower. Plain data goes both ways through a pipe that nobody else can reach, and that ends with either."""
+    """One follower process, connected by a pipe that is private to the two and ends with either."""
 
     def __init__(self, rank: int, size: int, rendezvous: Path) -> None:
-        """Start it. It meets the other ranks in the file `rendezvous`."""
+        """Start the process, which joins the other ranks in the file `rendezvous`."""
         self.name = f"rank {rank} of {size}"
-        self._ended = False
+        self._stopping = False
         self._pipe, theirs = Pipe()
         command = [sys.executable, "-m", FOLLOWER, *map(str, (theirs.fileno(), rank, size, rendezvous))]
         self._process = subprocess.Popen(
@@ -46,11 +46,11 @@ class Peer:
         theirs.close()
 
     def send(self, message: Any) -> None:
-        """Raises `OSError` where it is not there any more."""
+        """Send a message. Raises `OSError` if the process has ended."""
         self._pipe.send(message)
 
     def receive(self) -> Any:
-        """Its next message. Raises `RankFailed` where that tells of its end, or it ends without one."""
+        """Next message. Raises `RankFailed` if that reports a failure, or the process ends without one."""
         try:
             message = self._pipe.recv()
         except (EOFError, OSError):
@@ -60,7 +60,7 @@ class Peer:
         return message
 
     def poll_failure(self, wait_s: float = 0.0) -> RankFailed | None:
-        """Why it cannot go on, if it tells so, or ends, within some seconds."""
+        """Failure that the process reports, or shows by its end, within `wait_s` seconds."""
         with suppress(EOFError, OSError):
             while self._pipe.poll(wait_s):
                 if isinstance(message := self._pipe.recv(), Broken):
@@ -69,32 +69,33 @@ class Peer:
         return self.death()
 
     def death(self) -> RankFailed:
-        """Its pipe has ended, so it has, or is about to."""
+        """Error of a process whose pipe has ended."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(GRACE_S)
-        return RankFailed(f"{self.name} has ended without a word (exit status {self._process.poll()})")
+        return RankFailed(f"{self.name} has ended without a message (exit status {self._process.poll()})")
 
-    def watch(self, hear: Callable[[RankFailed], None]) -> None:
-        """Has `hear` called, on a thread of its own, should it end before `end`."""
-        Thread(target=self._watch, args=(hear,), name=f"keysift-{self.name}", daemon=True).start()
+    def watch(self, on_failure: Callable[[RankFailed], None]) -> None:
+        """Call `on_failure`, on a thread of its own, if the process ends before `request_stop`."""
+        Thread(target=self._watch, args=(on_failure,), name=f"keysift-{self.name}", daemon=True).start()
 
-    def _watch(self, hear: Callable[[RankFailed], None]) -> None:
+    def _watch(self, on_failure: Callable[[RankFailed], None]) -> None:
         status = self._process.wait()
-        if not self._ended:
-            hear(RankFailed(f"{self.name} has ended (exit status {status})"))
+        if not self._stopping:
+            on_failure(RankFailed(f"{self.name} has ended (exit status {status})"))
 
     def request_stop(self) -> None:
-        """Have it end once it has nothing else to do."""
-        self._ended = True
+        """Ask the process to end after its current order."""
+        self._stopping = True
         with suppress(OSError):
             self._pipe.send(None)
 
     def kill(self) -> None:
-        self._ended = True
+        """End the process now."""
+        self._stopping = True
         self._process.kill()
 
     def end(self, wait_s: float) -> None:
-        """Wait for its end so many seconds, and bring it about in the last resort."""
+        """Wait `wait_s` seconds for the process to end, then kill it."""
         try:
             self._process.wait(wait_s)
         except subprocess.TimeoutExpired:
@@ -104,5 +105,5 @@ class Peer:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, with all that it can import from: strategies may be a script's own."""
+    """Environment of this process, with its import path: a strategy may be defined in a script's folder."""
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

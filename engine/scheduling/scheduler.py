@@ -1,4 +1,4 @@
-"""Who runs next. Host integers only."""
+"""Continuous batching: the choice of each step's batch. Host integers only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's work: a chunk of one prompt, or one token of every sequence that decodes under one strategy."""
+    """Work of one step: a chunk of one prompt, or one token of every sequence that decodes under one strategy."""
 
     phase: Phase
     strategy: Strategy
@@ -25,18 +25,18 @@ class Batch:
 
     @property
     def sampled(self) -> tuple[Sequence, ...]:
-        """Sequences whose last known token is in this batch, so that it yields a new one."""
+        """Sequences whose last known token is in this batch, so that the step yields a new one."""
         pairs = zip(self.sequences, self.spans, strict=True)
         return tuple(sequence for sequence, span in pairs if span.stop == len(sequence.tokens))
 
     @property
     def title(self) -> str:
-        """What it does, in words."""
+        """Description for error messages."""
         tokens, longest = sum(span.length for span in self.spans), max(span.stop for span in self.spans)
         return f"a {self.phase.value} step of {tokens} tokens, the longest context {longest}"
 
     def alone(self) -> list[Batch]:
-        """The same work, one sequence at a time."""
+        """The same work as batches of one sequence each."""
         pairs = zip(self.sequences, self.spans, strict=True)
         return [Batch(self.phase, self.strategy, (sequence,), (span,)) for sequence, span in pairs]
 
@@ -44,12 +44,12 @@ class Batch:
 class Scheduler:
     """Continuous batching over a paged cache.
 
-    Prompt chunks and decode steps take turns, so neither starves the other; among unfinished prompts the oldest and the
-    shortest take turns. When pages run out while decoding, the sequence that would run last gives its pages back and is
-    computed again later.
+    Prompt chunks and decode steps alternate, so neither starves the other; among unfinished prompts the oldest and the
+    shortest alternate. When pages run out while decoding, the sequence of lowest priority is preempted: it frees its
+    pages and is computed again later.
 
-    A prompt runs in chunks of the same tokens under the same strategy, however much of it was there already and
-    however often it was preempted; unless it is dense, for then it does not matter how it is cut.
+    A sparse prompt is always cut into the same chunks under the same strategy, however much of it was cached and
+    however often it was preempted. For a dense prompt the cut does not matter.
     """
 
     def __init__(self, cache: PagedCache, *, max_running: int, chunk: int, queries_per_row: int) -> None:
@@ -67,13 +67,14 @@ class Scheduler:
         self._last_strategy: Strategy | None = None
 
     def add(self, sequence: Sequence) -> None:
+        """Queue a sequence, new or preempted."""
         self._serial += 1
         sequence.serial = sequence.serial or self._serial
         self.waiting.append(sequence)
         self.waiting.sort(key=lambda waiting: waiting.order)
 
     def finish(self, sequence: Sequence) -> None:
-        """Forget the sequence, wherever it is, and give its pages back."""
+        """Remove the sequence, running or waiting, and free its pages."""
         if sequence in self.running:
             self.running.remove(sequence)
             self._release(sequence)
@@ -81,19 +82,19 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def fail(self, sequence: Sequence, failure: Failure) -> None:
-        """Forget a sequence that cannot go on; nobody shall begin with its pages if those may be spoilt."""
+        """Remove a sequence that cannot continue; pages that may be corrupt leave the prefix cache."""
         if failure.lost and sequence.handle is not None:
             self._cache.withdraw(sequence.handle)
         self.finish(sequence)
         self._failed.append((sequence, failure))
 
     def take_failed(self) -> list[tuple[Sequence, Failure]]:
-        """The sequences that have failed since the last call, and why."""
+        """Sequences that failed since the last call, each with its failure."""
         failed, self._failed = self._failed, []
         return failed
 
     def next_batch(self) -> Batch | None:
-        """The next step's work, its pages reserved; None when nobody can run now."""
+        """Work of the next step, its pages reserved; None when nothing can run now."""
         self._admit()
         prefill = [sequence for sequence in self.running if sequence.phase is Phase.PREFILL]
         decode = [sequence for sequence in self.running if sequence.phase is Phase.DECODE]
@@ -102,7 +103,7 @@ class Scheduler:
         return self._decode_batch(decode) if decode else None
 
     def commit(self, batch: Batch, tokens: SequenceOf[int]) -> None:
-        """Take in a finished step: what it computed, and a new token for each of `batch.sampled`."""
+        """Record a finished step: the tokens that it computed, and a new one for each of `batch.sampled`."""
         now = time.monotonic()
         sampled = batch.sampled
         for sequence, span in zip(batch.sequences, batch.spans, strict=True):
@@ -117,10 +118,10 @@ class Scheduler:
             if self._attempt(self._admit_one, first):
                 self.running.append(self.waiting.pop(0))
             elif first in self.waiting:
-                break  # it has to wait, so all behind it do
+                break  # the first has to wait, so all after it do
 
     def _attempt(self, work: Callable[[Sequence], bool], sequence: Sequence) -> bool:
-        """What `work` says of the sequence; False too where it fails on it, and then the sequence is forgotten."""
+        """Result of `work` on the sequence; False after a failure, which removes the sequence."""
         try:
             return work(sequence)
         except Exception as error:
@@ -131,7 +132,7 @@ class Scheduler:
         return False
 
     def _admit_one(self, sequence: Sequence) -> bool:
-        """Open the sequence with the prefix that is cached and pages for all its known tokens and one more."""
+        """Open the sequence with its cached prefix, and reserve pages for all its known tokens and one more."""
         spec, known = self._cache.spec, len(sequence.tokens)
         shared = self._cache.prefix.match(sequence.page_keys()[: self._reusable(sequence)])
         grain = (self._align if sequence.dense else self._chunk) // spec.page_size
@@ -149,15 +150,15 @@ class Scheduler:
         return True
 
     def _reusable(self, sequence: Sequence) -> int:
-        """Pages of a prefix that may be reused: the last token must run to yield its successor."""
+        """Cached pages that the sequence may reuse: its last token must run to yield the next."""
         known = len(sequence.tokens)
         return min(self._shareable(sequence, known), known - 1) // self._cache.spec.page_size
 
     def _shareable(self, sequence: Sequence, tokens: int) -> int:
-        """So many of the first `tokens` as hold what every prompt computes that begins with them.
+        """Tokens, of the first `tokens`, whose keys and values are those of every prompt that begins with them.
 
-        Where pages are chosen, what a token holds may follow from all of its chunk, and from whether the prompt ends
-        near: whole chunks only, and none with rows that are treated as the prompt's end.
+        Under a sparse strategy they depend on the whole chunk and on a near end of the prompt: only whole chunks count,
+        without rows that are treated as the prompt's end.
         """
         if sequence.dense:
             return tokens
@@ -195,16 +196,16 @@ class Scheduler:
         return Batch(phase, strategy, tuple(sequences), spans)
 
     def _effective(self, sequence: Sequence, phase: Phase, queries: int = 1) -> Strategy:
-        """What runs next, noted down: whether the strategy got to choose or not."""
+        """Strategy of the next step: the sequence's own or dense. Records which of them in the sequence."""
         chosen = sequence.runs(phase, queries)
         if chosen == sequence.strategy.part(phase):
             sequence.chose.add(phase)
-        elif phase is Phase.DECODE or sequence.dense:  # a short chunk at the end of a long prompt is no fallback
+        elif phase is Phase.DECODE or sequence.dense:  # a short last chunk of a long prompt is no fallback
             sequence.fell_back.add(phase)
         return chosen
 
     def _reserve_next(self, sequence: Sequence) -> bool:
-        """A page for the sequence's next token, taken from whoever would run last if need be."""
+        """Reserve a page for the sequence's next token, preempting those of lowest priority, maybe itself."""
         while sequence.handle is not None:
             try:
                 self._cache.reserve(sequence.handle, len(sequence.tokens))
@@ -226,7 +227,7 @@ class Scheduler:
         sequence.handle = None
 
     def _keep(self, sequence: Sequence) -> None:
-        """Offer the pages that have become full to the prefix cache, as far as others may share them."""
+        """Add pages that became full to the prefix cache, as far as other sequences may share them."""
         full = self._shareable(sequence, sequence.computed) // self._cache.spec.page_size
         if full > sequence.kept:
             self._cache.keep(_handle(sequence), sequence.page_keys()[sequence.kept : full], sequence.kept)

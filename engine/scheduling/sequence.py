@@ -1,4 +1,4 @@
-"""A request while it runs. Host values only."""
+"""State of a running request. Host values only."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from ..request import PrefillProgress, PromptInfo, Request, Sparsity, Timings, U
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Tokens of one request, how many of them are in the cache, and when what happened."""
+    """Tokens of one request, its progress in the cache, and its timestamps and statistics."""
 
     request: Request
     strategy: Strategy
     max_new_tokens: int
-    """The request's own limit or what the model's length leaves, whichever is less."""
+    """The request's own limit or what `max_model_len` leaves, whichever is less."""
     keys: PageKeys | None = None
-    """Names of its pages in the prefix cache; None: it neither uses nor feeds that cache."""
+    """Keys of its pages in the prefix cache; None: it neither reads nor fills that cache."""
     prompt_strategy: Strategy = field(init=False)
-    """What its prompt runs under, taken as a whole; where that is dense, each of its chunks is."""
+    """Strategy of the whole prompt; where it is dense, so is every chunk."""
     serial: int = 0
-    """Tells requests apart that arrived at the same time."""
+    """Orders requests that arrived at the same time."""
     tokens: list[int] = field(default_factory=list)
     handle: int | None = None
-    """Its number in the cache while it holds pages."""
+    """Number of the sequence in the cache while it holds pages."""
     computed: int = 0
     """Tokens whose keys and values are in the cache."""
     cached: int = 0
-    """Prompt tokens that were there when it was first admitted."""
+    """Prompt tokens that the prefix cache held at the first admission."""
     kept: int = 0
-    """Full pages offered to the prefix cache."""
+    """Full pages added to the prefix cache."""
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -42,12 +42,12 @@ class Sequence:
     traffic: dict[Phase, Traffic] = field(default_factory=lambda: dict.fromkeys(Phase, Traffic()))
     locality: Locality = field(default_factory=Locality)
     chose: set[Phase] = field(default_factory=set)
-    """Phases in which the strategy has chosen pages."""
+    """Phases in which the strategy chose pages."""
     fell_back: set[Phase] = field(default_factory=set)
-    """Phases in which some step ran dense because choosing was not worth it."""
+    """Phases with a step that ran dense because choosing was not worth it."""
     preemptions: int = 0
     reported: int = -1
-    """Prompt tokens of the last progress report; -1: nothing was reported yet."""
+    """Prompt tokens of the last progress report; -1: none yet."""
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
@@ -63,15 +63,15 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Known tokens that are not in the cache yet: 1 while decoding."""
+        """Known tokens that are not in the cache yet; 1 while decoding."""
         return len(self.tokens) - self.computed
 
     @property
     def in_chunks(self) -> int:
-        """Tokens that are computed in chunks: those of the prompt, the others one by one.
+        """Tokens that are computed in chunks: those of the prompt; the others are decoded one by one.
 
-        After a preemption generated tokens may come in chunks too, if everything was read the first time; otherwise
-        they are decoded once more, so that they find what they found.
+        After a preemption generated tokens are in chunks too, if all attention was exact; otherwise they are decoded
+        again, so that they read the same pages.
         """
         return len(self.tokens) if self.exact else self.prompt_len
 
@@ -82,42 +82,43 @@ class Sequence:
 
     @property
     def order(self) -> tuple[int, float, int]:
-        """Who runs first: smaller is earlier."""
+        """Sort key of scheduling: smaller runs first."""
         return self.request.priority, self.request.arrival, self.serial
 
     @property
     def dense(self) -> bool:
-        """Its prompt reads everything, however it is cut into chunks."""
+        """The prompt reads its whole context, however it is cut into chunks."""
         return isinstance(self.prompt_strategy, Dense)
 
     @property
     def exact(self) -> bool:
-        """Its prompt is dense, and every token so far has read all of its context and left nothing to the next."""
+        """The prompt is dense, and every token so far read its whole context and left no state to the next."""
         if Phase.DECODE in self.chose and self.strategy.remembers:
             return False
         return self.dense and all(reads.chosen == reads.possible for reads in self.reads.values())
 
     def runs(self, phase: Phase, queries: int) -> Strategy:
-        """What the next tokens run under: the strategy's part for the phase, or dense where choosing is not worth it.
+        """Strategy of the next tokens: the part for the phase, or dense where choosing is not worth it.
 
-        What follows a dense prompt in chunks is dense as well, however long it has grown: it was the first time.
+        All chunks after a dense prompt are dense too, however long the sequence has grown: so they were before a
+        preemption.
         """
         if phase is Phase.PREFILL and self.dense:
             return self.prompt_strategy
         return self.strategy.at(phase, self.computed + queries, queries)
 
     def page_keys(self) -> list[bytes]:
-        """Keys of the known full pages that others may share; the scheduler holds back some of a sparse prompt's.
+        """Keys of the full pages that other sequences may share; the scheduler uses fewer for a sparse prompt.
 
-        Pages of generated tokens are among them only while everything is exact: a prompt with the same tokens would
-        otherwise get other content than its own prefill yields.
+        Pages of generated tokens are included only while all attention is exact: otherwise a prompt of the same tokens
+        would get other content than its own prefill yields.
         """
         if self.keys is None:
             return []
         return self.keys.upto(self.tokens if self.exact else self.request.prompt)
 
     def start(self, now: float) -> None:
-        """The first step begins."""
+        """Record the start of a step; only the first one counts."""
         if self.started is None:
             self.started = now
             self.cached = self.computed
@@ -153,13 +154,13 @@ class Sequence:
         )
 
     def sparsity(self) -> Sparsity:
-        """What was read and kept. Coverage is that of the phases in which the strategy chose.
+        """Statistics of the attention. Coverage is that of the phases in which the strategy chose pages.
 
-        Within such a phase the steps and layers that ran dense count as 1: they are part of what its tokens kept. A
-        phase that was dense throughout is left out, so that many generated tokens cannot hide what their prompt lost.
+        Within such a phase, steps and layers that ran dense count as 1. A phase that was dense throughout is left out,
+        so that many generated tokens cannot hide the loss of their prompt.
         """
         prefill, decode = self.reads[Phase.PREFILL], self.reads[Phase.DECODE]
-        moved, at_tokens = self.traffic[Phase.PREFILL], self.traffic[Phase.DECODE]
+        prefill_traffic, decode_traffic = self.traffic[Phase.PREFILL], self.traffic[Phase.DECODE]
         chose = sum((coverage for coverage in self.coverage.values() if coverage.chose), Coverage())
         return Sparsity(
             strategy=self.strategy.name,
@@ -168,15 +169,15 @@ class Sequence:
             coverage=chose.mean,
             dense_fallback=bool(self.fell_back - self.chose),
             kv_bytes_read=prefill.bytes + decode.bytes,
-            kv_bytes_moved=moved.fetched + at_tokens.fetched,
+            kv_bytes_moved=prefill_traffic.fetched + decode_traffic.fetched,
             coverage_min=chose.least,
             widened=chose.widened_share,
             estimated=chose.estimated_share,
             dropped_bound=chose.dropped_bound,
-            kv_bytes_written=moved.written + at_tokens.written,
-            decode_bytes_moved=at_tokens.fetched,
-            kv_hits=at_tokens.hits,
-            kv_misses=at_tokens.misses,
+            kv_bytes_written=prefill_traffic.written + decode_traffic.written,
+            decode_bytes_moved=decode_traffic.fetched,
+            kv_hits=decode_traffic.hits,
+            kv_misses=decode_traffic.misses,
             kv_overlap=self.locality.mean_overlap,
             bound_exceeded=self.locality.bound_exceeded_share,
         )

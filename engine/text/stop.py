@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Finds the stop string that completes first, however the text is cut into pieces.
+    """Matcher of stop strings in one text that comes in pieces: the string that completes first ends it.
 
     Of two that complete at the same character the longer one counts. Text is held back only while it may still become
-    part of a stop string. One instance follows one text.
+    part of a stop string.
     """
 
     def __init__(self, strings: Sequence[str], include: bool = False) -> None:
@@ -18,7 +18,7 @@ class StopStrings:
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None]:
-        """The text that may go out now, and the stop string found; after one is found, nothing more may be pushed."""
+        """Text that is final now, and the stop string that ended it, if any: nothing may be pushed after that."""
         seen = self._held + text
         for end, character in enumerate(text, start=len(self._held) + 1):
             if matched := self._advance(character):
@@ -29,7 +29,7 @@ class StopStrings:
         return seen[:free], None
 
     def flush(self) -> str:
-        """The text held back, final now that no more will come."""
+        """Text that was held back, final once no more follows."""
         held, self._held = self._held, ""
         return held
 
@@ -39,7 +39,7 @@ class StopStrings:
 
 
 class _Pattern:
-    """How much of one string the text so far ends with (Knuth, Morris, Pratt 1977)."""
+    """Length of one string's prefix that the text so far ends with (Knuth, Morris, Pratt 1977)."""
 
     def __init__(self, text: str) -> None:
         self.text = text

@@ -1,4 +1,4 @@
-"""From a request's tokens to the text that may go out."""
+"""Text of a request, built from its tokens as far as it is final."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from .stop import StopStrings
 
 
 class Transcript:
-    """Text of one request: never half a character, never a part of a stop string, and where it ends."""
+    """Text of one request: whole characters only, without stop strings, up to the token that ends it."""
 
     def __init__(self, detokenizer: Detokenizer, params: SamplingParams, eos_token_ids: frozenset[int]) -> None:
         self.matched: str | int | None = None
-        """What ended the text."""
+        """Stop string or token id that ended the text."""
         self._detokenizer = detokenizer
         self._stops = StopStrings(params.stop_strings, params.include_stop_strings)
         self._ends = params.endings(eos_token_ids)
@@ -20,7 +20,7 @@ class Transcript:
         self._count = 0
 
     def push(self, token: int) -> str:
-        """The text that is final with this token."""
+        """Text that becomes final with this token."""
         self._count += 1
         if self._count > self._min_new_tokens and token in self._ends:
             self.matched = token
@@ -28,7 +28,7 @@ class Transcript:
         return self._push_text(self._detokenizer.push(token))
 
     def flush(self) -> str:
-        """What was held back, when no token follows."""
+        """Text that was held back, once no token follows."""
         rest = self._detokenizer.flush()
         return self._stops.flush() + rest if self.matched is not None else self._push_text(rest) + self._stops.flush()
 

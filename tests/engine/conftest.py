@@ -1,4 +1,4 @@
-"""Model folders for the engine's tests, and a plain dense attention to hold them against."""
+"""Model folders for the engine's tests, and a plain dense attention as reference."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def attend_densely(model: LoadedModel, sequences: Tensor, positions: Tensor) -> 
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         groups = model.num_query_heads // model.num_kv_heads
-        behind = positions[:, None] - positions[None]  # [T, T]
-        seen = (sequences[:, None] == sequences[None]) & (behind >= 0)
+        distance = positions[:, None] - positions[None]  # [T, T]
+        seen = (sequences[:, None] == sequences[None]) & (distance >= 0)
         if window := model.windows[layer]:
-            seen &= behind < window
+            seen &= distance < window
         scores = torch.einsum("thd,shd->hts", q, k.repeat_interleave(groups, 1)).float() * model.scale
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype)
         return torch.einsum("hts,shd->thd", weights, v.repeat_interleave(groups, 1))
@@ -62,7 +62,7 @@ def tiny_llama(write_model: Callable[[PreTrainedConfig], Path]) -> Path:
 
 @pytest.fixture
 def make(tiny_llama: Path) -> Iterator[Make]:
-    """Builds engines over the tiny model. Whatever a test does, once they are drained all their pages are free."""
+    """Builds engines over the tiny model, and checks after the test that drained engines have all pages free."""
     engines: list[Engine] = []
 
     def build(**config: Any) -> Engine:

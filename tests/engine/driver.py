@@ -1,4 +1,4 @@
-"""Driving an engine by hand, as its tests do."""
+"""Steps, requests and outputs of an engine, for tests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def finish_of(outputs: list[Output], request_id: str) -> Finish:
 
 
 def keys_and_values(engine: Engine, request_id: str) -> Tensor:
-    """[2, L, n, Hkv, D], what the cache holds of a running request's prompt of n tokens."""
+    """Keys and values [2, L, n, Hkv, D] in the cache of a running request's prompt of n tokens."""
     (sequence,) = (running for running in engine.scheduler.running if running.request.request_id == request_id)
     assert sequence.handle is not None
     tier = engine.cache.tier

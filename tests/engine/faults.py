@@ -1,4 +1,4 @@
-"""A tier that fails when it is told to, in the ways that real ones do."""
+"""Fault injection: a tier that fails on demand, in the ways that real ones fail."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.engine.driver import finish_of, said
 
 Act = Literal["write", "resident"]
 Fault = Callable[[Act, int, Step], None]
-"""Raises where the act on this layer in this step is to fail."""
+"""Raises if the tier's operation on this layer in this step is to fail."""
 ADDRESS_SPACE = 2**50
-"""Bytes that no machine has."""
+"""More bytes than any machine has."""
 
 
 def exhausted() -> None:
@@ -36,15 +36,15 @@ def torch_memory() -> None:
 
 
 KINDS: dict[str, Callable[[], None]] = {
-    "home full": exhausted,
-    "home broken": broken,
+    "store full": exhausted,
+    "store broken": broken,
     "memory": python_memory,
     "memory of tensors": torch_memory,
 }
 
 
 class FaultyTier(DeviceTier):
-    """Asks `fault` before each act; a write that fails leaves garbage behind, as half a write would."""
+    """Tier that calls `fault` before each operation; a failed write leaves garbage, as half a write does."""
 
     fault: Fault
 
@@ -62,14 +62,14 @@ class FaultyTier(DeviceTier):
 
 
 def install(engine: Engine, fault: Fault) -> None:
-    """Give an engine that has not run yet a tier that fails."""
+    """Install a failing tier in an engine that has not run yet."""
     tier = FaultyTier(engine.cache.spec, engine.cache.allocator.total, engine.cache.device)
     tier.fault = fault
     engine.cache.tier = tier
 
 
 def holds(engine: Engine, step: Step, request_id: str) -> bool:
-    """Whether the request is in the step."""
+    """The request is in the step."""
     return any(
         sequence.request.request_id == request_id and sequence.handle in {span.sequence for span in step.spans}
         for sequence in engine.scheduler.running
@@ -77,7 +77,7 @@ def holds(engine: Engine, step: Step, request_id: str) -> bool:
 
 
 def check_said(outputs: list[Output], clean: list[Output], names: Sequence[str]) -> None:
-    """Some requests failed and some did not; all said what they say where nothing fails, as far as they came."""
+    """Some requests failed and some did not; the tokens of all are a prefix of those without faults."""
     ends = {name: finish_of(outputs, name) for name in names}
     assert {end.reason for end in ends.values()} == {FinishReason.LENGTH, FinishReason.ERROR}
     for name, end in ends.items():

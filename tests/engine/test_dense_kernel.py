@@ -1,4 +1,4 @@
-"""Whatever computes dense prompts, the engine says the same; what cannot is refused at the start."""
+"""Dense kernels of prompts: all give the same tokens, and one that cannot run is refused at the start."""
 
 from __future__ import annotations
 

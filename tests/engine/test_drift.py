@@ -1,4 +1,4 @@
-"""Decoding far past the prompt: what was generated is found again, and no error adds up."""
+"""Decoding far past the prompt: generated tokens are found again, and errors do not add up."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from keysift.kvcache import PagedCache, Span, Step
 from tests.models import llama
 
 PROMPT, GENERATED = 96, 2112
-"""Tokens; the prompt is longer than the sinks, so that everything generated has to be found."""
+"""Tokens; the prompt is longer than the sinks, so that all generated tokens have to be found."""
 FACTS = torch.arange(PROMPT + 4, PROMPT + 100, 6)
-"""Where pairs of names are stated, among the first 100 tokens behind the prompt. Each is asked for once."""
+"""Positions at which pairs of names are stated, in the first 100 tokens after the prompt. Each is queried once."""
 QUESTIONS = torch.linspace(PROMPT + 300, PROMPT + GENERATED - 1, len(FACTS)).long()
 SMALL = {"sink": 64, "window": 64, "budget": 64}
 AT_ONCE = 16
@@ -33,7 +33,7 @@ AT_ONCE = 16
 def decode(
     model: LoadedModel, strategy: Strategy, tokens: Tensor, *, prompt: int = PROMPT, at_once: int = AT_ONCE
 ) -> Tensor:
-    """[n - prompt, V], log-probabilities after each of these tokens [n] that lies behind the dense prompt."""
+    """Log probabilities [n - prompt, V] after each of these tokens [n] that follows the dense prompt."""
     spec = cache_spec(EngineConfig(), model)
     cache = PagedCache(spec, spec.pages_for(len(tokens)), max_sequences=1, max_len=len(tokens))
     cache.reserve(sequence := cache.open(), len(tokens))
@@ -48,7 +48,7 @@ def decode(
 
 
 def tokens_and_answers() -> tuple[Tensor, Tensor]:
-    """[PROMPT + GENERATED] of filler, facts and questions; [facts], what the questions ask for."""
+    """Tokens [PROMPT + GENERATED] of filler, facts and questions, and the answers [facts]."""
     generator = torch.Generator().manual_seed(0)
     tokens = 1 + NAMES + torch.randint(WORDS, (PROMPT + GENERATED,), generator=generator)
     asked, answers = 1 + torch.randperm(NAMES, generator=generator)[: 2 * len(FACTS)].view(2, -1)
@@ -82,7 +82,7 @@ def test_facts_among_the_first_generated_tokens(
 
 
 def test_errors_do_not_add_up(write_model: Callable[[PreTrainedConfig], Path]) -> None:
-    """Keys and values written under the strategy, 2,000 of them, cost little beside its choice at this very token."""
+    """2,000 keys and values written under the strategy cost little compared with its choice at this token."""
     folder = write_model(llama(max_position_embeddings=4096, head_dim=16))
     model = load(EngineConfig(model=str(folder), dtype="float32", device="cpu"), lambda message: None)
     tokens = torch.randint(3, 259, (PROMPT + GENERATED,))

@@ -1,4 +1,4 @@
-"""The engine over a tiny random model: what it says, in which order, under which strategy."""
+"""The engine over a tiny random model: outputs, their order, and strategies."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ FLEX = ("sink=0", "local=16", "last_rows_dense=0", "gamma=0.2", "min_budget=0", 
 def test_sparse_strategies_say_the_same_with_preemption(
     make: Make, strategy: str, args: tuple[str, ...], prefix_cache: bool
 ) -> None:
-    """With `dense_below=60` the prompt is dense; a chunk of what it has grown to by a preemption would not be."""
+    """With `dense_below=60` the prompt is dense; a chunk of all tokens after a preemption would not be."""
     fields = {"strategy": strategy, "strategy_args": args, "queries_per_row": 16, "prefix_cache": prefix_cache}
     roomy = make(**fields)
     cramped = make(**fields, kv_memory=14 * roomy.status.page_bytes)

@@ -1,4 +1,4 @@
-"""What fails ends the request that it fails for: the others say what they would have said, and no page is lost."""
+"""Failures end only their own request: the others give the same tokens as without, and no page is lost."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def outcome(engine: Engine, wanted: list[Request]) -> list[Output]:
 
 @pytest.fixture(scope="module")
 def said_without() -> dict[tuple[int, str, float], dict[str, list[int]]]:
-    """What the three requests say where nothing fails, by their number of tokens, strategy and temperature."""
+    """Tokens of three requests without faults, by number of tokens, strategy and temperature."""
     return {}
 
 
@@ -54,7 +54,7 @@ def clean(make: Make, said_without: dict[tuple[int, str, float], dict[str, list[
 
 
 def victims_step(engine: Engine, phase: Phase, act: Act, count: int, fail: Callable[[], None]) -> Fault:
-    """Fails from the `count`-th act on that concerns the victim in a phase."""
+    """Fault from the `count`-th operation on that concerns the victim in a phase."""
     seen = 0
 
     def fault(now: Act, layer: int, step: Step) -> None:
@@ -76,8 +76,8 @@ def test_only_the_one_that_fails_ends(make: Make, clean: Callable[..., Any], pha
     outputs = outcome(engine, requests())
     finish = finish_of(outputs, "victim")
     assert finish.reason is FinishReason.ERROR
-    assert finish.exhausted == (kind != "home broken")
-    assert {"home full": "4096 bytes", "home broken": "page 7", "memory of tensors": str(2**50)}.get(
+    assert finish.exhausted == (kind != "store broken")
+    assert {"store full": "4096 bytes", "store broken": "page 7", "memory of tensors": str(2**50)}.get(
         kind, "memory"
     ) in (finish.error)
     assert said(outputs, "victim") == clean()["victim"][: finish.usage.completion_tokens]
@@ -98,7 +98,7 @@ def test_a_batch_that_is_too_much_at_once_runs_one_by_one(make: Make, clean: Cal
         nonlocal failed
         if layer == 1 and len(step.spans) > 1:
             failed += 1
-            KINDS["memory of tensors" if failed % 2 else "home full"]()
+            KINDS["memory of tensors" if failed % 2 else "store full"]()
 
     install(engine, fault)
     outputs = outcome(engine, wanted)
@@ -112,7 +112,7 @@ def test_a_batch_that_is_too_much_at_once_runs_one_by_one(make: Make, clean: Cal
 def test_company_of_a_failure_finds_what_it_found(make: Make, clean: Callable[..., Any], strategy: str) -> None:
     wanted = requests(20, strategy)
     engine = make()
-    install(engine, victims_step(engine, Phase.DECODE, "resident", 20, KINDS["home broken"]))
+    install(engine, victims_step(engine, Phase.DECODE, "resident", 20, KINDS["store broken"]))
     outputs = outcome(engine, wanted)
     assert finish_of(outputs, "victim").reason is FinishReason.ERROR
     assert [said(outputs, name) for name in "ac"] == [clean(20, strategy)[name] for name in "ac"]
@@ -131,11 +131,11 @@ def test_a_bug_is_no_failure_of_a_request(make: Make) -> None:
     engine.abort("a")
 
 
-@pytest.mark.parametrize(("kind", "reused"), [("home full", 0), ("home broken", 0), ("memory", 64)])
+@pytest.mark.parametrize(("kind", "reused"), [("store full", 0), ("store broken", 0), ("memory", 64)])
 def test_pages_of_a_failed_step_are_nobodys_prefix(
     make: Make, clean: Callable[..., Any], kind: str, reused: int
 ) -> None:
-    """What a home has lost once may be lost in earlier pages too; memory that ran out spoils nothing."""
+    """A failed store may have lost earlier pages too; running out of memory corrupts nothing."""
     (wanted,) = requests()[1:2]
     engine = make()
     install(engine, victims_step(engine, Phase.PREFILL, "write", 3, KINDS[kind]))  # of two layers: the second chunk
@@ -148,13 +148,13 @@ def test_pages_of_a_failed_step_are_nobodys_prefix(
 
 
 def install_nothing(engine: Engine) -> None:
-    """The same tier goes on without faults."""
+    """The same tier continues without faults."""
     engine.cache.tier.fault = lambda act, layer, step: None  # type: ignore[attr-defined]
 
 
 def test_pages_that_were_shared_are_withdrawn_while_others_read_them(make: Make) -> None:
     engine = make()
-    install(engine, victims_step(engine, Phase.DECODE, "resident", 6, KINDS["home broken"]))
+    install(engine, victims_step(engine, Phase.DECODE, "resident", 6, KINDS["store broken"]))
     engine.add(Request("first", tokens(100), greedy(12)))
     outputs = [*engine.step(), *engine.step()]
     outputs += outcome(engine, [Request("victim", tokens(100), greedy(12))])
@@ -167,7 +167,7 @@ def test_pages_that_were_shared_are_withdrawn_while_others_read_them(make: Make)
     assert said(again, "again") == said(outputs, "first")
 
 
-@pytest.mark.parametrize("kind", ["home full", "memory"])
+@pytest.mark.parametrize("kind", ["store full", "memory"])
 @pytest.mark.parametrize("later", [False, True], ids=["at admission", "at the next page"])
 def test_pages_that_cannot_be_had_end_who_asked(
     make: Make, clean: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: str, later: bool
@@ -176,7 +176,7 @@ def test_pages_that_cannot_be_had_end_who_asked(
     reserve = engine.cache.reserve
 
     def growing(sequence: int, count: int) -> None:
-        """A home that cannot grow for the victim, whose prompt has 90 tokens."""
+        """A store that cannot grow for the victim, whose prompt has 90 tokens."""
         if (count > 96 if later else count == 91) and asks(engine, sequence, count):
             KINDS[kind]()
         reserve(sequence, count)
@@ -208,7 +208,7 @@ def test_the_last_one_waiting_can_fail(make: Make, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("seed", range(2))
 def test_soak(make: Make, seed: int) -> None:
-    """Anything may fail at any time, while pages are short: whoever is not hit says what it would have said."""
+    """Any operation may fail at any time, while pages are short: requests without a fault give the same tokens."""
     chance = random.Random(seed)
     wanted = [_any_request(chance, number) for number in range(14)]
     clean = outcome(make(max_num_seqs=8), wanted)

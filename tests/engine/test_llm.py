@@ -1,4 +1,4 @@
-"""The offline face: order, clean-up, iterators side by side."""
+"""Offline inference: order, clean-up, concurrent iterators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One request larger than the memory for its KV cache: the same tokens, and clear words where it cannot be done."""
+"""Requests larger than the memory for their KV cache: the same tokens, and clear errors where that is impossible."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ NOSA = tuple(f"nosa.{name}={value}" for name, value in {**SMALL, "budget": 96, "
 LENGTH, NEW = 400, 40
 
 
-def home(make: Make, folder: Path | str, share: float = 1.0, **fields: object) -> Engine:
-    """An engine whose pool is a share of what the longest request's keys and values take."""
+def offloaded(make: Make, folder: Path | str, share: float = 1.0, **fields: object) -> Engine:
+    """An engine with a backing store, whose pool is a share of the longest request's keys and values."""
     spec = make().cache.spec
     pool = int(share * spec.kv_bytes * spec.pages_for(LENGTH + NEW))
     sizes = {"kv_memory": pool, "max_num_seqs": 2, "prefill_chunk": 64}
@@ -51,22 +51,22 @@ def test_a_pool_gives_the_same_tokens(strategy: str, place: str, make: Make, tmp
     request = Request("one", tokens(LENGTH), greedy(NEW))
     args = {PAIR: ARGS, "dense+nosa": NOSA}.get(strategy, ())
     wanted = answer(make(strategy=strategy, strategy_args=args), request)
-    engine = home(make, tmp_path if place == "file" else "pinned", strategy=strategy, strategy_args=args)
+    engine = offloaded(make, tmp_path if place == "file" else "pinned", strategy=strategy, strategy_args=args)
     assert answer(engine, request) == wanted
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("cramped", [False, True])
 def test_many_share_one_pool(cramped: bool, make: Make, tmp_path: Path) -> None:
-    """Alone, together, behind a common prefix and after preemptions."""
+    """Alone, together, after a common prefix and after preemptions."""
     prefix = tokens(128, 1)
     requests = [Request(str(i), (*prefix, *tokens(80 + 30 * i, i)), greedy(NEW)) for i in range(4)]
     fields = {"kv_offload_memory": 2**22}
     if cramped:
         spec = make().cache.spec
         fields = {"kv_offload_memory": spec.kv_bytes * 30, "prefix_cache": False}
-    alone = [answer(home(make, tmp_path, 0.8), request)[0] for request in requests]
-    engine = home(make, tmp_path, 0.8, **fields)
+    alone = [answer(offloaded(make, tmp_path, 0.8), request)[0] for request in requests]
+    engine = offloaded(make, tmp_path, 0.8, **fields)
     assert answer(engine, *requests) == alone
     assert bool(engine.scheduler.preemptions) == cramped
     if not cramped:
@@ -75,19 +75,19 @@ def test_many_share_one_pool(cramped: bool, make: Make, tmp_path: Path) -> None:
 
 
 def test_the_answer_says_what_moved(make: Make, tmp_path: Path) -> None:
-    engine = home(make, tmp_path, strategy="dense+nosa", strategy_args=(*NOSA, "nosa.epsilon=1"))
+    engine = offloaded(make, tmp_path, strategy="dense+nosa", strategy_args=(*NOSA, "nosa.epsilon=1"))
     engine.add(Request("one", tokens(LENGTH), greedy(NEW)))
-    told, spec = finish_of(drain(engine), "one").sparsity, engine.cache.spec
-    assert told.kv_bytes_written == (LENGTH + NEW - 1) // spec.page_size * spec.kv_bytes
-    assert told.decode_bytes_moved == told.kv_misses * spec.read_bytes
-    assert told.kv_bytes_moved > told.decode_bytes_moved > 0
-    assert told.kv_hits > told.kv_misses
-    read = told.kv_hits + told.kv_misses  # the open page aside
+    sparsity, spec = finish_of(drain(engine), "one").sparsity, engine.cache.spec
+    assert sparsity.kv_bytes_written == (LENGTH + NEW - 1) // spec.page_size * spec.kv_bytes
+    assert sparsity.decode_bytes_moved == sparsity.kv_misses * spec.read_bytes
+    assert sparsity.kv_bytes_moved > sparsity.decode_bytes_moved > 0
+    assert sparsity.kv_hits > sparsity.kv_misses
+    read = sparsity.kv_hits + sparsity.kv_misses  # the open page aside
     heads = spec.num_layers * spec.num_kv_heads
-    assert told.kv_overlap is not None
-    assert told.kv_overlap >= 1 - (2 + 1) / (1 + read / (NEW - 1) / heads)
-    assert told.kv_misses <= (NEW - 2) * (2 + 1) * heads + (1 + 3 + 6) * heads  # m_max, and the first token's own
-    assert told.bound_exceeded == 0
+    assert sparsity.kv_overlap is not None
+    assert sparsity.kv_overlap >= 1 - (2 + 1) / (1 + read / (NEW - 1) / heads)
+    assert sparsity.kv_misses <= (NEW - 2) * (2 + 1) * heads + (1 + 3 + 6) * heads  # m_max, and the first token's own
+    assert sparsity.bound_exceeded == 0
 
 
 def test_pages_beyond_the_memory_are_refused_with_a_hint(make: Make, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_pages_beyond_the_memory_are_refused_with_a_hint(make: Make, tmp_path: P
         ResourceExhausted, match=r"kv_memory: 440 tokens .* the cache has 10 pages = .* with kv_offload"
     ):
         engine.add(request)
-    engine = home(make, tmp_path, kv_offload_memory=spec.kv_bytes * 10)
+    engine = offloaded(make, tmp_path, kv_offload_memory=spec.kv_bytes * 10)
     with pytest.raises(
         ResourceExhausted,
         match=rf"kv_offload_memory: 440 .* need 28 pages = {28 * spec.kv_bytes} bytes, .* has 10 pages",
@@ -110,7 +110,7 @@ def test_pages_beyond_the_memory_are_refused_with_a_hint(make: Make, tmp_path: P
 def test_who_looks_at_all_keys_needs_a_layer_of_them(
     strategy: str, args: tuple[str, ...], make: Make, tmp_path: Path
 ) -> None:
-    engine = home(make, tmp_path, 0.5, max_num_seqs=1)
+    engine = offloaded(make, tmp_path, 0.5, max_num_seqs=1)
     request = Request("one", tokens(LENGTH), greedy(NEW), strategy=strategy, strategy_args=args)
     with pytest.raises(ResourceExhausted, match=r"kv_memory: strategy \w+ looks at all keys .* \d+ bytes for 4\d0"):
         engine.add(request)
@@ -141,13 +141,13 @@ def test_sizes_are_checked_before_anything_runs(fields: dict[str, object], messa
 
 
 def wide(make: Make, folder: Path) -> Engine:
-    """PaddedShape for four requests of 27 pages each, in two extents of the file."""
+    """Room for four requests of 27 pages each, in two extents of the file."""
     spec = make().cache.spec
-    return home(make, folder, 3.0, max_num_seqs=4, kv_offload_memory=128 * spec.kv_bytes, prefix_cache=False)
+    return offloaded(make, folder, 3.0, max_num_seqs=4, kv_offload_memory=128 * spec.kv_bytes, prefix_cache=False)
 
 
 def test_a_full_disk_ends_the_request_that_meets_it(make: Make, tmp_path: Path) -> None:
-    """The system's own limit for files stands for the disk's end."""
+    """The system's limit for files stands in for a full disk."""
     requests = [Request(str(i), tokens(LENGTH, i), greedy(20)) for i in range(4)]
     wanted = answer(wide(make, tmp_path), *requests)
     engine = wide(make, tmp_path)
@@ -173,9 +173,9 @@ def test_a_full_disk_ends_the_request_that_meets_it(make: Make, tmp_path: Path) 
 
 def test_a_folder_that_goes_takes_nothing_with_it(make: Make, tmp_path: Path) -> None:
     request = Request("one", tokens(LENGTH), greedy(NEW))
-    wanted = answer(home(make, tmp_path), request)
-    (folder := tmp_path / "home").mkdir()
-    engine = home(make, folder)
+    wanted = answer(offloaded(make, tmp_path), request)
+    (folder := tmp_path / "store").mkdir()
+    engine = offloaded(make, folder)
     engine.add(request)
     engine.step()
     folder.rmdir()
@@ -183,7 +183,7 @@ def test_a_folder_that_goes_takes_nothing_with_it(make: Make, tmp_path: Path) ->
 
 
 def test_a_file_that_is_cut_is_an_error_of_whoever_reads_it(make: Make, tmp_path: Path) -> None:
-    engine = home(make, tmp_path, prefix_cache=False)
+    engine = offloaded(make, tmp_path, prefix_cache=False)
     engine.add(Request("one", tokens(LENGTH), greedy(NEW)))
     for _ in range(10):
         outputs = engine.step()
@@ -238,26 +238,26 @@ def test_a_home_takes_whole_extents_within_its_bytes() -> None:
 
 
 def test_a_pinned_home_is_measured_by_host_memory() -> None:
-    """The device's counts for what is at hand alone, unless it is the same."""
+    """The device's memory counts for resident data only, unless it is the host's."""
     config = EngineConfig(**BASE)
-    beside = lay_out(config, SPEC, 131_072, 2**30, 0.4, host=2**34)
-    assert beside.home_bytes > 2**30 > beside.pool_bytes + beside.described_bytes
+    separate = lay_out(config, SPEC, 131_072, 2**30, 0.4, host=2**34)
+    assert separate.store_bytes > 2**30 > separate.pool_bytes + separate.described_bytes
     little = lay_out(config, SPEC, 131_072, 2**30, 0.4, host=2**28)
-    assert little.home_bytes <= 0.4 * 2**28
+    assert little.store_bytes <= 0.4 * 2**28
     both = config.model_copy(update={"kv_memory": 2**29, "kv_offload_memory": 2**29})
     with pytest.raises(
         InvalidRequest, match=r"kv_offload_memory: \d+ pages need \d+ .* codes and \d+ for themselves, .*"
     ):
         lay_out(both, SPEC, 131_072, 2**30, 0.4)
-    assert lay_out(both, SPEC, 131_072, 2**30, 0.4, host=2**30).home_bytes <= 2**29
+    assert lay_out(both, SPEC, 131_072, 2**30, 0.4, host=2**30).store_bytes <= 2**29
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 16])
 def test_by_default_all_of_it_fits(page_size: int) -> None:
-    """Small pages take as much to describe as to keep."""
+    """Summaries and codes of small pages take as much memory as their keys and values."""
     spec = replace(SPEC, page_size=page_size)
     layout = lay_out(EngineConfig(kv_offload="pinned"), spec, 131_072, 2**30, 0.4)
-    assert 0.7 * 2**30 < layout.home_bytes + layout.described_bytes + layout.pool_bytes <= 0.8 * 2**30
+    assert 0.7 * 2**30 < layout.store_bytes + layout.described_bytes + layout.pool_bytes <= 0.8 * 2**30
 
 
 def test_a_gpu_reads_no_files(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ sys.stdin.read()
 
 
 def test_nothing_is_left_on_disk_after_a_crash(tiny_llama: Path, tmp_path: Path) -> None:
-    """While it runs the file has no name, and it is gone with the process."""
+    """The file has no name while the process runs, and is gone with it."""
     command = [sys.executable, "-c", SCRIPT, str(tiny_llama), str(tmp_path)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""A KV home that fails now and then: whoever is not hit says what it would have said, and no page is lost."""
+"""Backing store that fails at random: requests without a fault give the same tokens, and no page is lost."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ ARGS = ("retrieval.dense_below=0", "retrieval.sink=16", "retrieval.window=32", "
 
 
 class FaultyHome:
-    """A home whose reads, writes and claims fail by chance, half done."""
+    """A store whose reads, writes and claims fail at random, half done."""
 
-    def __init__(self, home: BackingStore, share: float, seed: int) -> None:
-        self._home, self._share = home, share
+    def __init__(self, store: BackingStore, share: float, seed: int) -> None:
+        self._store, self._share = store, share
         self._chance = random.Random(seed)
         self.failed = self.fetched = 0
 
     def claim(self, frames: Iterable[int]) -> None:
-        self._home.claim(frames)
+        self._store.claim(frames)
         self._maybe(0.2)
 
     def write(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
-        self._home.write(layer, frames[:-1], pages[:-1])
+        self._store.write(layer, frames[:-1], pages[:-1])
         self._maybe()
-        self._home.write(layer, frames, pages)
+        self._store.write(layer, frames, pages)
 
     def read(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
         self._maybe(spoilt=pages)
-        self._home.read(layer, frames, pages)
+        self._store.read(layer, frames, pages)
 
     def fetch(self, layer: int, pool: Tensor, loads: Tensor, slots: Tensor) -> None:
         self.fetched += int((loads >= 0).sum())
         self._maybe(4.0)
-        self._home.fetch(layer, pool, loads, slots)
+        self._store.fetch(layer, pool, loads, slots)
 
     def close(self) -> None:
-        self._home.close()
+        self._store.close()
 
     def _maybe(self, less: float = 1.0, spoilt: Tensor | None = None) -> None:
         if self._chance.random() >= self._share * less:
@@ -56,7 +56,7 @@ class FaultyHome:
         KINDS[self._chance.choice(list(KINDS))]()
 
 
-def home(make: Make, folder: Path, strategy: str) -> Engine:
+def offloaded(make: Make, folder: Path, strategy: str) -> Engine:
     spec = make().cache.spec
     sizes = {
         "kv_memory": spec.kv_bytes * 46,
@@ -73,11 +73,11 @@ def test_others_say_the_same(make: Make, tmp_path: Path, seed: int) -> None:
     wanted = [Request(str(i), tokens(chance.randint(60, 200), i % 3), greedy(chance.randint(4, 30))) for i in range(16)]
     answers = []
     for faulty in (False, True):
-        engine = home(make, tmp_path, "dense+retrieval")
+        engine = offloaded(make, tmp_path, "dense+retrieval")
         tier = engine.cache.tier
         assert isinstance(tier, OffloadTier)
         if faulty:
-            tier.home = faults = FaultyHome(tier.home, 0.02, seed)
+            tier.pages.store = faults = FaultyHome(tier.pages.store, 0.02, seed)
         for each in wanted:
             engine.add(each)
         answers.append(drain(engine))

@@ -1,4 +1,4 @@
-"""The embedded model under `dense` says, token for token, what transformers' own `generate` says."""
+"""Parity of `dense` with the `generate` of transformers, token for token, on the embedded model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What strategies find in prompts whose every answer is known: a model that is right by construction, or misled."""
+"""Recall of strategies in prompts with known answers, by a model that is right by construction, or misled."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.recall import probabilities
 
 LENGTHS = [2048, 4096, pytest.param(8192, marks=pytest.mark.slow)]
 RUNS = [1, 16]
-"""Asking tokens in each of the quotes: single ones among filler, or a stretch that is copied."""
+"""Querying tokens in each quote: single ones among filler, or a stretch that is copied."""
 ALL_SPARSE = {"dense_below": 0, "last_rows_dense": 0, "sink": 64, "local": 64}
 
 
@@ -32,7 +32,7 @@ class Found:
     spread: float
     """Share of right answers to queries all over the second half of the prompt."""
     end: float
-    """To those in its last row."""
+    """Share of right answers to queries in the prompt's last row."""
     density: float
 
 
@@ -54,7 +54,7 @@ def model(folder: Path) -> LoadedModel:
 @pytest.fixture(scope="module")
 def ask(model: LoadedModel) -> Ask:
     def ask(strategy: Strategy, length: int, run: int, prompts: int = 2) -> Found:
-        """Means over so many prompts."""
+        """Prompts that results are averaged over."""
         return mean([answer(model, strategy, recall_prompt(length, seed, run=run)) for seed in range(prompts)])
 
     return ask
@@ -72,7 +72,7 @@ def mean(found: list[Found]) -> Found:
 
 
 def sparse(name: str, **options: object) -> Strategy:
-    """All of the prompt sparse, with little that is read anyway."""
+    """Options that make the whole prompt sparse, with few pages that are always read."""
     return make_strategy(name, **ALL_SPARSE | options)
 
 
@@ -129,14 +129,14 @@ def test_who_looks_at_every_query_finds_everything(
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_sift_finds_what_is_quoted_anywhere(ask: Ask, length: int) -> None:
-    """Its looks see only 4 of 64 queries; a stretch that is copied shows in the means, too."""
+    """Looks see only 4 of 64 queries; a copied stretch shows in the means too."""
     found = ask(sparse("sift"), length, 16)
     assert found.spread > 0.95
     assert found.density < 0.65
 
 
 def test_sift_finds_single_queries_among_few_pages(ask: Ask) -> None:
-    """In a longer context a single key is lost in the mean of its page: only a look finds it."""
+    """In a longer context the mean of a page hides a single key: only a look finds it."""
     found = ask(sparse("sift"), 2048, 1)
     assert (found.spread, found.end) == (1.0, 1.0)
     assert ask(sparse("sift", threshold=0.05), 4096, 1).spread < 0.5
@@ -156,7 +156,7 @@ def test_flexprefill_finds_what_the_last_queries_ask_for(
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_probe_of_the_last_queries_misses_what_others_ask_for(ask: Ask, run: int) -> None:
-    """What is found of it lies in pages, or on diagonals, that were chosen for something else."""
+    """Answers that are found lie in pages, or on diagonals, that were chosen for something else."""
     blind = ask(sparse("flexprefill", min_budget=0), 4096, run)
     assert blind.end > 0.9
     assert blind.spread < 0.4
@@ -164,7 +164,7 @@ def test_a_probe_of_the_last_queries_misses_what_others_ask_for(ask: Ask, run: i
 
 
 def test_a_sample_misses_rare_single_queries(ask: Ask) -> None:
-    """One of 20 queries is looked at, and 95 % of what those read is the first token and their neighbours."""
+    """One of 20 queries is probed, and 95 % of the attention of those is on the first token and their neighbours."""
     found = ask(sparse("sampleattention"), 4096, 1)
     assert found.spread < 0.2
     assert found.end < 0.4
@@ -196,7 +196,7 @@ def test_a_dense_last_row_finds_what_is_asked_in_it_and_no_more(ask: Ask) -> Non
 def test_questions_behind_a_cached_prompt(
     make: Make, folder: Path, strategy: str, options: dict[str, object], right: float
 ) -> None:
-    """One request for each: whole chunks of a prompt, which is what sparse prefixes are shared in, and a key."""
+    """One request per fact: whole chunks of a prompt, in which sparse prefixes are shared, and a key."""
     engine = make(model=str(folder), prefill_chunk=1024, kv_memory=2**25)
     prompt, arguments = recall_prompt(3072, 0), tuple(f"{name}={value}" for name, value in options.items())
     shared, score = prompt.tokens[:2048].tolist(), 0

@@ -1,4 +1,4 @@
-"""What cannot run is refused by field, limit and value, and what is extreme but legal still runs."""
+"""Refusals by field, limit and value; extreme but legal parameters still run."""
 
 from __future__ import annotations
 

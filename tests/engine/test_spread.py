@@ -1,4 +1,4 @@
-"""A model whose layers lie on two devices that are not there: what it says, and that no tensor strays."""
+"""Layers on two virtual devices: the same tokens, and no tensor on the wrong device."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def four_layers(write_model: Callable[[PreTrainedConfig], Path]) -> Path:
 
 @pytest.fixture(autouse=True)
 def _torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: no native modules, whose tensors nobody watches."""
+    """No native modules, as on a GPU: the devices of their tensors are not checked."""
     monkeypatch.setattr(swap, "native_kernel", lambda: None)
 
 
@@ -73,7 +73,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _spread(module: nn.Module, here: int) -> None:
-    """So many layers on the first device, the others on the second."""
+    """Place the first `here` layers on the first device, the others on the second."""
     core: Any = module.model
     put_all([*module.parameters(), *module.buffers()], FIRST)
     later = [*core.layers[here:], core.norm, module.lm_head]
@@ -85,7 +85,7 @@ def _spread(module: nn.Module, here: int) -> None:
 
 
 def answer(engine: Engine) -> list[tuple[list[int], object]]:
-    """Two prompts at the same time, and one that begins as the first: tokens, and what was read and kept."""
+    """Tokens and statistics of two prompts at the same time, then of one that begins as the first."""
     for name, length in (("a", 150), ("b", 70)):
         engine.add(Request(name, tokens(length), greedy(12)))
     outputs = drain(engine)
@@ -118,7 +118,7 @@ def test_layers_on_two_devices_say_what_they_say_on_one(
 def test_all_layers_may_lie_on_the_second_device(
     make: Make, four_layers: Path, two_devices: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first one may have no room for any."""
+    """The first may have no room for any."""
     original = load._load_module
 
     def crowded(*args: Any) -> tuple[Any, list[str]]:

@@ -1,4 +1,4 @@
-"""Every combination in the table of unsupported ones is refused, and each option of it is accepted alone."""
+"""Unsupported combinations: every row of the table is refused, and each of its options is accepted alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration: the fit, who takes a measured crossover, and a measurement on a tiny model."""
+"""Calibration: the fit, use of a measured crossover, and a measurement on a tiny model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def chunks(*wins: bool, queries: int = 1024) -> list[Chunk]:
 
 
 def runs(strategy: Strategy, measured: list[Chunk], dense_below: int) -> list[bool]:
-    """Whether each chunk runs the strategy and not dense."""
+    """Per chunk: it runs the strategy and not dense."""
     chosen = make_strategy(strategy.name, dense_below=dense_below)
     return [chosen.at(Phase.PREFILL, chunk.context, chunk.queries) == chosen for chunk in measured]
 
@@ -88,8 +88,8 @@ def test_a_measurement_shorter_than_a_chunk_speaks_for_longer_chunks() -> None:
 
 
 def test_people_are_told_what_happens() -> None:
-    assert crossing(*[False] * 6).told == "not up to 6,144: dense up to 12,288"
-    assert crossing(False, True).told == "from 2,048"
+    assert crossing(*[False] * 6).summary == "not up to 6,144: dense up to 12,288"
+    assert crossing(False, True).summary == "from 2,048"
 
 
 def test_yardsticks_are_not_calibrated() -> None:
@@ -100,9 +100,9 @@ def test_yardsticks_are_not_calibrated() -> None:
 
 ARGUMENTS = {
     "plain": ("sift", (), ("sift.dense_below=700",)),
-    "beside its defaults": ("sift", ("sift.sink=64",), ("sift.sink=64", "sift.dense_below=700")),
+    "defaults stated": ("sift", ("sift.sink=64",), ("sift.sink=64", "sift.dense_below=700")),
     "with other options": ("sift", ("sift.sink=0",), ("sift.sink=0",)),
-    "beside options of the other part": (
+    "options of the other part": (
         "sift+streaming",
         ("streaming.sink=0",),
         ("streaming.sink=0", "sift.dense_below=700"),
@@ -133,7 +133,7 @@ def test_a_mistake_in_the_arguments_is_left_to_who_reports_it() -> None:
 
 
 def crossing(*wins: bool, name: str = "sift", dense_below: int | None = None) -> Crossover:
-    """A crossover of default options; `dense_below` stands in for the fitted one."""
+    """A crossover of default options with a given `dense_below`."""
     found = dict(fit(measured := chunks(*wins or (False,)), 1024))
     found |= {} if dense_below is None else {"dense_below": dense_below}
     options = calibration.options(make_strategy(name))
@@ -145,7 +145,7 @@ def config_of(model: Path, **fields: object) -> EngineConfig:
 
 
 def made(config: EngineConfig, model: LoadedModel, **setting: object) -> Calibration:
-    """A calibration of `sift` to 100 tokens; `setting` differs from what holds here."""
+    """A calibration of `sift` to 100 tokens; `setting` overrides that of this machine."""
     here = calibration.setting(config, model).model_copy(update=setting)
     return Calibration(setting=here, model="tiny", crossovers={"sift": crossing(dense_below=100)})
 
@@ -211,13 +211,13 @@ def test_the_backend_is_the_one_that_runs(
 ) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setitem(sys.modules, LIBRARY, types.SimpleNamespace(isa=lambda: "avx2"))
-    assert calibration.running("auto", cpu) == calibration.running("native", cpu) == "native avx2"
+    assert calibration.running_backend("auto", cpu) == calibration.running_backend("native", cpu) == "native avx2"
     monkeypatch.setitem(sys.modules, LIBRARY, None)  # as if it were not built
-    assert calibration.running("auto", cpu) == calibration.running("reference", gpu) == "reference"
+    assert calibration.running_backend("auto", cpu) == calibration.running_backend("reference", gpu) == "reference"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
-    assert calibration.running("auto", gpu) == "triton"
+    assert calibration.running_backend("auto", gpu) == "triton"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert calibration.running("auto", gpu) == "reference"
+    assert calibration.running_backend("auto", gpu) == "reference"
     assert calibration.setting(config_of(tiny_llama), loaded).backend == "reference"
 
 
@@ -236,8 +236,8 @@ def test_engine_and_requests_take_it_unless_they_state_their_own(
     for name, fields in requests.items():
         engine.add(Request(name, tokens(448), greedy(1), **fields))  # type: ignore[arg-type]
     outputs = drain(engine)
-    told = {name: finish_of(outputs, name).sparsity.dense_fallback for name in requests}
-    assert [name for name, fell_back in told.items() if fell_back] == ["other options", "stated"]
+    found = {name: finish_of(outputs, name).sparsity.dense_fallback for name in requests}
+    assert [name for name, fell_back in found.items() if fell_back] == ["other options", "stated"]
     stated = make(strategy="sift", strategy_args=("dense_below=2048",))
     stated.add(Request("a", tokens(448), greedy(1)))
     assert finish_of(drain(stated), "a").sparsity.dense_fallback
@@ -292,8 +292,8 @@ def test_each_strategy_gets_the_fit_of_its_own_times(
     monkeypatch.setattr(crossover, "side_by_side", times)
     config = config_of(tiny_llama).model_copy(update={"prefill_chunk": 192})
     found = crossover.measure(config, loaded, lambda done, total: None).crossovers
-    told = {name: found[name].told for name in ("sift", "flexprefill", "xattention")}
-    assert told == {"sift": "from 384", "flexprefill": "not up to 384: dense up to 768", "xattention": "from 192"}
+    summaries = {name: found[name].summary for name in ("sift", "flexprefill", "xattention")}
+    assert summaries == {"sift": "from 384", "flexprefill": "not up to 384: dense up to 768", "xattention": "from 192"}
     assert (found["sift"].dense_below, found["xattention"].dense_below) == (271, 191)  # isqrt(192 * 384 - 1), ...
     assert found["flexprefill"].dense_below == 384  # its square is 192 * 768
     chunk = Chunk(queries=192, context=192, dense_ms=4.0, strategy_ms=6.0)

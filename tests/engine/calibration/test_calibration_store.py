@@ -1,4 +1,4 @@
-"""The file of calibrations: what takes the place of what, what is left alone, and who may write."""
+"""File of calibrations: replacement, records of other versions, and permissions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def crossing(*, up_to: int = 4, hour: int = 10, options: str = "Sift()") -> Crossover:
-    """Measured up to so many chunks, of which none won."""
+    """A crossover measured up to `up_to` chunks, none of which won."""
     contexts = range(1024, 1024 * up_to + 1, 1024)
     chunks = tuple(Chunk(queries=1024, context=context, dense_ms=1.0, strategy_ms=2.0) for context in contexts)
     return Crossover(options=options, measured=f"2026-11-22 {hour}:00", chunks=chunks, **dict(fit(chunks, 1024)))
@@ -94,7 +94,7 @@ def test_a_file_that_is_none_of_ours_counts_as_missing(cache: Path, content: byt
 
 def test_a_folder_that_cannot_be_written_is_named(cache: Path) -> None:
     calibration.check_writable()
-    assert [*cache.iterdir()] == [], "checking leaves nothing behind"
+    assert [*cache.iterdir()] == [], "checking leaves no file"
     cache.rmdir()
     cache.write_text("in the way")
     assert calibration.stored() == ()

@@ -1,4 +1,4 @@
-"""Decode steps that are recorded and replayed say what the same steps say that run op by op."""
+"""Recorded decode steps: a replay gives the results of the same step run op by op."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from keysift.attention import Strategy
 from keysift.engine import Engine, InvalidRequest, Output, Request, TokenOutput
 from keysift.engine.execution import graphs
 from keysift.engine.execution.forward import ForwardInput
+from keysift.engine.execution.recorder import WAIT_WARNING, CudaRecorder, WaitsForDevice, check_waits
 from keysift.engine.model.cpu import swap
 from keysift.kvcache import Context, DeviceTier, Phase, Selection, Span
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
@@ -30,17 +31,17 @@ STRATEGIES = [
     "streaming window=40 sink=8",
     "topk top_k=5 sink=8 window=24",
     "quest budget=32 dense_below=0 dense_layers=1",
-    "quest budget=32 dense_below=0 tail=mean",
+    "quest budget=32 dense_below=0 certify=true",
     "retrieval budget=32 sink=8 window=24 dense_below=0",
     "retrieval budget=32 sink=8 window=24 dense_below=80 certify=true",
     "retrieval budget=32 sink=8 window=24 dense_below=0 index=flat",
-    "retrieval budget=32 sink=8 window=24 dense_below=0 index=summary tail=mean certify=true",
-    "infllmv2 topk=3 window_size=16 block_size=16 kernel_size=8 kernel_stride=8 dense_len=-1",
+    "retrieval budget=32 sink=8 window=24 dense_below=0 index=summary certify=true",
+    "infllmv2 topk=3 window_size=16 block_size=16 kernel_size=8 kernel_stride=8 dense_below=0",
     "nosa budget=32 queried=16 sink=8 window=24 m_max=1 dense_below=0",
     "nosa budget=32 queried=16 sink=8 window=24 epsilon=1 refused=drop index=summary dense_below=60 dense_layers=1",
 ]
 PROMPTS = [50, 131, 64, 9, 83]
-"""One of them ends with a page, so that the first token begins one."""
+"""Lengths; one ends with a page, so that the first token begins one."""
 
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -61,7 +62,7 @@ MODELS: dict[str, PreTrainedConfig] = {
 
 @pytest.fixture(autouse=True)
 def _torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: no native modules, whose work no op of torch would show."""
+    """No native modules, as on a GPU: their work would not show among the ops of torch."""
     monkeypatch.setattr(swap, "native_kernel", lambda: None)
 
 
@@ -84,7 +85,7 @@ def arguments(strategy: str) -> dict[str, Any]:
 
 
 def assert_same(got: list[Output], expected: list[Output], ids: list[str]) -> None:
-    """What was said, how likely it was, and what was read and kept for it."""
+    """Equal tokens, log probabilities and statistics of attention."""
     for i in ids:
         assert said(got, i) == said(expected, i)
         mine, theirs = (finish_of(outputs, i).sparsity for outputs in (got, expected))
@@ -101,7 +102,7 @@ def logprobs(outputs: list[Output]) -> list[float]:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_replayed_step_is_the_step(make: Make, monkeypatch: pytest.MonkeyPatch, strategy: str) -> None:
     """Requests of different lengths come and go, and outgrow the pages of a recording."""
-    monkeypatch.setattr(graphs, "LEAST_PAGES", 8)
+    monkeypatch.setattr(graphs, "MIN_PAGES", 8)
     fields = {"backend": "reference", "page_size": 8, **arguments(strategy)}
     plain, replaying = make(**fields), make(**fields)
     recorder = recorded(replaying)
@@ -124,8 +125,8 @@ def test_models_of_other_shapes_replay_too(
     assert recorder.replayed
 
 
-def test_padding_touches_no_page_of_anybody(make: Make) -> None:
-    """Three rows of four: after the step each frame but the one of nobody holds what it held in a plain engine."""
+def test_padding_touches_no_page_of_a_sequence(make: Make) -> None:
+    """With three rows of four, every frame but the padding's holds after the step what it holds in a plain engine."""
     plain, replaying = make(backend="reference"), make(backend="reference")
     recorder = recorded(replaying)
     for engine in (plain, replaying):
@@ -145,7 +146,7 @@ def pages(engine: Engine) -> list[Tensor]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counting(Strategy):
-    """Asks the host how long the context is, and says nevertheless that it could be replayed."""
+    """Reads the context's length on the host, but declares that it can be replayed."""
 
     replayable = True
 
@@ -153,7 +154,7 @@ class Counting(Strategy):
         return context.zones(sink=0, window=context.step.spans[0].start // 2)
 
 
-def test_a_strategy_that_asks_the_host_is_found_out(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_strategy_that_reads_on_the_host_is_detected(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without this the tests above could not fail."""
     plain, replaying = make(backend="reference", page_size=8), make(backend="reference", page_size=8)
     for engine in (plain, replaying):
@@ -165,7 +166,7 @@ def test_a_strategy_that_asks_the_host_is_found_out(make: Make, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("strategy", ["retrieval index=ivf dense_below=0", "retrieval index=graph"])
-def test_what_keeps_book_on_the_host_runs_op_by_op(make: Make, strategy: str) -> None:
+def test_an_index_on_the_host_runs_op_by_op(make: Make, strategy: str) -> None:
     engine = make(backend="reference", **arguments(strategy))
     recorder = recorded(engine)
     start(engine, prompts=[50], count=6)
@@ -174,7 +175,7 @@ def test_what_keeps_book_on_the_host_runs_op_by_op(make: Make, strategy: str) ->
 
 
 def test_an_index_of_another_request_takes_notes_of_every_step(make: Make) -> None:
-    """While it lives, dense requests run op by op beside it, and are replayed again afterwards."""
+    """While it lives, dense requests run op by op too; afterwards they are replayed again."""
     engine = make(backend="reference")
     recorder = recorded(engine)
     engine.add(Request("noted", tokens(40), greedy(4), strategy="retrieval", strategy_args=("retrieval.index=ivf",)))
@@ -198,7 +199,7 @@ def test_a_watched_step_runs_op_by_op(make: Make) -> None:
 NOSA = "nosa budget=32 queried=16 sink=8 window=24 m_max=1 dense_below=0"
 
 
-def test_what_tokens_leave_may_move(make: Make) -> None:
+def test_the_decode_history_may_move(make: Make) -> None:
     """More sequences need more memory; then the first is alone again, in steps of a kind that was recorded before."""
     fields = {"backend": "reference", "page_size": 8, **arguments(NOSA)}
     plain, replaying = make(**fields), make(**fields)
@@ -228,7 +229,7 @@ def test_a_recording_serves_later_requests(make: Make) -> None:
 
 
 def test_a_sequence_that_was_only_replayed_is_forgotten_too(make: Make) -> None:
-    """One of the same number begins where it would find what that one has left."""
+    """A later sequence of the same number would find its decode history."""
     fields = {"backend": "reference", "page_size": 8, **arguments(f"{NOSA} epsilon=1")}
     plain, replaying = make(**fields), make(**fields)
     recorder, outputs = recorded(replaying), []
@@ -248,17 +249,17 @@ def test_a_kind_of_step_is_recorded_when_it_comes_for_the_third_time(make: Make)
     start(engine, prompts=[20], count=8)
     while not recorder.replayed:
         engine.step()
-    assert len(engine._jobs["r0"].sequence.tokens) == 20 + 1 + graphs.USES
+    assert len(engine._jobs["r0"].sequence.tokens) == 20 + 1 + graphs.MIN_USES
 
 
 def test_several_tokens_of_one_sequence_run_op_by_op(make: Make) -> None:
-    """Each needs what the one before it leaves."""
+    """Each needs the decode history of the one before it."""
     engine = make(backend="reference", **arguments(NOSA))
     recorder = recorded(engine)
     cache = engine.cache
     cache.reserve(sequence := cache.open(), 60)
     work = ForwardInput(Phase.DECODE, engine.default, tuple(Span(sequence, i, 1) for i in range(3)), [1, 2, 3], 0)
-    for _ in range(graphs.USES + 1):
+    for _ in range(graphs.MIN_USES + 1):
         engine.runner.compute(work, torch.arange(3))
     cache.release(sequence)
     assert recorder.recorded == 0
@@ -266,7 +267,7 @@ def test_several_tokens_of_one_sequence_run_op_by_op(make: Make) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting(Strategy):
-    """Waits for the device, and says nevertheless that it could be replayed."""
+    """Waits for the device, but declares that it can be replayed."""
 
     replayable = True
 
@@ -293,7 +294,7 @@ def test_a_strategy_that_waits_is_left_to_itself(make: Make, caplog: pytest.LogC
 def test_without_memory_it_is_tried_again_later(
     make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(graphs, "LATER", 5)
+    monkeypatch.setattr(graphs, "RETRY_AFTER", 5)
     plain, engine = make(backend="reference"), make(backend="reference")
     recorder, attempts = Recorder(), []
 
@@ -308,9 +309,9 @@ def test_without_memory_it_is_tried_again_later(
     start(engine, prompts=[20])
     with caplog.at_level(logging.WARNING):
         assert_same(drain(engine), drain(plain), ids)
-    assert "want of memory" in caplog.text
+    assert "dropped, as memory ran out" in caplog.text
     assert len(attempts) == 2
-    assert 0 < recorder.replayed < 24 - graphs.LATER
+    assert 0 < recorder.replayed < 24 - graphs.RETRY_AFTER
 
 
 def test_where_nothing_can_be_recorded_steps_run_all_the_same(make: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -333,7 +334,7 @@ def test_where_nothing_can_be_recorded_steps_run_all_the_same(make: Make, caplog
 
 
 def test_the_recordings_that_are_kept_are_few(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "MOST", 2)
+    monkeypatch.setattr(graphs, "MAX_RECORDED", 2)
     engine = make(backend="reference")
     recorder = recorded(engine)
     ids = start(engine)
@@ -346,41 +347,41 @@ def test_the_recordings_that_are_kept_are_few(make: Make, monkeypatch: pytest.Mo
 
 @pytest.fixture
 def modes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """How CUDA, which is not needed for it, was told to treat waits, one after the other."""
-    told = ["default"]
+    """Sync debug modes set so far, without a CUDA device."""
+    chosen = ["default"]
 
-    def tell(mode: str) -> None:
-        told.append(mode)
+    def choose(mode: str) -> None:
+        chosen.append(mode)
         warnings.warn_explicit("Synchronization debug mode is a prototype feature", UserWarning, "torch.py", 1)
 
-    monkeypatch.setattr("torch.cuda.get_sync_debug_mode", lambda: told[-1])
-    monkeypatch.setattr("torch.cuda.set_sync_debug_mode", tell)
-    return told
+    monkeypatch.setattr("torch.cuda.get_sync_debug_mode", lambda: chosen[-1])
+    monkeypatch.setattr("torch.cuda.set_sync_debug_mode", choose)
+    return chosen
 
 
 def wait_in(file: str, line: int) -> None:
-    """As torch warns of a wait in "warn" mode."""
-    warnings.warn_explicit(graphs.WAITED + " (Triggered internally)", UserWarning, file, line)
+    """The warning that torch gives of a wait in "warn" mode."""
+    warnings.warn_explicit(WAIT_WARNING + " (Triggered internally)", UserWarning, file, line)
 
 
-def test_waits_are_found_and_told_where_they_are(modes: list[str]) -> None:
+def test_waits_are_reported_with_their_lines(modes: list[str]) -> None:
     def work() -> None:
         assert modes == ["default", "warn"]
         for file, line in (("a/other.py", 3), ("b/mine.py", 12), ("a/other.py", 3)):
             wait_in(file, line)
 
-    with pytest.raises(graphs.WaitsForDevice, match=r"in mine\.py:12, other\.py:3$"):
-        graphs.never_waiting(work)
+    with pytest.raises(WaitsForDevice, match=r"in mine\.py:12, other\.py:3$"):
+        check_waits(work)
     assert modes == ["default", "warn", "default"]
 
 
 def test_what_models_do_outside_of_a_recording_alone_is_no_wait(modes: list[str]) -> None:
-    graphs.never_waiting(lambda: wait_in(str(Path(masking_utils.__file__)), 776))
+    check_waits(lambda: wait_in(str(Path(masking_utils.__file__)), 776))
     assert modes[-1] == "default"
 
 
 class Stream:
-    """As much of a CUDA stream as orders work."""
+    """Stand-in for a CUDA stream that logs its waits."""
 
     def __init__(self, log: list[tuple[str, str]], name: str) -> None:
         self._log, self.name = log, name
@@ -389,11 +390,11 @@ class Stream:
         self._log.append((self.name, other.name))
 
 
-@pytest.mark.parametrize("error", [graphs.WaitsForDevice, torch.OutOfMemoryError])
+@pytest.mark.parametrize("error", [WaitsForDevice, torch.OutOfMemoryError])
 def test_a_warm_up_that_fails_is_waited_for(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
-    """What it has begun may still read tensors that are freed next."""
+    """Kernels that it started may still read tensors that are freed next."""
     log: list[tuple[str, str]] = []
-    monkeypatch.setattr("torch.cuda.Stream", lambda _: Stream(log, "beside"))
+    monkeypatch.setattr("torch.cuda.Stream", lambda _: Stream(log, "own"))
     monkeypatch.setattr("torch.cuda.current_stream", lambda: Stream(log, "current"))
     for name in ("device", "stream"):
         monkeypatch.setattr(f"torch.cuda.{name}", lambda _: nullcontext())
@@ -403,8 +404,8 @@ def test_a_warm_up_that_fails_is_waited_for(monkeypatch: pytest.MonkeyPatch, err
         raise error("not here")
 
     with pytest.raises(error):
-        graphs.CudaRecorder(torch.device("cuda"))(work)
-    assert log == [("beside", "current"), ("current", "beside")]
+        CudaRecorder(torch.device("cuda"))(work)
+    assert log == [("own", "current"), ("current", "own")]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The stand-in for CUDA graphs finds what a recording may not do, and what a replay may not rely on."""
+"""The stand-in for CUDA graphs detects forbidden ops of a recording and memory that a replay may not rely on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_a_replay_computes_again_from_what_is_there() -> None:
 
 
 def test_what_a_replay_has_not_written_is_no_number() -> None:
-    """Memory that happened to hold something when it was recorded."""
+    """Memory that held a value by chance when the work was recorded."""
     x = torch.zeros(4)
     kept: list[Tensor] = []
 
@@ -50,7 +50,7 @@ def test_what_a_replay_has_not_written_is_no_number() -> None:
 
     with torch.inference_mode():
         _, replay = Recorder()(work)
-        kept[-1].fill_(5.0)  # by nobody's op
+        kept[-1].fill_(5.0)  # outside of any recorded op
         replay()
         assert kept[-1][:2].tolist() == [0.0, 0.0]
         assert kept[-1][2:].isnan().all()
@@ -63,5 +63,5 @@ def test_memory_that_nobody_keeps_is_not_read_again() -> None:
         _, broken = Recorder()(lambda: lost[0] + 1)
         lost.clear()
         fine()
-        with pytest.raises(AssertionError, match="nobody has kept"):
+        with pytest.raises(AssertionError, match="that was freed"):
             broken()

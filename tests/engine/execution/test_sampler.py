@@ -1,4 +1,4 @@
-"""Sampling: every option does what it says, and nothing depends on who shares the batch."""
+"""Sampling: the effect of every option, and independence of the batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pick(logits: Tensor = LOGITS, **fields: Any) -> int:
 
 
 def frequencies(draws: int = 3000, **params: Any) -> Tensor:
-    """[V], how often one request with these parameters draws every token from `LOGITS`."""
+    """Counts [V] of the tokens that one request with these parameters draws from `LOGITS`."""
     one = state(**params)
     counts = Counter(sample(LOGITS[None], [one])[0].token_id for _ in range(draws))
     return torch.tensor([counts[token] / draws for token in range(VOCABULARY)])
@@ -43,7 +43,7 @@ def close(measured: Tensor, scores: Tensor) -> None:
 
 
 def only(*tokens: int) -> Tensor:
-    """LOGITS [V] with all other tokens out."""
+    """LOGITS [V] with all other tokens masked."""
     return torch.full((VOCABULARY,), -torch.inf).index_copy(0, torch.tensor(tokens), LOGITS[list(tokens)])
 
 
@@ -181,7 +181,7 @@ def test_check_accepts_the_whole_vocabulary() -> None:
 
 @pytest.mark.parametrize("later", [False, True], ids=["its own row", "a later row"])
 def test_a_step_that_failed_has_drawn_nothing(later: bool) -> None:
-    """It is run again, and says what it would have said."""
+    """A failed step is run again with the same result."""
     flat = torch.zeros(2, 1000)
     expected = [choice.token_id for choice in sample(flat, [state(temperature=1.0, seed=seed) for seed in (1, 2)])]
     states = [state(temperature=1.0, seed=seed) for seed in (1, 2)]

@@ -1,4 +1,4 @@
-"""Decoder layers in two native calls say what the layers themselves say."""
+"""Decoder layers in two native calls give the results of the layers themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded model: found without an import, converted once, whole or not at all."""
+"""The embedded model: found without an import, converted once and atomically."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package that is found in place of the real one, and that cannot be imported."""
+    """A package in place of the real one that cannot be imported."""
     folder = tmp_path / "site" / "keysift_test_weights"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("raise ImportError('must not be imported')")
@@ -102,7 +102,7 @@ def test_two_conversions_at_once_leave_one_whole_folder(
 
 @installed
 def test_the_real_model_survives_its_conversion(dense: Callable[[LoadedModel, Tensor, Tensor], Attend]) -> None:
-    """In the user's own cache: the first run ever converts, which takes its 20 seconds."""
+    """In the user's own cache folder: the first run converts, which takes about 20 seconds."""
     model = load(EngineConfig(dtype="float32"), lambda message: None)
     assert (model.name, model.max_model_len, model.eos_token_ids) == ("smollm2-135m", 8192, {2})
     assert (model.num_layers, model.num_query_heads, model.num_kv_heads, model.head_dim) == (30, 9, 3, 64)

@@ -1,4 +1,4 @@
-"""A checkpoint with a learned bias on every key runs as its paper's equations say, on every path, or is refused."""
+"""Key bias: a checkpoint follows its paper's equations on every path, or is refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def biases() -> Tensors:
 
 
 def write(folder: Path, tensors: Tensors, config: Any = CONFIG) -> Path:
-    """The tiny Llama with these tensors among its own."""
+    """Folder of the tiny Llama with these tensors added to its own."""
     save(config, folder)
     file = folder / "model.safetensors"
     save_file(load_file(file) | tensors, file, {"format": "pt"})
@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def oracle_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask: None, *, scaling: float, **_others: Any
 ) -> tuple[Tensor, None]:
-    """a_j ~ exp(b_j) exp(q . k_j scale), b = A softplus(delta(concat(v))): the paper's equations as they stand."""
+    """a_j ~ exp(b_j) exp(q . k_j scale), b = A softplus(delta(concat(v))): the paper's equations."""
     tensors: Tensors = module.config.biases
     name = f"model.layers.{module.layer_idx}.self_attn."
     (_, heads, length, _), kv_heads = query.shape, key.shape[1]
@@ -111,7 +111,7 @@ def greedily(logits: Callable[[list[int]], Tensor], prompt: tuple[int, ...], cou
 
 
 def logits_of(engine: Engine, text: tuple[int, ...], prompt_len: int) -> Tensor:
-    """[T, V]: the prompt in chunks of 64, then token by token."""
+    """Logits [T, V]: of the prompt in chunks of 64, then token by token."""
     cache, model, found = engine.cache, engine.model, []
     cache.reserve(sequence := cache.open(), len(text))
     ids = torch.tensor(text)
@@ -169,7 +169,7 @@ def test_bfloat16_channels_lose_no_bias(bias: float) -> None:
 
 
 def test_pages_carry_their_mean_bias(engine: Engine) -> None:
-    """What a strategy that was trained with the bias finds in the cache is what the model says."""
+    """Scores that a strategy trained with the bias computes from the cache are the model's."""
     attention = engine.model.module.model.layers[1].self_attn  # type: ignore[union-attr, index]
     cache, layer, found = engine.cache, product.of(attention), []  # type: ignore[arg-type]
     assert layer is not None
@@ -254,7 +254,7 @@ def test_a_model_without_the_tensors_has_no_bias(tmp_path: Path) -> None:
 
 
 def test_shards_and_a_linear_without_bias(tmp_path: Path) -> None:
-    """The same model in two files with an index, whose delta has no bias: that of zero."""
+    """The same model in two files with an index, whose `delta` has no bias, which equals one of zero."""
     zero = {name: tensor * (not name.endswith("bias")) for name, tensor in biases().items()}
     whole, parts = write(tmp_path / "whole", zero), write(tmp_path / "parts", {})
     without = {name: tensor for name, tensor in biases().items() if not name.endswith("bias")}
@@ -331,9 +331,9 @@ def test_others_are_still_told(tmp_path: Path, warnings: list[str]) -> None:
     assert any("other" in line for line in warnings)
 
 
-@pytest.mark.parametrize(("longest", "told"), [(16_384, False), (16_385, True)])
-def test_contexts_beyond_the_trained_ones_are_reported(tmp_path: Path, longest: int, told: bool) -> None:
+@pytest.mark.parametrize(("longest", "reported"), [(16_384, False), (16_385, True)])
+def test_contexts_beyond_the_trained_ones_are_reported(tmp_path: Path, longest: int, reported: bool) -> None:
     lines: list[str] = []
     write(tmp_path, biases(), llama(max_position_embeddings=32_768))
     load(EngineConfig(model=str(tmp_path), dtype="float32", max_model_len=longest), lines.append)
-    assert any("trained on 16384 tokens" in line for line in lines) == told
+    assert any("trained on 16384 tokens" in line for line in lines) == reported

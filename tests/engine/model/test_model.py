@@ -1,4 +1,4 @@
-"""Any decoder of transformers runs through the seam as it runs alone, or is refused by name."""
+"""Decoders of transformers give the same logits through the engine's attention, or are refused by name."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ REFUSED = {
 
 
 def quiet(_message: str) -> None:
-    """Nobody listens to progress here."""
+    """Drop progress messages."""
 
 
 def open_model(folder: Path, **fields: Any) -> LoadedModel:

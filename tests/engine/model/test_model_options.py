@@ -1,4 +1,4 @@
-"""Options that a model's configuration states are the defaults of the strategy that it was trained with."""
+"""Options stated by a model's configuration are the defaults of the strategy that it was trained with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in 8 bits: how they are rounded, how they multiply, and that an engine over them keeps its laws."""
+"""8-bit weights: rounding, multiplication, and the laws of an engine over them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_rounds_each_weight_to_the_nearest_step(seed: int, outputs: int, groups:
 
 @pytest.mark.parametrize("size", [1e-4, 1e-3, 1.0])
 def test_small_weights_keep_their_steps_in_float16(size: float) -> None:
-    """Scales of such weights are numbers that float16 has only roughly; the weights themselves it has."""
+    """float16 rounds the scales of such weights, but not the weights themselves."""
     linear = nn.Linear(GROUP, 8, bias=False, dtype=torch.float16)
     nn.init.normal_(linear.weight, std=size)
     layer = Int8Linear(linear)
@@ -124,7 +124,7 @@ def test_takes_half_of_the_memory_and_another_name(folder: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another allocator than glibc's")
 def test_the_weights_as_they_were_go_back_to_the_system() -> None:
-    """Weights of 1 MiB, which come from the heap as those of a model of this size do."""
+    """Weights of 1 MiB, allocated on the heap like those of a model of this size."""
     release_heap()
     model = nn.Sequential(*(nn.Linear(1024, 512, bias=False, dtype=torch.bfloat16) for _ in range(128)))
     swap_modules(model, "int8", layers=False)

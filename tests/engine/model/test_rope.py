@@ -1,4 +1,4 @@
-"""Contexts beyond a model's own length: frequencies, tokens, names in the prefix cache, and what is refused."""
+"""Stretched rotary embeddings: frequencies, tokens, prefix-cache keys and refusals."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def frequencies(module: Any) -> tuple[Tensor, float]:
 
 @pytest.fixture(scope="module")
 def by_hand(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """The same weights with a stretched embedding, as a user of transformers would write it into the folder."""
+    """The same weights with a stretched embedding, written to the folder in the way of transformers."""
 
     def write(scaling: str) -> Any:
         folder = tmp_path_factory.mktemp(scaling) / "model"

@@ -1,4 +1,4 @@
-"""What a rank's part of a model must be like: its even share of the heads, by a plan that transformers knows."""
+"""Tensor-parallel parts of a model: even shares of the heads, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text to tokens and back: what streams out is what decoding at once gives, and no character ever comes in halves."""
+"""Tokenizer: streamed text equals text decoded at once, in whole characters."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def byte_level(byte_tokenizer: ByteTokenizer) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def metaspace() -> Tokenizer:
-    """Decodes as SentencePiece models do: underscores are spaces, the first of a text is dropped, bytes fall back."""
+    """Decoder like SentencePiece's: underscores are spaces, the first of a text is dropped, bytes fall back."""
     words = ["<s>", "▁Hello", "▁world", "!", *(f"<0x{byte:02X}>" for byte in range(256))]
     backend = tokenizers.Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
     backend.decoder = decoders.Sequence(

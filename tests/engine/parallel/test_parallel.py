@@ -1,4 +1,4 @@
-"""Processes that share a model say what one says; what they cannot do is refused before any of them is started."""
+"""Tensor parallelism: the tokens of one process, and refusals before any process is started."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ SPARSE: dict[str, Any] = {
     ),
 }
 INDEXED = SPARSE | {"strategy_args": (*SPARSE["strategy_args"], "retrieval.index=ivf")}
-"""Searched by lists that each builds for its own heads."""
+"""Options with an index that each rank builds for its own heads."""
 PROMPTS = [tokens(150 + 20 * i, i) for i in range(3)]
 
 
 def build(folder: Path, size: int, **config: Any) -> Engine:
-    """An engine with room for `PAGES` pages of the tiny model: the more processes, the smaller the part of each."""
+    """An engine of `size` ranks with room for `PAGES` pages of the tiny model, each rank for its heads' part."""
     fields = {"strategy": "dense", "dtype": "float32", "prefill_chunk": 64, "kv_memory": PAGES * PAGE_BYTES // size}
     return Engine(EngineConfig(**{"model": str(folder), "tensor_parallel_size": size} | fields | config))
 
@@ -135,13 +135,13 @@ def test_pages_are_found_again_and_sampled_tokens_are_the_leaders(alone: Engine,
     assert said_by[0] == said_by[1]
 
 
-def test_an_idle_team_can_be_asked_again(pair: Engine) -> None:
+def test_an_idle_group_runs_again(pair: Engine) -> None:
     assert pair.step() == []
     (finish,) = (output for output in run(pair, Request("a", tokens(5), greedy(1))) if isinstance(output, Finish))
     assert finish.usage.completion_tokens == 1
 
 
-def test_a_process_leads_one_team_and_it_is_not_for_evaluations(tiny_llama: Path, pair: Engine) -> None:
+def test_a_process_leads_one_group_which_is_not_for_evaluations(tiny_llama: Path, pair: Engine) -> None:
     with pytest.raises(InvalidRequest, match=r"tensor_parallel_size: 1 in a process that is in a process group"):
         build(tiny_llama, 2)
     with pytest.raises(
@@ -177,7 +177,7 @@ def test_gpus_are_counted(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> 
         build(tiny_llama, 2, device="cpu")
 
 
-def test_torchrun_is_not_what_starts_it(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchrun_is_refused(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InvalidRequest, match=r"tensor_parallel_size: 1 under torchrun"):
         build(tiny_llama, 2)

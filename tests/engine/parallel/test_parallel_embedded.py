@@ -1,4 +1,4 @@
-"""A real model, whose nine query heads three processes share."""
+"""A real model with nine query heads, shared by three processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When one of the processes that share a model cannot go on, people hear why, and soon."""
+"""Failures of ranks: the reason is reported soon, and all ranks end."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ SOON_S = 10.0
 def build(folder: Path, kv_memory: int = 2**20) -> tuple[Engine, Leader]:
     config = {"strategy": "dense", "dtype": "float32", "prefill_chunk": 64, "kv_memory": kv_memory}
     engine = Engine(EngineConfig(model=str(folder), tensor_parallel_size=2, **config))
-    assert isinstance(engine.team, Leader)
-    return engine, engine.team
+    assert isinstance(engine.group, Leader)
+    return engine, engine.group
 
 
 def test_a_process_that_is_killed_ends_the_engine(tiny_llama: Path) -> None:
-    engine, team = build(tiny_llama)
-    heard: SimpleQueue[KeysiftError] = SimpleQueue()
-    team.watch(heard.put)
+    engine, leader = build(tiny_llama)
+    failures: SimpleQueue[KeysiftError] = SimpleQueue()
+    leader.watch(failures.put)
     engine.add(Request("a", tokens(200), greedy(20)))
     engine.step()
     begun = time.monotonic()
-    team._peers[0]._process.kill()
+    leader._peers[0]._process.kill()
     with pytest.raises(RankFailed, match=r"rank 1 of 2 has ended .*exit status -9"):
         drain(engine)
-    assert "rank 1 of 2 has ended (exit status -9)" in str(heard.get(timeout=SOON_S))
+    assert "rank 1 of 2 has ended (exit status -9)" in str(failures.get(timeout=SOON_S))
     with pytest.raises(RankFailed, match=r"rank 1 of 2"):
         engine.step()
     assert time.monotonic() - begun < SOON_S
     assert not dist.is_initialized()
 
 
-def test_what_is_wrong_while_loading_is_told_by_the_leader(tiny_llama: Path) -> None:
+def test_errors_while_loading_are_raised_by_the_leader(tiny_llama: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"kv_memory: at least one page = 2480 bytes, got 1000"):
         build(tiny_llama, kv_memory=1000)
     assert not dist.is_initialized()
 
 
-def test_a_process_that_fails_tells_why(
+def test_a_failure_of_a_follower_is_reported(
     tiny_llama: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, team = build(tiny_llama)
+    engine, leader = build(tiny_llama)
     compute = engine.runner.compute
 
     def stray(work: ForwardInput, last: Tensor) -> tuple[Tensor, Telemetry]:
-        team._send(Order([("open", ())], 0, work, []))
+        leader._send(Order([("open", ())], 0, work, []))
         return compute(work, last)
 
     monkeypatch.setattr(engine.runner, "compute", stray)
@@ -72,9 +72,9 @@ def test_a_process_that_fails_tells_why(
 
 
 def test_many_that_hang_are_waited_for_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They have not even met; nobody waits longer for three than for one."""
+    """Before they have joined: ending three takes no longer than one."""
     monkeypatch.setattr("keysift.engine.parallel.group.GRACE_S", 1.0)
-    peers = [Peer(rank, 4, tmp_path / "meeting") for rank in (1, 2, 3)]
+    peers = [Peer(rank, 4, tmp_path / "rendezvous") for rank in (1, 2, 3)]
     for peer in peers:
         peer._process.send_signal(signal.SIGSTOP)
     begun = time.monotonic()

@@ -1,4 +1,4 @@
-"""The scheduler over random schedules: everybody finishes, no page is lost, nobody starves."""
+"""The scheduler over random schedules: every request finishes, no page is lost, none starves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def pages_in_use(scheduler: Scheduler) -> int:
 
 
 def run(scheduler: Scheduler, batch: Batch) -> list[Sequence]:
-    """Commit with made-up tokens and finish who is done."""
+    """Commit made-up tokens and finish the sequences that are done."""
     scheduler.commit(batch, [1] * len(batch.sampled))
     done = [member for member in batch.sequences if member.num_generated >= member.max_new_tokens]
     for member in done:
@@ -57,16 +57,16 @@ def check(batch: Batch) -> None:
 
 
 Content = tuple[int, int, Strategy, int]
-"""What the keys of a page follow from: its chunk's start and stop, what that ran under, its rows that are the end."""
+"""Everything that a page's keys depend on: start and stop of its chunk, the strategy, rows at the prompt's end."""
 
 
 def content(member: Sequence, start: int, stop: int, strategy: Strategy) -> Content:
-    behind = -(-(member.prompt_len - stop) // ROW)
-    return start, stop, strategy, max(member.prompt_strategy.rows_at_the_end - behind, 0)
+    rows_left = -(-(member.prompt_len - stop) // ROW)
+    return start, stop, strategy, max(member.prompt_strategy.rows_at_the_end - rows_left, 0)
 
 
 def write(scheduler: Scheduler, batch: Batch, written: dict[int, Content]) -> None:
-    """Note what the batch puts into the frames of its prompt's pages."""
+    """Record the content that the batch writes to the frames of its prompt's pages."""
     for member, span in zip(batch.sequences, batch.spans, strict=True):
         frames = scheduler._cache._frames[span.sequence]
         for frame in frames[span.start // PAGE : -(-span.stop // PAGE)]:
@@ -74,7 +74,7 @@ def write(scheduler: Scheduler, batch: Batch, written: dict[int, Content]) -> No
 
 
 def check_content(scheduler: Scheduler, member: Sequence, written: dict[int, Content]) -> None:
-    """A finished prompt holds what it holds when it runs alone; dense pages are alike however they were cut."""
+    """A finished prompt's pages are those of a prompt that runs alone; dense pages do not depend on the chunks."""
     frames = scheduler._cache._frames[member.handle or 0][: member.prompt_len // PAGE]
     for page, frame in enumerate(frames):
         start = page * PAGE // CHUNK * CHUNK

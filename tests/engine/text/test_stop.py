@@ -1,4 +1,4 @@
-"""Stop strings are found wherever the text is cut, and nothing that may belong to one goes out early."""
+"""Stop strings: found wherever the text is cut, and no possible part of one is released early."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def feed(stops: StopStrings, pieces: list[str]) -> tuple[str, str | None]:
 
 
 def expected(text: str, strings: tuple[str, ...], include: bool) -> tuple[str, str | None]:
-    """The definition: the string that completes first, of two at one place the longer one."""
+    """Reference: the string that completes first, of two at one place the longer one."""
     for end in range(1, len(text) + 1):
         if found := [string for string in strings if text[:end].endswith(string)]:
             longest = max(found, key=len)
