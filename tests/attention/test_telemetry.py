@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from keysift.attention import Coverage, Locality, Telemetry, bind, make
+from keysift.attention import Coverage, Locality, Reads, Telemetry, bind, make
 from keysift.kvcache import CacheSpec, Evidence, PagedCache, Selection, Span, Step
 
 from .devices import NoWaiting
@@ -185,3 +186,92 @@ def test_locality_is_empty_without_compared_choices() -> None:
     telemetry = Telemetry(cache.spec, step)
     telemetry.record(0, Selection.all(step, KV_HEADS))
     assert telemetry.locality() == [Locality(), Locality()]
+
+
+def approximated(step: Step, pages: int, **measured: Tensor) -> Selection:
+    """The own pages of each row, with the first `pages` others estimated."""
+    page, own = torch.arange(step.max_pages), step.last_pages[:, None]
+    estimated = Selection.from_mask(((page < pages) & (page < own))[:, None].expand(-1, KV_HEADS, -1)).pages
+    return Selection(Selection.own(step, KV_HEADS).pages, estimated=estimated, evidence=Evidence(**measured))
+
+
+def test_shares_without_dropped_pages_are_those_that_the_op_weighed() -> None:
+    cache = cache_of(1)
+    telemetry = Telemetry(cache.spec, step := decode_step(cache, [30, 25]))
+    kept = torch.tensor([[0.9, 0.8, 0.7, 0.6], [0.5, 0.4, 0.3, 0.2]])
+    telemetry.record(0, approximated(step, step.max_pages), exact=kept.log(), lse=torch.zeros(2, HEADS))
+    first, second = coverage_of(telemetry)
+    assert (first.mean, second.mean) == pytest.approx((0.75, 0.35))
+    assert (first.estimated_share, second.estimated_share) == pytest.approx((0.25, 0.65))
+    assert (first.least, second.least) == pytest.approx((0.6, 0.2))
+
+
+def test_shares_with_dropped_pages_scale_the_measured_coverage() -> None:
+    """Means weigh 0.25 of what the chosen pages do, but never more than the coverage leaves."""
+    cache = cache_of(1)
+    telemetry = Telemetry(cache.spec, step := decode_step(cache, [30, 25]))
+    coverage = torch.tensor([[0.4], [0.9]]).expand(2, HEADS)
+    exact, lse = torch.zeros(2, HEADS), torch.full((2, HEADS), math.log(1.25))
+    telemetry.record(0, approximated(step, 2, coverage=coverage), exact, lse)
+    first, second = coverage_of(telemetry)
+    assert (first.mean, second.mean) == pytest.approx((0.4, 0.9))
+    assert (first.estimated_share, second.estimated_share) == pytest.approx((0.1, 0.1))
+
+
+def test_shares_with_unmeasured_dropped_pages_are_unknown() -> None:
+    cache = cache_of(1)
+    telemetry = Telemetry(cache.spec, step := decode_step(cache, [30, 3]))
+    exact, lse = torch.zeros(2, HEADS), torch.full((2, HEADS), 0.1)
+    telemetry.record(0, approximated(step, 2), exact, lse)
+    long, short = coverage_of(telemetry)
+    assert (long.mean, long.estimated_share) == (None, 0.0)
+    assert short.mean == pytest.approx(math.exp(-0.1)), "its one page is its own"
+
+
+def test_the_dropped_bound_is_a_share_of_all_attention() -> None:
+    cache = cache_of(2)
+    telemetry = Telemetry(cache.spec, step := decode_step(cache, [30, 25]))
+    dropped, lse = torch.tensor([[1.0], [0.0]]).expand(2, HEADS).log(), torch.tensor(3.0).log().expand(2, HEADS)
+    selection = replace(own_pages(step, torch.full((2, HEADS), 0.5)), evidence=Evidence(dropped_bound=dropped))
+    telemetry.record(0, Selection.all(step, KV_HEADS))
+    telemetry.record(1, selection, lse, lse)
+    assert [found.dropped_bound for found in coverage_of(telemetry)] == pytest.approx([0.25 / 2, 0.0])
+    telemetry.record(0, own_pages(step, None))
+    assert [found.dropped_bound for found in coverage_of(telemetry)] == [None, None]
+
+
+def test_the_first_rows_have_the_statistics_of_a_step_without_the_others() -> None:
+    cache = cache_of(3)
+    every = Telemetry(cache.spec, step := decode_step(cache, [30, 25, 40]))
+    first = Telemetry(cache.spec, step.head(2))
+    for telemetry, rows in ((every, 3), (first, 2)):
+        values, part = torch.arange(12.0).view(3, HEADS)[:rows] / 12, step.head(rows)
+        bound, overlap = values.log(), values[:, :KV_HEADS]
+        evidence = Evidence(coverage=values, dropped_bound=bound, overlap=overlap, bound_exceeded=overlap > 0.5)
+        telemetry.record(0, Selection.all(part, KV_HEADS))
+        telemetry.record(1, replace(own_pages(part, None), evidence=evidence), values, values)
+        telemetry.record(2, approximated(part, 3, coverage=values, dropped_bound=bound), values, values + 0.1)
+    head = every.head(2)
+    assert head.reads() == first.reads()
+    assert coverage_of(head) == coverage_of(first)
+    assert head.locality() == first.locality()
+    assert torch.equal(head.density(), first.density())
+
+
+def test_density_by_layer_and_head_repeats_the_heads_that_share_a_list() -> None:
+    cache = cache_of(4, windows=(0, 0, 0, 8))
+    telemetry = Telemetry(cache.spec, step := decode_step(cache, [40]))
+    pages = torch.tensor([[[8, 9, -1], [7, 8, 9]]], dtype=torch.int32)
+    telemetry.record(0, Selection.all(step, KV_HEADS))
+    telemetry.record(1, Selection(pages))
+    telemetry.record(2, Selection(pages.repeat_interleave(2, 1).flip(1)))
+    expected = torch.tensor([[1.0] * 4, [0.2, 0.2, 0.3, 0.3], [0.3, 0.3, 0.2, 0.2], [1.0] * 4])
+    torch.testing.assert_close(telemetry.density(), expected)
+
+
+def test_a_step_whose_layers_all_have_windows_reads_nothing_else() -> None:
+    cache = cache_of(1, windows=(8,))
+    telemetry = Telemetry(cache.spec, decode_step(cache, [30, 25]))
+    assert telemetry.reads() == [Reads(), Reads()]
+    assert coverage_of(telemetry) == [Coverage(1, 1.0)] * 2
+    assert [reads.density for reads in telemetry.reads()] == [1.0, 1.0]

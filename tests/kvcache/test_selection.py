@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from keysift.kvcache import CacheSpec, PagedCache, Selection, Span, Step
+from keysift.kvcache import CacheSpec, Evidence, PagedCache, Selection, Span, Step
 
 PAGE = 4
 CACHE = PagedCache(
@@ -76,6 +76,19 @@ def test_density_is_the_share_of_pairs(span: Span, sink: int, window: int) -> No
 def test_from_mask_and_mask_are_inverse(rows: int, pages: int, seed: int) -> None:
     mask = torch.rand(rows, 2, pages, generator=torch.Generator().manual_seed(seed)) < 0.5
     assert torch.equal(Selection.from_mask(mask).mask(pages), mask)
+
+
+def test_from_mask_keeps_the_evidence() -> None:
+    evidence = Evidence(coverage=torch.ones(1, 2))
+    assert Selection.from_mask(torch.ones(1, 2, 3, dtype=torch.bool), evidence).evidence is evidence
+    assert Selection.from_mask(torch.ones(1, 2, 3, dtype=torch.bool)).evidence == Evidence()
+
+
+@settings(deadline=None)
+@given(spans)
+def test_own_is_the_page_of_the_last_query(span: Span) -> None:
+    step = CACHE.prefill(span, 8)
+    assert Selection.own(step, 2).pages.tolist() == [[[last // PAGE]] * 2 for last in step.lasts.tolist()]
 
 
 def test_frames_are_unique_over_all_rows() -> None:
