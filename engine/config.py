@@ -27,7 +27,9 @@ class EngineConfig(Checked):
     model: str | None = Field(
         None, description="folder of safetensors, GGUF file or hub name; none: the embedded smollm2-135m"
     )
-    served_model_name: str | None = Field(None, description="model name in requests; none: that of the folder or file")
+    served_model_name: str | None = Field(
+        None, description="model name in requests; none: taken from the folder, file or hub name"
+    )
     strategy: str = Field(
         DEFAULT,
         description="attention strategy, or PROMPT+TOKEN: one for prompts, one for generated tokens; dense: exact",
@@ -66,7 +68,8 @@ class EngineConfig(Checked):
         "token; may pay on a slow disk",
     )
     dtype: Dtype = Field(
-        "auto", description="of weights and KV pages; auto: bfloat16 where the hardware multiplies it, else float32"
+        "auto",
+        description="precision of weights and KV pages; auto: bfloat16 where the hardware multiplies it, else float32",
     )
     quantization: Literal["none", "int8"] = Field(
         "none",

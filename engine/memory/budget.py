@@ -10,7 +10,7 @@ import torch
 
 from keysift.kvcache import CacheSpec, PagedCache, Tier
 
-from .. import ranks as group
+from .. import ranks
 from ..config import EngineConfig
 from ..errors import InvalidRequest
 from ..model.loaded import LoadedModel
@@ -74,7 +74,7 @@ def _allocate(
         fitting = [int(SHARE * free_memory(d) / sharing) // page for d, page in page_bytes(spec, model.devices).items()]
     else:
         fitting = [int(config.kv_memory) // spec.page_bytes]
-    frames = group.smallest(min(*fitting, wanted), size)
+    frames = ranks.smallest(min(*fitting, wanted), size)
     if frames < 1:
         given = int(SHARE * free / sharing) if config.kv_memory is None else int(config.kv_memory)
         raise InvalidRequest("kv_memory", f"at least one page = {spec.page_bytes} bytes, got {given}")

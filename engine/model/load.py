@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from .. import ranks as group
+from .. import ranks
 from ..config import EngineConfig
 from ..devices import choose_device, choose_dtype
 from ..errors import InvalidRequest, ModelNotFound, Unsupported
@@ -32,7 +33,7 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
 
     Raises `ModelNotFound`, `Unsupported` naming what cannot be served, or `InvalidRequest` naming the field.
     """
-    device = group.local_device(choose_device(config.device), config.tensor_parallel_size)
+    device = ranks.local_device(choose_device(config.device), config.tensor_parallel_size)
     check(config, Facts(runs_on=device))
     source = locate(config.model, report)
     report(f"loading {source.name}")
@@ -69,30 +70,36 @@ def _load_module(source: Source, config: EngineConfig, device: torch.device) -> 
     seam.register()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    with _loading_errors(source), key_bias.hold_report() as held:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=stretched(source, config),
+            gguf_file=source.gguf_file,
+            dtype=choose_dtype(config.dtype, device),
+            **placement.placed(config, device),
+            attn_implementation=seam.NAME,
+            use_safetensors=None if source.gguf_file else True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
+    module, loading = loaded
+    if module.config._attn_implementation != seam.NAME:
+        raise Unsupported(f"{type(module).__name__}: its attention cannot be swapped")
+    key_bias.release_report(held, loading)
+    return module.eval().requires_grad_(False), list(loading["unexpected_keys"])
+
+
+@contextmanager
+def _loading_errors(source: Source) -> Iterator[None]:
+    """Raise errors of transformers as `ModelNotFound` or `Unsupported` that name the model."""
     try:
-        with key_bias.hold_report() as held:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.path,
-                config=stretched(source, config),
-                gguf_file=source.gguf_file,
-                dtype=choose_dtype(config.dtype, device),
-                **placement.placed(config, device),
-                attn_implementation=seam.NAME,
-                use_safetensors=None if source.gguf_file else True,
-                trust_remote_code=config.trust_remote_code,
-                output_loading_info=True,
-            )
+        yield
     except OSError as error:
         raise ModelNotFound(f"{source.name}: {error}") from error
     except InvalidRequest:
         raise
     except (ValueError, KeyError) as error:
         raise Unsupported(f"{source.name}: {str(error).splitlines()[0]}") from error
-    module, loading = loaded
-    if module.config._attn_implementation != seam.NAME:
-        raise Unsupported(f"{type(module).__name__}: its attention cannot be swapped")
-    key_bias.release_report(held, loading)
-    return module.eval().requires_grad_(False), list(loading["unexpected_keys"])
 
 
 def _load_tokenizer(source: Source, trust_remote_code: bool) -> Tokenizer:

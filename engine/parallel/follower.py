@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from keysift.kvcache import PagedCache
 
-from .. import ranks as group
+from .. import ranks
 from ..config import EngineConfig
 from ..execution.forward import StepResult
 from ..execution.runner import Runner
@@ -41,9 +41,9 @@ def main(descriptor: int, rank: int, size: int, rendezvous: Path) -> int:
     try:
         config, device = pipe.recv()
         pipe.send("ready")
-        group.join(rank, size, rendezvous, device)
+        ranks.join(rank, size, rendezvous, device)
         _follow(pipe, config)
-        group.leave()
+        ranks.leave()
     except EOFError:
         _remove_rendezvous(rendezvous)
         return 0

@@ -19,7 +19,7 @@ from torch import Tensor
 from keysift.attention import Telemetry
 from keysift.kvcache import PagedCache
 
-from .. import ranks as group
+from .. import ranks
 from ..config import EngineConfig
 from ..devices import check_count, choose_device
 from ..errors import KeysiftError
@@ -80,7 +80,7 @@ class Leader(RankGroup):
             self._send((config, device))
             for peer in self._peers:
                 peer.receive()  # ready, so that joining does not wait for a rank that never started
-            group.join(0, size, folder / "rendezvous", device)
+            ranks.join(0, size, folder / "rendezvous", device)
 
     @contextmanager
     def failure_scope(self) -> Iterator[None]:
@@ -165,7 +165,7 @@ def _end(peers: list[Peer], folder: Path) -> None:
     deadline = time.monotonic() + GRACE_S  # of all together: many take no longer to end than one
     for peer in peers:
         peer.end(max(deadline - time.monotonic(), 0.0))
-    group.leave()
+    ranks.leave()
     shutil.rmtree(folder, ignore_errors=True)
 
 

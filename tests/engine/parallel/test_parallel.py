@@ -22,8 +22,8 @@ from keysift.engine import (
     Request,
     SamplingParams,
     TokenOutput,
+    ranks,
 )
-from keysift.engine import ranks as group
 from keysift.engine.execution.forward import ForwardInput, StepResult
 from keysift.engine.measure.evaluation.reader import Reader
 from keysift.engine.parallel.merge import merge_ranks
@@ -225,11 +225,11 @@ def test_the_least_and_the_mean_of_all_ranks_count() -> None:
 
 def test_processes_on_a_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
-    monkeypatch.setattr(group, "num_threads", lambda: 8)
+    monkeypatch.setattr(ranks, "num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
-    group.share_cores(3)
+    ranks.share_cores(3)
     monkeypatch.delenv("OMP_NUM_THREADS")
-    group.share_cores(3)
-    group.share_cores(16)
+    ranks.share_cores(3)
+    ranks.share_cores(16)
     assert chosen == [2, 1]
