@@ -87,7 +87,7 @@ def _spelling(parameter: Any) -> str:
 
 def _default(parameter: Any) -> str:
     default = parameter.default
-    if default is None or default in ((), [], "") or callable(default) or type(default).__name__ == "Sentinel":
+    if default in (None, (), [], ""):
         return "-"
     if isinstance(default, bool):
         return "on" if default else "off"
@@ -168,7 +168,7 @@ def _cell(text: str) -> str:
 
 
 def _code(value: object) -> str:
-    return f"`{value}`"
+    return f"`{value:.4g}`" if isinstance(value, float) else f"`{value}`"
 
 
 GENERATORS: dict[str, Callable[..., str]] = {

@@ -207,7 +207,7 @@ def test_the_module_tables_name_every_module() -> None:
         for path in (ROOT / package).rglob("*.py"):
             shown = path.parent if path.name == "__init__.py" else path
             name = f"{shown.relative_to(ROOT)}" + "/" * (shown is not path)
-            assert f"| `{name}` |" in table or "_pb2" in name or not generate().first_line(path), name
+            assert f"| `{name}` |" in table or "_pb2" in name, f"{name} has no docstring"
 
 
 def test_the_site_builds_without_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
