@@ -1,4 +1,4 @@
-"""Paged KV cache: where keys and values live, page by page, and what a strategy may ask about them.
+"""Paged KV cache: pages of keys and values, selections of pages, and the tiers of memory that hold them.
 
 Axis letters, used in every shape of this project:
 
@@ -25,7 +25,8 @@ from .step import PaddedShape, Phase, Span, Step
 from .tiers.base import Frames, Tier, Traffic
 from .tiers.device import DeviceTier
 from .tiers.multi_device import MultiDeviceTier
-from .tiers.offload import OffloadTier, PoolSize
+from .tiers.offload import OffloadTier
+from .tiers.pool import PoolSize
 from .tiers.store import BackingStore, HostStore
 
 __all__ = [

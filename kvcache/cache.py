@@ -1,4 +1,4 @@
-"""The paged cache: page tables of the sequences over one tier."""
+"""Paged cache: page tables of sequences over one tier."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from .spec import CacheSpec
 from .step import PaddedShape, Phase, Span, Step
 from .tiers.base import Tier
 from .tiers.device import DeviceTier
+from .transfer import to_device
 
 
 class PagedCache:
-    """Keys and values of many sequences in pages of one tier. Only `recent` allocates anything after construction.
+    """Keys and values of many sequences in pages of one tier. Only `recent` allocates memory after construction.
 
     Sequences are small integers below `max_sequences`, chosen by `open`. Page bookkeeping is host integers; the
-    page tables are mirrored on the device, where steps read them. One sequence more is nobody's: its one frame, which
-    only a cache on the device has, takes what the padding of a step writes.
+    page tables are mirrored on the device, where steps read them. One more sequence, the null sequence, pads steps: its
+    one frame, which exists if the cache made its tier itself, takes the writes of padding rows.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class PagedCache:
         device: torch.device | str = "cpu",
         tier: Tier | None = None,
     ) -> None:
-        """`tier` has room for as many frames and sequences; none: everything stays on the device."""
+        """`tier` has room for as many frames and sequences; None: a `DeviceTier`."""
         self.spec = spec
         self.device = torch.device(device)
         self.allocator = FrameAllocator(num_frames)
@@ -46,7 +47,7 @@ class PagedCache:
         shape = (max_sequences + 1, spec.pages_for(max_len))
         self._tables = torch.zeros(shape, dtype=torch.int32, device=self.device)
         self._tables[max_sequences] = num_frames
-        self._null_sequence, self._spare = max_sequences, [num_frames]
+        self._null_sequence, self._null_frames = max_sequences, [num_frames]
         self._frames: dict[int, list[int]] = {}
         self._indexes: dict[IndexSpec, PageIndex] = {}
         self.recent = Recent(spec)
@@ -54,32 +55,32 @@ class PagedCache:
 
     @property
     def free_pages(self) -> int:
-        """Pages that could be reserved now, kept prefixes included."""
+        """Pages that can be reserved now, kept prefixes included."""
         return self.allocator.available
 
     @property
     def longest(self) -> int:
-        """Pages of the longest sequence that there can be."""
+        """Pages of a sequence of `max_len` tokens."""
         return self._tables.shape[1]
 
     def open(self) -> int:
-        """A new sequence without pages."""
+        """Open a sequence without pages; returns its number."""
         sequence = self._closed.pop()
         self._frames[sequence] = []
         return sequence
 
     def share(self, sequence: int, frames: Sequence[int]) -> None:
-        """Start an empty sequence with full pages that another one wrote."""
+        """Begin an empty sequence with full pages of other sequences."""
         for frame in frames:
             self.allocator.hold(frame)
         self._append(sequence, list(frames))
 
     def reserve(self, sequence: int, tokens: int) -> None:
-        """Give the sequence pages for its first `tokens` tokens.
+        """Allocate pages for the sequence's first `tokens` tokens.
 
         Raises:
-            OutOfFrames: there are too few; nothing was reserved.
-            OffloadError: there are enough, but the tier has no room for them; nothing was reserved either.
+            OutOfFrames: too few frames are available; nothing was allocated.
+            OffloadError: the tier has no room for them; nothing was allocated.
         """
         missing = self.spec.pages_for(tokens) - len(self._frames[sequence])
         if missing <= 0:
@@ -96,24 +97,21 @@ class PagedCache:
     def _append(self, sequence: int, frames: list[int]) -> None:
         held = self._frames[sequence]
         start = len(held)
-        held.extend(frames)  # first, so that `release` finds them if there is no memory for what follows
-        self._tables[sequence, start : len(held)] = torch.tensor(frames, dtype=torch.int32)
+        held.extend(frames)  # first, so that `release` finds them if the copy fails
+        self._tables[sequence, start : len(held)] = to_device(frames, self.device, torch.int32)
 
     def release(self, sequence: int) -> None:
-        """Close the sequence and give its pages back.
-
-        The last page goes first, so that a kept prefix loses its tail before its head.
-        """
+        """Close the sequence and release its pages, last one first: a kept prefix loses its tail before its head."""
         for frame in reversed(self._frames.pop(sequence)):
             self.allocator.release(frame)
         self.recent.drop(sequence)
         self._closed.append(sequence)
 
     def rollback(self, sequence: int, tokens: int) -> None:
-        """Forget all but the sequence's first `tokens` tokens and give the pages behind them back.
+        """Truncate the sequence to its first `tokens` tokens and release the pages after them.
 
         Raises:
-            ValueError: it would reopen a page that others may read; nothing was changed.
+            ValueError: they end within a page that other sequences may read; nothing was changed.
         """
         held = self._frames[sequence]
         count = self.spec.pages_for(tokens)
@@ -131,31 +129,31 @@ class PagedCache:
             self.prefix.insert(key, frame)
 
     def withdraw(self, sequence: int) -> None:
-        """Offer none of the sequence's pages for reuse any more, not even those that it shares."""
+        """End the reuse of all pages of the sequence, those that it shares included."""
         for frame in self._frames[sequence]:
             self.prefix.withdraw(frame)
 
     def prefill(self, span: Span, queries_per_row: int, tokens_left: int = 0) -> Step:
-        """The step that runs a chunk of one sequence's prompt, of which so many tokens come later."""
+        """Step for a chunk of one sequence's prompt, `tokens_left` of whose tokens come later."""
         starts = range(span.start, span.stop, queries_per_row)
         lasts = [min(start + queries_per_row, span.stop) - 1 for start in starts]
         step = self._step(Phase.PREFILL, (span,), list(starts), lasts, queries_per_row)
         return replace(step, rows_left=-(-tokens_left // queries_per_row))
 
-    def decode(self, spans: Sequence[Span], room: PaddedShape | None = None) -> Step:
-        """The step that runs one token of each sequence, padded to `room` if there is any; then rows of nobody follow.
+    def decode(self, spans: Sequence[Span], shape: PaddedShape | None = None) -> Step:
+        """Step for one token of each sequence, padded to `shape` with rows of the null sequence.
 
-        Only a `DeviceTier` of the cache's own making has a frame for what those write.
+        Padding takes a `DeviceTier` that the cache made: no other tier has a frame for what padding rows write.
         """
-        count = 0 if room is None else room.rows - len(spans)
+        count = 0 if shape is None else shape.rows - len(spans)
         padded = (*spans, *[Span(self._null_sequence, 0, 1)] * count)
         starts = [span.start for span in padded]
-        step = self._step(Phase.DECODE, padded, starts, starts, 1, 0 if room is None else room.pages)
-        places = torch.tensor([place(self._owner(span), span.start) for span in padded], device=self.device)
+        step = self._step(Phase.DECODE, padded, starts, starts, 1, 0 if shape is None else shape.pages)
+        places = to_device([place(self._owner(span), span.start) for span in padded], self.device)
         step = replace(step, places=places, num_padding_rows=count)
-        if room is not None:
-            full = [(self._filled(span) or self._spare)[0] for span in padded]
-            step = replace(step, filled=torch.tensor(full, device=self.device))
+        if shape is not None:
+            full = [(self._filled(span) or self._null_frames)[0] for span in padded]
+            step = replace(step, filled=to_device(full, self.device))
         self.recent.prepare(step)
         return step
 
@@ -164,23 +162,23 @@ class PagedCache:
     ) -> Step:
         page_size = self.spec.page_size
         max_pages = max(pages, *(self.spec.pages_for(span.stop) for span in spans))
-        sequences = torch.tensor([span.sequence for span in spans], device=self.device)
+        sequences = to_device([span.sequence for span in spans], self.device)
         table = self._tables[:, :max_pages].index_select(0, sequences)[:, None]  # [B, 1, F]
         filled = [frame for span in spans for frame in self._filled(span)]
         for index in self._indexes.values():
             index.forget(filled)
-        last = torch.tensor(lasts, dtype=torch.int32, device=self.device)
+        last = to_device(lasts, self.device, torch.int32)
         return Step(
             phase=phase,
             spans=spans,
-            positions=torch.tensor([p for span in spans for p in range(span.start, span.stop)], device=self.device),
-            slots=torch.tensor([slot for span in spans for slot in self._slots(span)], device=self.device),
+            positions=to_device([p for span in spans for p in range(span.start, span.stop)], self.device),
+            slots=to_device([slot for span in spans for slot in self._slots(span)], self.device),
             table=table.expand(len(starts), self.spec.num_kv_heads, max_pages),
-            starts=torch.tensor(starts, dtype=torch.int32, device=self.device),
+            starts=to_device(starts, self.device, torch.int32),
             lasts=last,
             last_pages=last // page_size,
             places=last.new_empty(0, dtype=torch.int64),
-            filled=torch.tensor(filled, dtype=torch.int64, device=self.device),
+            filled=to_device(filled, self.device),
             page_size=page_size,
             queries_per_row=width,
             max_pages=max_pages,
@@ -188,18 +186,20 @@ class PagedCache:
         )
 
     def _owner(self, span: Span) -> int:
-        """The span's sequence, as `recent` knows it."""
+        """Number of the span's sequence in `recent`."""
         return NULL_SEQUENCE if span.sequence == self._null_sequence else span.sequence
 
     def _held(self, span: Span) -> list[int]:
         """Frames of the span's sequence, page by page."""
-        return self._spare if span.sequence == self._null_sequence else self._frames[span.sequence]
+        return self._null_frames if span.sequence == self._null_sequence else self._frames[span.sequence]
 
     def _slots(self, span: Span) -> list[int]:
+        """Slots of the span's tokens."""
         held, size = self._held(span), self.spec.page_size
         return [held[position // size] * size + position % size for position in range(span.start, span.stop)]
 
     def _filled(self, span: Span) -> list[int]:
+        """Frames that become full with the span."""
         size = self.spec.page_size
         return self._held(span)[span.start // size : span.stop // size]
 
@@ -207,36 +207,36 @@ class PagedCache:
         """Write the step's keys and values [T, Hkv, D] of one layer."""
         self.tier.write(layer, k, v, step)
 
-    def index(self, which: IndexSpec) -> PageIndex:
-        """The cache's one index of this kind and with these options; from now on it observes every step.
+    def index(self, spec: IndexSpec) -> PageIndex:
+        """The cache's one index of this spec, which observes every step from the first call on.
 
         Raises:
             ValueError: it does not fit the cache.
         """
-        if which not in self._indexes:
-            self._indexes[which] = self.new_index(which)
-        return self._indexes[which]
+        if spec not in self._indexes:
+            self._indexes[spec] = self.new_index(spec)
+        return self._indexes[spec]
 
-    def new_index(self, which: IndexSpec) -> PageIndex:
-        """An empty index for this cache, which knows nothing of it. Raises `ValueError` where it does not fit."""
-        if which.host and self.device.type != "cpu":
-            raise ValueError(f"index: {type(which).__name__.lower()} lives on the host, pages are on {self.device}")
-        return which.make(self.spec)
+    def new_index(self, spec: IndexSpec) -> PageIndex:
+        """An empty index for the cache that observes nothing. Raises `ValueError` if it does not fit."""
+        if spec.host and self.device.type != "cpu":
+            raise ValueError(f"index: {type(spec).__name__.lower()} lives on the host, pages are on {self.device}")
+        return spec.make(self.spec)
 
-    def retire(self, which: IndexSpec) -> None:
-        """Give up an index and all that it knows; whoever asks for it again begins with an empty one."""
-        self._indexes.pop(which, None)
+    def retire(self, spec: IndexSpec) -> None:
+        """Discard an index and its contents; a later `index` of the same spec begins with an empty one."""
+        self._indexes.pop(spec, None)
 
     @property
     def observed(self) -> bool:
-        """Some index takes note of every step, on the host."""
+        """True if some index keeps a state of its own, and therefore has to observe every step on the host."""
         return not all(isinstance(index, Stateless) for index in self._indexes.values())
 
     def observe(self, layer: int, q: Tensor, step: Step) -> None:
-        """Show the step's queries [T, Hq, D] of one layer, whose keys are written, to all indexes."""
+        """Pass the queries [T, Hq, D] of one layer, whose keys are written, to all indexes."""
         for index in self._indexes.values():
             index.observe(q, self.context(layer, step))
 
-    def context(self, layer: int, step: Step, which: IndexSpec | None = None) -> Context:
-        """One layer as a strategy that searches this index sees it."""
-        return Context(layer, self.spec, step, self.tier, None if which is None else self.index(which), self.recent)
+    def context(self, layer: int, step: Step, spec: IndexSpec | None = None) -> Context:
+        """One layer in a step, for a strategy that searches an index of this spec, if any."""
+        return Context(layer, self.spec, step, self.tier, None if spec is None else self.index(spec), self.recent)

@@ -1,8 +1,6 @@
-"""What is known of every full page without its keys and values: summaries and codes, by home frame."""
+"""Descriptions of full pages, by frame: summaries and codes, which a search reads instead of keys."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from .spec import SUMMARIES, CacheSpec
 
 
 class Descriptions:
-    """Summaries and codes of all frames, on the compute device in every tier: choosing pages moves none."""
+    """Summaries and codes of all frames, on the compute device in every tier, so that selecting pages moves none."""
 
     def __init__(self, spec: CacheSpec, num_frames: int, device: torch.device) -> None:
         shape = (spec.num_layers, num_frames, spec.num_kv_heads)
@@ -26,25 +24,25 @@ class Descriptions:
         )
 
     def summaries(self, layer: int) -> Tensor:
-        """[N, Hkv, 4, D]"""
+        """[N, Hkv, 4, D]: see `Tier.summaries`."""
         return self._summaries[layer]
 
     def codes(self, layer: int) -> Codes:
+        """See `Tier.codes`."""
         return Codes(*(part[layer] for part in self._codes))
 
     def fill(self, layer: int, k: Tensor, v: Tensor, frames: Tensor) -> None:
         """Describe frames [n] int64 of k and v [N, Hkv, S, D]."""
         _describe(k, v, frames, self.summaries(layer), self.codes(layer))
 
-    def fill_from(self, layer: int, pages: Tensor, frames: Sequence[int]) -> None:
-        """Describe pages [n, Hkv, 2, S, D] that live in these frames."""
-        k, v = pages.unbind(2)
-        count, places = len(frames), torch.tensor(frames, device=pages.device)
+    def fill_from(self, layer: int, pages: Tensor, frames: Tensor) -> None:
+        """Describe pages [n, Hkv, 2, S, D] as those of frames [n] int64."""
+        (k, v), count = pages.unbind(2), len(frames)
         summaries = self.summaries(layer).new_empty(count, *self._summaries.shape[2:])
         codes = Codes(*(part.new_empty(count, *part.shape[1:]) for part in self.codes(layer)))
         _describe(k, v, torch.arange(count, device=pages.device), summaries, codes)
         for table, part in zip((self.summaries(layer), *self.codes(layer)), (summaries, *codes), strict=True):
-            table.index_copy_(0, places, part)
+            table.index_copy_(0, frames, part)
 
 
 def _describe(k: Tensor, v: Tensor, frames: Tensor, summaries: Tensor, codes: Codes) -> None:

@@ -1,4 +1,4 @@
-"""What a token leaves to the one after it: the pages that it read, and what each has been worth of late."""
+"""Decode history: the pages that the last tokens selected, and a moving average of each page's share."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ from torch import Tensor
 
 from .spec import CacheSpec
 from .step import Phase, Step
+from .transfer import to_device
 
 NEVER = NULL_SEQUENCE = -1
 GRAIN = 256
-"""Pages by which the memory of a layer grows."""
+"""Pages by which the history of a layer grows."""
 
 
 class Past(NamedTuple):
-    """What the tokens before those of some rows have left."""
+    """History of the tokens right before those of some rows."""
 
     known: Tensor
-    """[R] bool; the others may hold anything."""
+    """[R] bool, rows that have a history; the others may hold anything."""
     read: Tensor
-    """[R, Hkv, F] bool, the pages that were chosen."""
+    """[R, Hkv, F] bool, the selected pages."""
     averages: Tensor
     """[R, Hkv, F] fp32, the moving average of each page's share of the attention."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Of one layer, by `place`."""
+    """History of one layer, by `place`."""
 
     following: Tensor
-    """[places] int32, position of the token that each place is kept for."""
+    """[places] int32, position of the token whose history is in each place; `NEVER`: none's."""
     read: Tensor
     """[places, Hkv, pages] bool"""
     averages: Tensor
@@ -40,30 +41,30 @@ class _Layer:
 
 
 class Recent:
-    """What the last token of each sequence has left, in the layers that asked to have it kept.
+    """Decode history of every sequence, in the layers that record one.
 
-    It is kept twice, for even and for odd positions: what a token leaves replaces what the token two before it left. So
-    a step that failed and runs once more finds what it found at first, layer by layer and sequence by sequence, as
-    long as it runs one token of each. What some other token left, a later one or one long before, is unknown.
+    It is kept twice, for even and for odd positions: a record replaces that of the token two positions before. So a
+    step that failed and runs again finds the same history, layer by layer and sequence by sequence, as long as it runs
+    one token of each. The record of any other token, a later one or an earlier one, counts as unknown.
 
-    Nothing is allocated until the first token that leaves anything. A layer takes 10 bytes for each page and KV head of
-    the longest sequence, in whole `GRAIN`s, times a power of two that is greater than the greatest number of
-    sequences: of one, half a percent of pages of 16 tokens with 64 channels in bf16. All of it is freed with the last
-    sequence, unless it has to stay where it is.
+    Nothing is allocated until the first record. A layer takes 10 bytes for each page and KV head of the longest
+    sequence, in whole `GRAIN`s, times a power of two that is greater than the greatest number of sequences: of one,
+    half a percent of pages of 16 tokens with 64 channels in bf16. All of it is freed with the last sequence, unless it
+    is pinned.
     """
 
     def __init__(self, spec: CacheSpec) -> None:
         self._heads = spec.num_kv_heads
         self._page_size = spec.page_size
         self._layers: dict[int, _Layer] = {}
-        self._left: set[int] = set()
+        self._recorded: set[int] = set()
         self._pinned = False
         self.version = 0
-        """Grows whenever memory is allocated or freed: a step that was recorded before reads and writes the old one."""
+        """Grows whenever memory is allocated or freed: CUDA graphs captured before that use the old memory."""
 
     @property
     def bytes(self) -> int:
-        """Allocated."""
+        """Bytes that are allocated."""
         return sum(
             tensor.numel() * tensor.element_size()
             for layer in self._layers.values()
@@ -71,28 +72,29 @@ class Recent:
         )
 
     def pin(self) -> None:
-        """From now on free nothing, so that recorded steps can be replayed for later sequences."""
+        """Free nothing from now on, so that CUDA graphs can be replayed for later sequences."""
         self._pinned = True
 
     def prepare(self, step: Step) -> None:
-        """Make room for a decode step, where there is any; of the pages that it begins nothing is known.
+        """Make room for a decode step in the layers that have a history, and clear the pages that the step begins.
 
-        Steps are expected in the order in which they run. What runs in a step itself is the same whatever its tokens.
+        Steps are expected in the order in which they run. This is done before the step, all of whose work on the
+        device can therefore be the same for any tokens, as a CUDA graph takes it.
         """
         held = [self._room(layer, step) for layer in self._layers]
         new = [span for span in step.active_spans if span.start % self._page_size == 0]
         if not held or not new:
             return
-        index = torch.tensor([(place(span.sequence, span.start - 1), span.start // self._page_size) for span in new])
+        index = [(place(span.sequence, span.start - 1), span.start // self._page_size) for span in new]
         for layer in held:
-            places, pages = index.to(layer.read.device, non_blocking=True).unbind(1)
+            places, pages = to_device(index, layer.read.device).unbind(1)
             layer.read[places, :, pages] = layer.read.new_zeros(())
             layer.averages[places, :, pages] = layer.averages.new_zeros(())
 
     def previous(self, layer: int, step: Step, rows: Tensor | None) -> Past:
-        """What the tokens right before those of these rows [n] have left, none: of all.
+        """History of the tokens right before those of rows [n], None: of all rows.
 
-        Behind the row's own page there may be anything.
+        Pages after a row's own may hold anything.
         """
         held, pages = self._room(layer, step), step.max_pages
         places, positions = (each if rows is None else each[rows] for each in (step.places ^ 1, step.starts))
@@ -103,28 +105,28 @@ class Recent:
         )
 
     def remember(self, layer: int, step: Step, rows: Tensor | None, read: Tensor, averages: Tensor) -> None:
-        """Keep what the tokens of these rows [n], no two of one sequence, leave: [n, Hkv, F] each, as `Past` has it."""
+        """Record [n, Hkv, F] each, as in `Past`, for the tokens of rows [n], no two of one sequence."""
         held, pages = self._room(layer, step), step.max_pages
         places, following = (each if rows is None else each[rows] for each in (step.places, step.starts + 1))
         held.following.index_copy_(0, places, following)
         held.read[..., :pages].index_copy_(0, places, read)
         held.averages[..., :pages].index_copy_(0, places, averages)
-        self._left.update(span.sequence for span in step.active_spans)
+        self._recorded.update(span.sequence for span in step.active_spans)
 
     def drop(self, sequence: int) -> None:
         """Forget the sequence."""
-        if not self._pinned and sequence not in self._left:
+        if not self._pinned and sequence not in self._recorded:
             return
-        self._left.discard(sequence)
-        if not self._left and not self._pinned and self._layers:
+        self._recorded.discard(sequence)
+        if not self._recorded and not self._pinned and self._layers:
             self._layers.clear()
             self.version += 1
         for held in self._layers.values():
-            held.following[place(sequence, 0) :][:2].fill_(NEVER)  # nothing, where there is no such place yet
+            held.following[place(sequence, 0) :][:2].fill_(NEVER)  # an empty slice if there is no such place yet
 
     def _room(self, layer: int, step: Step) -> _Layer:
-        """The layer's memory, with a place for every sequence and page of the step."""
-        assert step.phase is Phase.DECODE, "prompts leave nothing"
+        """The layer's history, with a place for every sequence and page of the step."""
+        assert step.phase is Phase.DECODE, "prompts have no history"
         held = self._layers.get(layer)
         places, pages = (0, 0) if held is None else (held.read.shape[0], held.read.shape[2])
         wanted = place(max(span.sequence for span in step.active_spans), 0) + 2
@@ -137,7 +139,7 @@ class Recent:
         return held
 
     def _grown(self, old: _Layer | None, places: int, pages: int, device: torch.device) -> _Layer:
-        with torch.inference_mode(False):  # else nobody outside of it could write to them
+        with torch.inference_mode(False):  # else they could not be written outside of it
             new = _Layer(
                 torch.full((places,), NEVER, dtype=torch.int32, device=device),
                 torch.zeros(places, self._heads, pages, dtype=torch.bool, device=device),
@@ -152,14 +154,14 @@ class Recent:
 
 
 def place(sequence: int, position: int) -> int:
-    """Where the sequence's token at this position leaves what it leaves; the one before it does so one place beside."""
+    """Place of the record of the sequence's token at this position; that of the token before it is ``place ^ 1``."""
     return 2 * (sequence + 1) + position % 2
 
 
 def turns(step: Step) -> list[list[int]]:
-    """The rows of a decode step, each sequence's tokens one after another: no list has two of one sequence.
+    """Rows of a decode step in groups that have one token of each sequence at most, in the order of its tokens.
 
-    Rows of nobody run with the first ones.
+    Padding rows are in the first group.
     """
     found: list[list[int]] = []
     before: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""A store that cannot be relied on."""
+"""Backing store that fails at random."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from keysift.kvcache import BackingStore, CacheSpec, OffloadError
 
 
 class Failing:
-    """Now and then does half of what it was asked for, and then fails; what it was not told to keep is NaN."""
+    """A store whose calls fail at a given rate, half done; frames that were claimed and not written are NaN."""
 
     def __init__(self, store: BackingStore, spec: CacheSpec, rate: float, seed: int) -> None:
         self.store, self.spec, self.rate = store, spec, rate
@@ -37,11 +37,11 @@ class Failing:
 
     def poison(self, frames: Sequence[int]) -> None:
         spec = self.spec
-        nothing = torch.full(
+        pages = torch.full(
             (len(frames), spec.num_kv_heads, 2, spec.page_size, spec.head_dim), torch.nan, dtype=spec.dtype
         )
         for layer in range(spec.num_layers):
-            self.store.write(layer, frames, nothing)
+            self.store.write(layer, frames, pages)
 
     def write(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
         if self._fails():

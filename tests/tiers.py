@@ -1,4 +1,4 @@
-"""Caches over every kind of tier, and one way of running a request through them."""
+"""Caches over every kind of tier, and a driver that runs prompts and tokens through them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def on_device(spec: CacheSpec) -> PagedCache:
 
 
 def offloaded(store: Callable[[CacheSpec], BackingStore], *, slots: int, staged: int, prefetch_pages: int = 0) -> Make:
-    """Everything that an op must not read is NaN."""
+    """A maker of offloaded caches, whose pool and stage are full of NaN at first."""
 
     def make(spec: CacheSpec) -> PagedCache:
         size = PoolSize(slots, staged, SEQUENCES, prefetch_pages)
         tier = OffloadTier(spec, FRAMES, store(spec), size, torch.device("cpu"))
-        for pages in (tier._pool.pages, tier._stage.pages):
+        for pages in (tier._pool_reader.pool.pages, tier._stage_reader.stage.pages):
             pages.fill_(torch.nan)
         return PagedCache(spec, FRAMES, max_sequences=SEQUENCES, max_len=MAX_LEN, tier=tier)
 
@@ -43,13 +43,13 @@ def in_file(folder: Path) -> Callable[[CacheSpec], BackingStore]:
 
 
 def run(cache: PagedCache, strategy: Strategy, lengths: Sequence[int], chunk: int, row: int, new: int) -> list[Tensor]:
-    """Prompts of these lengths in chunks, then `new` tokens of all together; what every step and layer gave.
+    """Attention of prompts of these lengths in chunks, then of `new` tokens of all together: by step and layer.
 
-    Keys and values are the same for the same sequence, token and layer, whoever else is there.
+    Queries, keys and values depend on the sequence, token and layer alone.
     """
     outs = []
-    open_ones = [cache.open() for _ in lengths]
-    for number, (sequence, length) in enumerate(zip(open_ones, lengths, strict=True)):
+    sequences = [cache.open() for _ in lengths]
+    for number, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
         cache.reserve(sequence, length)
         for start in range(0, length, chunk):
             span = Span(sequence, start, min(chunk, length - start))
@@ -57,7 +57,7 @@ def run(cache: PagedCache, strategy: Strategy, lengths: Sequence[int], chunk: in
             attend = bind(strategy, cache, step)
             outs += [attend(layer, *qkv(cache.spec, number, span, layer)) for layer in range(cache.spec.num_layers)]
     for i in range(new):
-        spans = [Span(sequence, length + i, 1) for sequence, length in zip(open_ones, lengths, strict=True)]
+        spans = [Span(sequence, length + i, 1) for sequence, length in zip(sequences, lengths, strict=True)]
         for span in spans:
             cache.reserve(span.sequence, span.stop)
         attend = bind(strategy, cache, cache.decode(spans))

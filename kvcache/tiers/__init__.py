@@ -1,1 +1,1 @@
-"""Tiers: where pages physically are, and how they come where an op can read them."""
+"""Tiers: memories that hold pages and make selected ones readable by ops."""

@@ -1,4 +1,4 @@
-"""Where pages physically are."""
+"""Interface of tiers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..step import Step
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Keys and values that an op can read, and where each page of each row is in them."""
+    """Keys and values that an op can read, and the table of each row's pages in them."""
 
     k: Tensor
     """[N, Hkv, S, D]"""
@@ -27,20 +27,20 @@ class Frames:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What reading and writing pages has moved between memories."""
+    """Pages read, and bytes moved between memories."""
 
     hits: int = 0
-    """Pages of one layer and KV head that were where an op could read them."""
+    """Pages of one layer and KV head that were resident when a token read them."""
     misses: int = 0
-    """The same that had to be fetched first."""
+    """Those that had to be fetched first."""
     fetched: int = 0
-    """Bytes that came from the pages' home."""
+    """Bytes read from the backing store."""
     written: int = 0
-    """Bytes that went there."""
+    """Bytes written to the backing store."""
     prefetched: int = 0
-    """Pages of one layer and KV head that were fetched on a guess."""
+    """Pages of one layer and KV head that were prefetched."""
     prefetch_hits: int = 0
-    """Those of them that were read."""
+    """Prefetched pages that a token then read."""
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))
@@ -53,56 +53,56 @@ class Traffic:
 
 
 class Tier(Protocol):
-    """Holds the pages of all layers and brings those that a selection names where an op can read them.
+    """Memory of the pages of all layers, which makes those of a selection readable by an op.
 
-    A page lives in its home frame, the one that tables name; where an op reads it is the tier's business.
+    The cache's tables name a page by its frame; the tier chooses the place that an op reads it from.
     """
 
     steady: ClassVar[bool]
-    """What was once readable stays where it is, so that a thread beside may go on reading it."""
+    """Pages stay in place once they are readable, so that another thread may go on reading them."""
     prefetch_pages: int
-    """Pages of each KV head that may be foreseen; 0: nobody need guess."""
+    """Pages of each KV head that may be prefetched for a token; 0: none."""
 
     def claim(self, frames: Sequence[int]) -> None:
-        """These frames are about to be used. Raises `OffloadError` where there is no room for them."""
+        """Make room for frames that are about to be used. Raises `OffloadError` if there is none."""
 
     def write(self, layer: int, k: Tensor, v: Tensor, step: Step) -> None:
-        """Put the step's keys and values [T, Hkv, D] into their slots; summarise and encode pages that become full."""
+        """Write the step's keys and values [T, Hkv, D] to their slots; summarise and encode pages that become full."""
 
     def resident(self, layer: int, selection: Selection, step: Step) -> Frames:
-        """The selected pages, readable until the next call. Raises `OffloadError` where they do not fit at once."""
+        """Make the selected pages readable until the next call. Raises `OffloadError` if they do not fit at once."""
 
     def own(self, layer: int, step: Step) -> tuple[Tensor, Tensor]:
-        """Keys [*, Hkv, S, D], and where in them the page of each row's last query is: [R, Hkv] int32."""
+        """Keys [*, Hkv, S, D], and the place in them of the page of each row's last query: [R, Hkv] int32."""
 
     def parts(self, layer: int, selection: Selection, step: Step) -> Iterator[tuple[Selection, Frames]]:
-        """The same in as many disjoint parts as it takes, each readable until the next is asked for."""
+        """Make the selected pages readable in disjoint parts, each until the next one is requested."""
 
     def prefetch(self, layer: int, pages: Tensor, step: Step) -> None:
-        """Begin to bring pages [R, H, P] that the layer may read for the next token; a guess costs time, nothing else.
+        """Begin to fetch pages [R, H, P] that the layer may read for the next token.
 
-        Only frames that neither this token nor the one before has read make room for them.
+        They replace only pages that neither this token nor the one before has read.
         """
 
     def summaries(self, layer: int) -> Tensor:
         """[N, Hkv, 4, D]: mean, least and greatest key and mean value of each full frame."""
 
     def codes(self, layer: int) -> Codes:
-        """The keys of each full frame in a few bits; without a word where the spec has no codes."""
+        """Keys of each full frame in a few bits; empty if the spec has no codes."""
 
     def holds(self, pages: int) -> bool:
-        """Whether all of so many pages of one layer can be read at once."""
+        """True if so many pages of one layer can be read at once."""
 
     @property
     def traffic(self) -> Traffic:
-        """What has moved since the start; may wait for the device."""
+        """Totals since the start; may wait for the device."""
 
     def close(self) -> None:
-        """Give up all memory and files; nothing may be asked afterwards."""
+        """Free all memory and files; the tier must not be used afterwards."""
 
 
-class Unmoved:
-    """What a tier says where pages stay where they are written."""
+class InPlaceTier:
+    """Base of tiers whose pages are read where they were written."""
 
     steady: ClassVar[bool] = True
     prefetch_pages = 0
@@ -122,6 +122,6 @@ class Unmoved:
 
 
 def own_page(frames: Frames, step: Step) -> tuple[Tensor, Tensor]:
-    """Of frames that hold it: see `Tier.own`."""
+    """`Tier.own` from frames that hold the pages."""
     last = step.last_pages.long()[:, None, None].expand(-1, frames.table.shape[1], 1)
     return frames.k, frames.table.gather(2, last)[..., 0]

@@ -1,4 +1,4 @@
-"""The tier of caches that fit beside the compute device: every page stays there."""
+"""Tier of caches that fit the memory of the compute device."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..ops.store import store
 from ..selection import Selection
 from ..spec import CacheSpec
 from ..step import Step
-from .base import Frames, Unmoved, own_page
+from .base import Frames, InPlaceTier, own_page
 
 
-class DeviceTier(Unmoved):
-    """Every page stays on the compute device; nothing moves."""
+class DeviceTier(InPlaceTier):
+    """All pages on the compute device."""
 
     def __init__(self, spec: CacheSpec, num_frames: int, device: torch.device) -> None:
         shape = (spec.num_layers, num_frames, spec.num_kv_heads, spec.page_size, spec.head_dim)

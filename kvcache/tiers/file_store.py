@@ -1,4 +1,4 @@
-"""A home on disk: contexts larger than memory."""
+"""Backing store on disk, for contexts larger than memory."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from ..spec import CacheSpec
 from .store import EXTENT, runs
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Errors for lack of room."""
 NO_SUCH_CALL = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
-"""What systems answer that cannot reserve blocks in such a file."""
+"""Errors of systems that cannot reserve blocks in such a file."""
 
 
 class FileStore:
-    """One nameless file in a folder: nobody can delete or cut it, and it is gone with the process, however that ends.
+    """One unnamed file in a folder: it cannot be deleted or cut by name, and goes with the process, however that ends.
 
-    It is read and written by calls rather than mapped: a full or failing disk is then an error of one request, where a
-    map would end the process with SIGBUS; and what the system keeps of it in its page cache is the system's to take
-    back, and no part of this process. Blocks are reserved extent by extent before anything is written, where the system
-    can; elsewhere a full disk shows when a page is written.
+    It is read and written by calls rather than mapped: a full or failing disk is then an error of one request, while a
+    map would end the process with SIGBUS; and the part of it in the system's page cache can be reclaimed by the system
+    and does not count as memory of this process. Blocks are reserved extent by extent before anything is written, if
+    the system can; else a full disk shows when a page is written.
     """
 
     def __init__(self, spec: CacheSpec, folder: Path) -> None:
@@ -44,12 +45,12 @@ class FileStore:
             self.close = weakref.finalize(self, self._file.close)
         except OSError as error:
             raise self._failed("opened", error) from error
-        # What lies beside a page is no guess at what is read next, and whole runs are asked for as such.
+        # Neighbours of a page are not what is read next, and long runs are read in one call.
         with suppress(AttributeError, OSError):
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def fileno(self) -> int:
-        """Of the file, for whoever wants to tell the system something about it."""
+        """File descriptor, for calls such as `os.posix_fadvise`."""
         return self._fd
 
     def claim(self, frames: Iterable[int]) -> None:
@@ -97,7 +98,7 @@ class FileStore:
 
 
 def reserve(fd: int, offset: int, size: int) -> None:
-    """Have blocks for a range of a file; where that is unheard of, let the file at least be as long."""
+    """Reserve blocks for a range of a file; on a system that cannot, only extend the file."""
     try:
         if hasattr(os, "posix_fallocate"):  # not on macOS
             return os.posix_fallocate(fd, offset, size)

@@ -1,4 +1,4 @@
-"""Pages of a model whose layers lie on several devices: those of each layer on its own."""
+"""Tier of models whose layers are on several devices."""
 
 from __future__ import annotations
 
@@ -13,26 +13,25 @@ from ..ops.encode import Codes
 from ..selection import Selection
 from ..spec import CacheSpec
 from ..step import Step
-from .base import Frames, Unmoved
+from .base import Frames, InPlaceTier
 from .device import DeviceTier
 
 
 class _Place(NamedTuple):
-    """Where a layer is."""
+    """Tier of a layer, and its number there."""
 
     tier: DeviceTier
     layer: int
-    """Its number among the layers there."""
 
 
-class MultiDeviceTier(Unmoved):
+class MultiDeviceTier(InPlaceTier):
     """A `DeviceTier` on each device for the layers that run there; a frame has a part on each of them.
 
-    Whoever asks for a layer brings a step whose tensors are on its device: see `Step.on`.
+    Every call for a layer takes a step whose tensors are on the layer's device: see `Step.on`.
     """
 
     def __init__(self, spec: CacheSpec, num_frames: int, devices: Sequence[torch.device]) -> None:
-        """`devices`: of each layer."""
+        """`devices`: the device of each layer."""
         counts = {device: devices.count(device) for device in devices}
         tiers = {
             device: DeviceTier(replace(spec, num_layers=count, windows=()), num_frames, device)

@@ -1,4 +1,4 @@
-"""Copies beside the computation."""
+"""Copies that run in parallel with the computation."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 
 
 class Prefetcher(Protocol):
-    """Runs copies one after the other, while the caller computes."""
+    """Runs copies one after the other while the caller computes."""
 
     def submit(self, layer: int, copy: Callable[[], None]) -> None:
-        """Begin a copy for this layer; one at a time."""
+        """Begin a copy for this layer, at most one at a time."""
 
     def wait(self, layer: int) -> None:
-        """The layer's copy is done: what is computed from now on sees it. Raises what it raised."""
+        """Make later computation see the layer's copy. Raises the copy's error."""
 
     def close(self) -> None:
-        """Begin nothing more; what has begun is done."""
+        """Finish the copies that have begun, and begin no others."""
 
 
-class Thread:
-    """For homes that are read by calls, which let go of the interpreter and mostly wait for a disk."""
+class ThreadPrefetcher:
+    """Copies on a thread, for stores that are read by calls: these release the interpreter and wait for a disk."""
 
     def __init__(self) -> None:
         self._worker = ThreadPoolExecutor(1, "keysift-prefetch")
@@ -37,17 +37,17 @@ class Thread:
             running.result()
 
     def close(self) -> None:
-        """Perhaps on the worker itself, which may be the last to know whom it copies for: it must not be joined."""
+        """May run on the worker itself, which can drop the last reference to the tier: it must not be joined."""
         self._worker.shutdown(wait=False)
         for copy in self._copies.values():
             if not copy.cancel():
                 copy.exception()
 
 
-class Stream:
-    """For a GPU that reads pinned memory itself: a stream of its own, and events for those who wait.
+class StreamPrefetcher:
+    """Copies on a CUDA stream of their own, for a GPU that reads pinned memory itself.
 
-    Whoever submits a copy keeps the tensors that it reads until it has waited.
+    The caller of `submit` keeps the tensors that the copy reads until `wait`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -70,5 +70,5 @@ class Stream:
 
 
 def make_prefetcher(device: torch.device) -> Prefetcher:
-    """What runs copies beside the computation on this device."""
-    return Stream(device) if device.type == "cuda" else Thread()
+    """The prefetcher for a pool on this device."""
+    return StreamPrefetcher(device) if device.type == "cuda" else ThreadPrefetcher()

@@ -1,4 +1,4 @@
-"""Where all pages live when only some of them fit beside the compute device."""
+"""Backing stores: memory of all full pages when only some of them fit the compute device."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from ..ops.fetch import fetch
 from ..spec import CacheSpec
 
 EXTENT = 64
-"""Pages that a home grows by: of one layer they lie side by side, so that a prompt is written and read in long runs."""
+"""Pages that a store grows by, side by side in each layer, so that prompts are written and read in long runs."""
 
 
 class BackingStore(Protocol):
-    """Keeps full pages by frame and layer: keys and values of all heads, [Hkv, 2, S, D].
+    """Store of full pages by frame and layer: keys and values of all heads, [Hkv, 2, S, D].
 
     Every method may raise `OffloadError`.
     """
 
     def claim(self, frames: Iterable[int]) -> None:
-        """Have room for these frames, so that writing them later cannot fail for want of it."""
+        """Make room for these frames, so that a later write of them cannot fail for lack of it."""
 
     def write(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
-        """Keep pages [n, Hkv, 2, S, D], contiguous, which may change once this returns."""
+        """Write pages [n, Hkv, 2, S, D], contiguous, which may change once this returns."""
 
     def read(self, layer: int, frames: Sequence[int], pages: Tensor) -> None:
-        """Bring frames into pages [n, Hkv, 2, S, D], contiguous."""
+        """Read frames into pages [n, Hkv, 2, S, D], contiguous."""
 
     def fetch(self, layer: int, pool: Tensor, loads: Tensor, slots: Tensor) -> None:
-        """Bring single heads: see `keysift.kvcache.ops.fetch`."""
+        """Read single heads: see `keysift.kvcache.ops.fetch`."""
 
     def close(self) -> None:
-        """Give everything up."""
+        """Free all memory and files."""
 
 
 class HostStore:
-    """Host memory: pinned, where the pool is on a GPU.
+    """Backing store in host memory, pinned if the pool is on a GPU.
 
-    Allocated extent by extent, as pages are claimed: one large pinned allocation would hold the driver for minutes,
-    and most requests are short.
+    It is allocated extent by extent, as pages are claimed: one large pinned allocation would block the driver for
+    minutes, and most requests are short.
     """
 
     def __init__(self, spec: CacheSpec, device: torch.device) -> None:
@@ -79,7 +79,7 @@ class HostStore:
 
 
 def runs(frames: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where stretches of frames that lie side by side in one extent begin and end in the list."""
+    """Start and stop in the list of each run of frames that are side by side in one extent."""
     start = 0
     for i in range(1, len(frames) + 1):
         if i == len(frames) or frames[i] != frames[i - 1] + 1 or frames[i] % EXTENT == 0:

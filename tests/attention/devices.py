@@ -1,4 +1,4 @@
-"""A device that is not there, for seeing whether code would wait for it."""
+"""Detection of waits for a GPU, without one."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ MOVERS = (Tensor.to, Tensor.copy_, Tensor.__setitem__)
 
 
 class NoWaiting(TorchFunctionMode):
-    """Inside, tensors on the device ``meta`` say that they are on a GPU, and whatever would wait for one raises.
+    """Context in which tensors on the device ``meta`` claim to be on a GPU, and operations that wait for one raise.
 
-    They hold no data, so that reading them fails by itself. Sending them the host's, which waits for the copy, fails
-    here, unless it is asked not to block.
+    Meta tensors hold no data, so that reading them fails by itself. Copying host tensors or numbers to them fails here,
+    unless the copy is non-blocking.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

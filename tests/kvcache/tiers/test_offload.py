@@ -1,4 +1,4 @@
-"""An offloaded cache answers as one that has everything at hand, whatever the size of its pool."""
+"""Offloaded caches give the results of a cache on the device, for pools and stages of any size."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_stage_smaller_than_a_layer_reads_in_parts(name: str, staged: int) -> 
         torch.testing.assert_close(one, other)
 
 
-def test_what_cannot_be_read_at_once_says_so() -> None:
+def test_a_selection_that_exceeds_the_stage_is_an_error_with_sizes() -> None:
     cache = offloaded(in_memory, slots=3, staged=10)(spec_of())
     with pytest.raises(
         OffloadError, match=r"kv_memory: 1\d pages of a layer .* room for 10 pages = 10240 bytes"
@@ -75,25 +75,26 @@ def test_windows_are_read_from_the_pool() -> None:
 
 
 @pytest.mark.parametrize("slots", [12, 24, 60])
-def test_guesses_change_no_bit(slots: int, tmp_path: Path) -> None:
+def test_prefetching_changes_no_bit(slots: int, tmp_path: Path) -> None:
     strategy = make("retrieval", sink=4, window=6, budget=16, epsilon=0.0, dense_below=0)
     wanted = run(on_device(spec_of()), strategy, (90,), CHUNK, ROW, new=40)
-    plain, eager = (offloaded(in_file(tmp_path), slots=slots, staged=80, prefetch_pages=n)(spec_of()) for n in (0, 4))
-    for cache in (plain, eager):
+    caches = [offloaded(in_file(tmp_path), slots=slots, staged=80, prefetch_pages=n)(spec_of()) for n in (0, 4)]
+    for cache in caches:
         found = run(cache, strategy, (90,), CHUNK, ROW, new=40)
         assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
-    before, after = plain.tier.traffic, eager.tier.traffic
+    before, after = (cache.tier.traffic for cache in caches)
     assert before.prefetched == before.prefetch_hits == 0
     assert after.hits + after.misses == before.hits + before.misses
     if slots == 60:
         assert 0 < after.prefetch_hits <= after.prefetched
         assert after.misses < before.misses
-    assert after.fetched - before.fetched == (after.prefetched + after.misses - before.misses) * plain.spec.read_bytes
+    pieces = after.prefetched + after.misses - before.misses
+    assert after.fetched - before.fetched == pieces * caches[0].spec.read_bytes
 
 
 @pytest.mark.parametrize("name", ["retrieval", "quest"])
 def test_traffic_is_what_moved(name: str) -> None:
-    """Counted by hand at the store's door."""
+    """As counted by a store."""
     moved = {"read": 0, "written": 0, "pieces": 0}
 
     class Counting(HostStore):
@@ -121,7 +122,7 @@ def test_traffic_is_what_moved(name: str) -> None:
 
 
 def test_two_tokens_of_one_sequence_are_refused() -> None:
-    """They would share the one tail, and the page in it."""
+    """They would share one tail, and the page in it."""
     cache = offloaded(in_memory, slots=30, staged=80)(spec_of())
     cache.reserve(sequence := cache.open(), 20)
     step = cache.decode([Span(sequence, 0, 1), Span(sequence, 1, 1)])

@@ -1,4 +1,4 @@
-"""What an offloaded cache does when something fails, is cut short, or is not to be had on this system."""
+"""Offloaded caches when the store fails, is interrupted, or lacks a system call."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from keysift.attention import bind, make
 from keysift.kvcache import CacheSpec, HostStore, OffloadError, OffloadTier, PagedCache, Span, Step
 from keysift.kvcache.ops import use_backend
-from keysift.kvcache.tiers import offload as offload_module
+from keysift.kvcache.tiers import pool_reader
 from keysift.kvcache.tiers.file_store import FileStore
 from keysift.kvcache.tiers.store import EXTENT
 from tests.tiers import in_file, offloaded, on_device, qkv, run
@@ -26,7 +26,7 @@ RETRIEVAL = make("retrieval", sink=4, window=6, budget=16, epsilon=0.0, dense_be
 
 
 class Fragile(HostStore):
-    """Fails where it is told to, having done nothing."""
+    """A store whose methods in `fails` raise, having done nothing; `gate` holds back prefetches."""
 
     def __init__(self, spec: CacheSpec) -> None:
         super().__init__(spec, torch.device("cpu"))
@@ -49,7 +49,7 @@ class Fragile(HostStore):
     def fetch(self, layer: int, pool: Tensor, loads: Tensor, slots: Tensor) -> None:
         if threading.current_thread() is not threading.main_thread():
             assert self.gate.wait(10)
-            self._check("guess")
+            self._check("prefetch")
         else:
             self._check("fetch")
         super().fetch(layer, pool, loads, slots)
@@ -58,8 +58,8 @@ class Fragile(HostStore):
 def fragile(*, slots: int = 30, staged: int = 40, prefetch_pages: int = 0) -> tuple[PagedCache, Fragile, OffloadTier]:
     cache = offloaded(Fragile, slots=slots, staged=staged, prefetch_pages=prefetch_pages)(SPEC)
     assert isinstance(cache.tier, OffloadTier)
-    assert isinstance(cache.tier.store, Fragile)
-    return cache, cache.tier.store, cache.tier
+    assert isinstance(cache.tier.pages.store, Fragile)
+    return cache, cache.tier.pages.store, cache.tier
 
 
 def begin(cache: PagedCache, length: int) -> int:
@@ -76,7 +76,7 @@ def forward(cache: PagedCache, step: Step, text: int = 0) -> Tensor:
 
 
 def pair(length: int, stop: int, slots: int = 30) -> tuple[PagedCache, Fragile, PagedCache]:
-    """A cache with its store, and the same on the device, behind a prompt that was rolled back."""
+    """An offloaded cache with its store, and one on the device, both after a prompt that was rolled back."""
     cache, store, _ = fragile(slots=slots)
     twin = on_device(SPEC)
     for one in (cache, twin):
@@ -106,7 +106,7 @@ def test_a_chunk_that_could_not_be_written_leaves_its_first_page_open() -> None:
 
 @pytest.mark.parametrize("error", [OffloadError("broken"), KeyboardInterrupt()], ids=["store", "interrupt"])
 @pytest.mark.parametrize(("slots", "name"), [(30, "fetch"), (0, "read")])
-def test_pages_that_did_not_come_are_asked_for_again(slots: int, name: str, error: BaseException) -> None:
+def test_pages_whose_read_failed_are_read_again(slots: int, name: str, error: BaseException) -> None:
     cache, store, twin = pair(50, 50, slots)
     step, before, store.fails = cache.decode([Span(0, 50, 1)]), cache.tier.traffic, {name: error}
     with pytest.raises(type(error)):
@@ -117,57 +117,58 @@ def test_pages_that_did_not_come_are_asked_for_again(slots: int, name: str, erro
 
 
 def test_a_step_that_runs_again_has_the_whole_pool() -> None:
-    """8 slots take what one run reads, not what two read that choose otherwise; the stage would take neither."""
+    """8 slots hold the reads of one run, not those of two that select other pages; the stage holds neither."""
     cache, store, _ = fragile(slots=8, staged=5, prefetch_pages=4)
     twin = on_device(SPEC)
     for one in (cache, twin):
         one.reserve(one.open(), 100)
         for start in range(0, 88, 8):
             forward(one, one.prefill(Span(0, start, 8), 8))
-    store.fails = {"read": OffloadError("the stage is not asked")}
+    store.fails = {"read": OffloadError("the stage is not used")}
     step, same = (one.decode([Span(0, 88, 1)]) for one in (cache, twin))
     for text in (0, 1, 2, 3, 0):
         torch.testing.assert_close(forward(cache, step, text), forward(twin, same, text))
 
 
-def test_guesses_in_vain_are_not_counted() -> None:
+def test_prefetches_that_failed_are_not_counted() -> None:
     cache, store, tier = fragile(prefetch_pages=4)
     begin(cache, 90)
-    store.fails = {"guess": OffloadError("broken")}
+    store.fails = {"prefetch": OffloadError("broken")}
     for i in range(6):
         forward(cache, cache.decode([Span(0, 90 + i, 1)]))
-    tier._prefetcher.wait(0)
-    tier._prefetcher.wait(1)
+    tier._pool_reader.prefetcher.wait(0)
+    tier._pool_reader.prefetcher.wait(1)
     assert tier.traffic.prefetched == tier.traffic.prefetch_hits == 0
     store.fails = {}
     forward(cache, cache.decode([Span(0, 96, 1)]))
     assert tier.traffic.prefetched > 0
 
 
-def test_a_guess_that_breaks_is_heard_of() -> None:
-    """No store's error: whoever touches the layer next gets it, and nothing of the guess is there."""
+def test_a_bug_in_a_prefetch_is_raised() -> None:
+    """Not an error of the store: the next write of the layer raises it, and no page of the prefetch is resident."""
     cache, store, tier = fragile(prefetch_pages=4)
     begin(cache, 90)
-    store.fails = {"guess": ZeroDivisionError("a bug")}
+    store.fails = {"prefetch": ZeroDivisionError("a bug")}
     forward(cache, cache.decode([Span(0, 90, 1)]))
     with pytest.raises(ZeroDivisionError, match="a bug"):
         forward(cache, cache.decode([Span(0, 91, 1)]))
-    assert not (tier._pool.residents(0).used % 2 == 1).logical_and(tier._pool.residents(0).used > 0).any()
+    used = tier._pool_reader.pool.residents(0).used
+    assert not ((used % 2 == 1) & (used > 0)).any()
 
 
-def test_the_clock_begins_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload_module, "LATEST", 12)
+def test_the_clock_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_reader, "LATEST", 12)
     wanted = run(on_device(SPEC), RETRIEVAL, (90, 37), 32, 8, new=40)
     cache = offloaded(Fragile, slots=24, staged=40, prefetch_pages=4)(SPEC)
     found = run(cache, RETRIEVAL, (90, 37), 32, 8, new=40)
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
     assert isinstance(cache.tier, OffloadTier)
-    assert cache.tier._clock <= 12
-    assert cache.tier._pool.residents(0).used.max() <= 13
+    assert cache.tier._pool_reader._clock <= 12
+    assert cache.tier._pool_reader.pool.residents(0).used.max() <= 13
 
 
-def test_closing_waits_for_a_guess() -> None:
-    """And may be done twice."""
+def test_closing_waits_for_a_prefetch() -> None:
+    """And may be repeated."""
     cache, store, tier = fragile(prefetch_pages=4)
     begin(cache, 90)
     store.gate.clear()
@@ -184,12 +185,13 @@ def test_closing_waits_for_a_guess() -> None:
     tier.close()
 
 
-def test_a_cache_may_be_dropped_while_a_guess_runs() -> None:
+def test_a_cache_may_be_dropped_while_a_prefetch_runs() -> None:
     cache, store, tier = fragile(prefetch_pages=4)
     begin(cache, 90)
     store.gate.clear()
     forward(cache, cache.decode([Span(0, 90, 1)]))
-    gone, closed, gate, workers = weakref.ref(tier), tier.close, store.gate, tier._prefetcher._worker._threads  # type: ignore[attr-defined]
+    gone, closed, gate = weakref.ref(tier), tier.close, store.gate
+    workers = tier._pool_reader.prefetcher._worker._threads  # type: ignore[attr-defined]
     del cache, store, tier
     gate.set()
     for worker in list(workers):
@@ -222,7 +224,7 @@ def test_files_whose_blocks_cannot_be_reserved_grow(
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
-def test_a_full_disk_is_no_system_without_reservations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_when_blocks_are_reserved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -236,7 +238,7 @@ def test_a_full_disk_is_no_system_without_reservations(monkeypatch: pytest.Monke
     store.close()
 
 
-def test_calls_that_move_less_than_asked_are_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_short_reads_and_writes_are_continued(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     read, write = os.preadv, os.pwrite
     monkeypatch.setattr(os, "preadv", lambda fd, parts, at: read(fd, [parts[0][:7]], at))
     monkeypatch.setattr(os, "pwrite", lambda fd, part, at: write(fd, part[:100], at))
