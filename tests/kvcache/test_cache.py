@@ -1,4 +1,4 @@
-"""Page tables, steps and what a step writes."""
+"""Paged cache: page tables, steps and the writes of a step."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_page_bytes_counts_keys_values_summaries_and_codes() -> None:
     assert SPEC.pages_for(5) == 2
 
 
-def test_an_index_of_the_host_wants_pages_there() -> None:
+def test_a_host_index_requires_host_pages() -> None:
     elsewhere = PagedCache(SPEC, 4, max_sequences=1, max_len=16, device="meta")
     with pytest.raises(ValueError, match="index: graph lives on the host, pages are on meta"):
         elsewhere.index(Graph())
@@ -44,7 +44,7 @@ def test_reserve_is_all_or_nothing() -> None:
     assert cache.free_pages == 3
 
 
-def test_a_prefill_step_names_rows_slots_and_pages() -> None:
+def test_a_prefill_step_has_rows_slots_and_pages() -> None:
     cache = make()
     sequence = cache.open()
     cache.reserve(sequence, 30)
@@ -74,7 +74,7 @@ def test_a_decode_step_has_one_row_per_sequence() -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(st.lists(st.integers(1, 13), min_size=1, max_size=6), st.integers(0, 2**31))
-def test_what_is_appended_is_found_through_the_table(lengths: list[int], seed: int) -> None:
+def test_appended_keys_values_and_summaries_are_found_through_the_table(lengths: list[int], seed: int) -> None:
     cache = make(frames=40, max_len=96)
     generator = torch.Generator().manual_seed(seed)
     other, sequence = cache.open(), cache.open()
@@ -94,14 +94,14 @@ def test_what_is_appended_is_found_through_the_table(lengths: list[int], seed: i
     values = frames.v[table].transpose(1, 2).flatten(0, 1)[:total]
     torch.testing.assert_close(keys, k, rtol=0, atol=0)
     torch.testing.assert_close(values, v, rtol=0, atol=0)
-    summaries = context.summaries()[0]  # [F, Hkv, 4, D]
+    summaries = cache.tier.summaries(1)[table]  # [F, Hkv, 4, D]
     for page in range(total // 4):
         here = slice(4 * page, 4 * page + 4)
         expected = torch.stack([k[here].mean(0), k[here].amin(0), k[here].amax(0), v[here].mean(0)], dim=1)
         torch.testing.assert_close(summaries[page], expected)
 
 
-def test_a_shared_prefix_is_held_by_both_and_given_back_once() -> None:
+def test_a_shared_prefix_is_held_by_both_and_released_once() -> None:
     cache = make(frames=8)
     first = cache.open()
     cache.reserve(first, 12)
