@@ -1,12 +1,12 @@
-"""What can go wrong with pages while requests run."""
+"""Errors of the cache at run time."""
 
 from __future__ import annotations
 
 
 class OffloadError(RuntimeError):
-    """Pages could not be written to their home or read from it.
+    """Pages could not be written to the backing store or read from it.
 
-    `exhausted`: there was no room for them; otherwise the medium has failed.
+    `exhausted`: for lack of room; otherwise the medium has failed.
     """
 
     def __init__(self, message: str, *, exhausted: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Which frame already holds a page of tokens: a hash chain over full pages."""
+"""Prefix reuse: a hash chain over full pages finds the frames that already hold them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .allocator import FrameAllocator
 
 
 class PageKeys:
-    """Keys of the full pages of one growing list of tokens; each names its page and all that precedes it.
+    """Keys of the full pages of one growing list of tokens: hashes of a page and of all that precedes it.
 
-    The root names all else that the content depends on: model, strategy, salt.
+    The root stands for all else that the content depends on: model, strategy, salt.
     """
 
     def __init__(self, root: str, page_size: int) -> None:
@@ -31,7 +31,7 @@ class PageKeys:
 
 
 class PrefixCache:
-    """Full pages that later prompts may share. Its frames stay until the allocator needs them."""
+    """Full pages that later prompts may share, for as long as the allocator does not reuse their frames."""
 
     def __init__(self, allocator: FrameAllocator) -> None:
         self._allocator = allocator
@@ -60,7 +60,7 @@ class PrefixCache:
         self._allocator.keep(frame)
 
     def withdraw(self, frame: int) -> None:
-        """Offer a frame no longer, if it is offered."""
+        """End the reuse of a frame, if it is offered."""
         if frame in self._keys:
             self._forget(frame)
             self._allocator.unkeep(frame)

@@ -1,4 +1,4 @@
-"""What a layer's keys and values look like."""
+"""Shape of a layer's keys and values."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Literal
 import torch
 
 WORD_BITS = 32
-"""Codes are packed into int32."""
+"""Bits of the int32 words that codes are packed into."""
 SUMMARIES = 4
 """Vectors that summarise a page: mean key, least key, greatest key, mean value."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """Shape of the cache, and the two facts of the model that reading it needs: scale and windows."""
+    """Shape of the cache, and the scale and windows of the model, which reading it takes."""
 
     num_layers: int
     num_kv_heads: int
@@ -27,7 +27,7 @@ class CacheSpec:
     windows: tuple[int, ...] = ()
     """Tokens that each layer's queries see, themselves included; 0: all. Empty: no layer has a window."""
     code_bits: Literal[2, 4] | None = 2
-    """Bits that a code spends on each channel of a key, at least; None: keys have no codes."""
+    """Least number of bits of a code for each channel of a key; None: keys have no codes."""
     bias_channels: int = 0
     """Last channels of every head that hold no content but a learned bias of the key: see `content_dim`."""
 
@@ -35,13 +35,14 @@ class CacheSpec:
     def content_dim(self) -> int:
         """Channels of a head that are the model's own.
 
-        Of those behind them, a query's and a key's product is a bias that the model adds to the score: what ranks keys
-        by whole products has it included, what wants content alone reads the first channels.
+        The product of a query's and a key's channels after them is a bias that the model adds to the score: whole
+        products include it, and content alone is in the first channels.
         """
         return self.head_dim - self.bias_channels
 
     @property
     def softmax_scale(self) -> float:
+        """Factor of the scores."""
         return self.content_dim**-0.5 if self.scale is None else self.scale
 
     @property
@@ -58,16 +59,18 @@ class CacheSpec:
 
     @property
     def code_words(self) -> int:
-        """Words of a key's code; what is left over of the last one is wasted."""
+        """Words of a key's code, the last of which may have bits to spare."""
         return -(-self.head_dim * (self.code_bits or 0) // WORD_BITS)
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that reading one page of one layer and head moves: its keys and values."""
+        """Bytes of one page's keys and values, of one layer and head."""
         return 2 * self.page_size * self.head_dim * self.dtype.itemsize
 
     def window(self, layer: int) -> int:
+        """Tokens that the layer's queries see; 0: all."""
         return self.windows[layer] if self.windows else 0
 
     def pages_for(self, tokens: int) -> int:
+        """Pages that so many tokens take."""
         return -(-tokens // self.page_size)

@@ -1,4 +1,4 @@
-"""One forward pass, as the cache and the strategies see it."""
+"""One forward pass: its tokens, rows and page tables."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ class Span:
 
 
 class PaddedShape(NamedTuple):
-    """What a decode step is padded to, so that many steps have tensors of one shape."""
+    """Size that decode steps are padded to, so that many steps have tensors of one shape."""
 
     rows: int
     pages: int
 
 
 PADDED = ("positions", "slots", "starts", "lasts", "last_pages", "places")
-"""Tensors with one number for each row of a decode step."""
+"""Fields with one number for each row of a decode step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Step:
     positions: Tensor
     """[T] int64, position of each token in its sequence."""
     slots: Tensor
-    """[T] int64, where each token's key and value go."""
+    """[T] int64, slot of each token's key and value."""
     table: Tensor
     """[R, Hkv, F] int32, page -> frame of each row's sequence; head and row axes may have stride 0."""
     starts: Tensor
@@ -62,9 +62,9 @@ class Step:
     last_pages: Tensor
     """[R] int32, page of each row's last query."""
     places: Tensor
-    """[R] int64 of a decode step, where what each row's token leaves to the next is kept: see `Recent`."""
+    """[R] int64 of a decode step, place of the record of each row's token: see `Recent`."""
     filled: Tensor
-    """[*] int64, frames that become full in this step; of a padded one [R], a frame of nobody's where none does."""
+    """[*] int64, frames that become full in this step; of a padded one [R], the null sequence's frame if none does."""
     page_size: int
     queries_per_row: int
     max_pages: int
@@ -72,21 +72,22 @@ class Step:
     held: tuple[Sequence[int], ...] = ()
     """Frames of each span's sequence as host integers, page by page."""
     rows_left: int = 0
-    """Rows of the same prompt that come after this step."""
+    """Rows of the same prompt in later steps."""
     num_padding_rows: int = 0
-    """Rows at the end of a decode step that only fill it up."""
+    """Rows of the null sequence at the end of a padded decode step."""
 
     @property
     def num_rows(self) -> int:
+        """R, padding rows included."""
         return self.starts.shape[0]
 
     @property
     def active_spans(self) -> tuple[Span, ...]:
-        """The spans without those of nobody."""
+        """Spans without those of padding rows."""
         return self.spans[: len(self.spans) - self.num_padding_rows]
 
     def on(self, device: torch.device) -> Step:
-        """The same with its tensors on this device, itself if they are there; copies are made without waiting."""
+        """The step with its tensors on this device, itself if they are there; copies do not block."""
         if self.positions.device == device:
             return self
         names = (*PADDED, "filled")
@@ -95,13 +96,13 @@ class Step:
         return replace(self, table=table, **tensors)
 
     def copy_(self, other: Step) -> None:
-        """Take over the tensors of another padded step of the same shape, in place; host integers stay."""
+        """Copy the tensors of another padded step of the same shape, in place; host integers stay."""
         for name in (*PADDED, "filled"):
             getattr(self, name).copy_(getattr(other, name))
         self.table[:, :1].copy_(other.table[:, :1])  # heads share a table
 
     def head(self, rows: int) -> Step:
-        """The first rows of a decode step, all of it that concerns its first sequences."""
+        """The first rows of a decode step, with their spans; `filled` stays that of the whole step."""
         tensors = {name: getattr(self, name)[:rows] for name in (*PADDED, "table")}
-        nobodys = max(0, self.num_padding_rows + rows - self.num_rows)
-        return replace(self, spans=self.spans[:rows], held=self.held[:rows], num_padding_rows=nobodys, **tensors)
+        padding = max(0, self.num_padding_rows + rows - self.num_rows)
+        return replace(self, spans=self.spans[:rows], held=self.held[:rows], num_padding_rows=padding, **tensors)

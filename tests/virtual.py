@@ -1,4 +1,4 @@
-"""Devices that are not there: tensors of a CPU that know where they are, and refuse to meet those of elsewhere."""
+"""Virtual devices: CPU tensors labelled with a device, and an error for operations that mix devices."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from torch.utils._pytree import tree_leaves
 
 HOST = torch.device("cpu")
 CROSSING = {"copy_", "index", "_to_copy", "_index_put_impl_", "index_put_"}
-"""Ops that take tensors of several devices on a GPU, too; those that index only indices that lie on the host."""
+"""Ops that take tensors of several devices on real devices, too; the indexing ones only indices on the host."""
 
 
 def device_of(tensor: Tensor) -> torch.device:
-    """``cpu:0`` or ``cpu:1`` of what lies on such a device, ``cpu`` of what lies on the host."""
+    """``cpu:0`` or ``cpu:1`` for a tensor on a virtual device, ``cpu`` for one on the host."""
     return getattr(tensor, "_virtual", HOST)
 
 
 def put(tensor: Tensor, device: torch.device) -> Tensor:
+    """Label the tensor, in place."""
     tensor._virtual = device  # type: ignore[attr-defined]
     return tensor
 
 
-class _Asked(TorchFunctionMode):
-    """What tensors say of their device, and how they get to another one."""
+class _Labels(TorchFunctionMode):
+    """Labels as `Tensor.device`, set by functions that create tensors on a device or move them to one."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -58,22 +59,22 @@ def _moved(args: Any, kwargs: Any, target: torch.device) -> Tensor:
     return put(made, target)
 
 
-class _Meetings(TorchDispatchMode):
-    """Results are where their arguments are; arguments that are on several devices are an error."""
+class _Checks(TorchDispatchMode):
+    """Gives results the label of their arguments; raises if these are on several devices."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         name = func.overloadpacket.__name__
-        where = _where(name, given)
+        device = _common_device(name, given)
         made = func(*args, **kwargs)
         for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor) and not any(leaf is each for each in given) and where is not None:
-                put(leaf, where)
+            if isinstance(leaf, Tensor) and not any(leaf is each for each in given) and device is not None:
+                put(leaf, device)
         return made
 
 
-def _where(name: str, given: list[Tensor]) -> torch.device | None:
+def _common_device(name: str, given: list[Tensor]) -> torch.device | None:
     if not given:
         return None
     first = device_of(given[0])
@@ -89,10 +90,12 @@ def _where(name: str, given: list[Tensor]) -> torch.device | None:
 
 @contextmanager
 def virtual_devices() -> Iterator[None]:
-    with _Asked(), _Meetings():
+    """Context in which tensors have virtual devices."""
+    with _Labels(), _Checks():
         yield
 
 
 def put_all(tensors: Iterable[Tensor], device: torch.device) -> None:
+    """Label the tensors, in place."""
     for tensor in tensors:
         put(tensor, device)

@@ -1,4 +1,4 @@
-"""Frames: free, held or idle, never two of these, never lost."""
+"""Frame allocator: every frame is free, held or idle, and none is lost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_longest_idle_frame_is_evicted_first() -> None:
 
 
 class PrefixMachine(RuleBasedStateMachine):
-    """Sequences of pages that come, share, are offered and go."""
+    """Random sequences of pages that begin, share, are offered for reuse and end."""
 
     held = Bundle("held")
 
@@ -53,7 +53,7 @@ class PrefixMachine(RuleBasedStateMachine):
     def start(self, tokens: list[int]) -> list[int]:
         keys = PageKeys("model", 2).upto(tokens)
         frames = self.prefix.match(keys)
-        assert [self.content[frame] for frame in frames] == keys[: len(frames)], "a hit holds what its key names"
+        assert [self.content[frame] for frame in frames] == keys[: len(frames)], "a hit has the content of its key"
         for frame in frames:
             self.allocator.hold(frame)
         try:
@@ -74,7 +74,7 @@ class PrefixMachine(RuleBasedStateMachine):
 
     @rule(frames=consumes(held))
     def fail(self, frames: list[int]) -> None:
-        """What these frames hold is spoilt: nobody may find them, though others may still hold them."""
+        """Spoil the content of these frames: no prefix may match them, though other sequences may still hold them."""
         for frame in frames:
             self.prefix.withdraw(frame)
             self.content[frame] = b"spoilt"

@@ -1,4 +1,4 @@
-"""What tokens leave to those after them: found again by the right one, and by nobody else."""
+"""Decode history: the next token of a sequence finds the record of the last one, and no other token does."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def step_of(cache: PagedCache, *places: tuple[int, int]) -> Step:
     return cache.decode([Span(sequence, position, 1) for sequence, position in places])
 
 
-def leave(cache: PagedCache, step: Step, layer: int = 0) -> tuple[Tensor, Tensor]:
-    """Random pages and averages, whatever the step."""
+def record(cache: PagedCache, step: Step, layer: int = 0) -> tuple[Tensor, Tensor]:
+    """Record random pages and averages for the step; returns them."""
     read = torch.rand(step.num_rows, HEADS, step.max_pages) < 0.5
     averages = torch.rand(step.num_rows, HEADS, step.max_pages)
     cache.context(layer, step).remember(None, read, averages)
@@ -42,11 +42,11 @@ def past(cache: PagedCache, step: Step, layer: int = 0) -> Past:
     return found
 
 
-def test_the_next_token_finds_it_and_no_other() -> None:
+def test_the_next_token_finds_the_record_and_no_other() -> None:
     cache = cache_of()
     sequence = opened(cache, 200)
     assert not past(cache, step_of(cache, (sequence, 20))).known.any()
-    read, averages = leave(cache, step_of(cache, (sequence, 20)))
+    read, averages = record(cache, step_of(cache, (sequence, 20)))
     found = past(cache, step_of(cache, (sequence, 21)))
     assert found.known.tolist() == [True]
     assert torch.equal(found.read, read)
@@ -56,12 +56,12 @@ def test_the_next_token_finds_it_and_no_other() -> None:
     assert not past(cache, step_of(cache, (sequence, 21)), layer=1).known.any()
 
 
-def test_a_new_page_has_been_neither_read_nor_worth_anything() -> None:
+def test_a_new_page_has_no_history() -> None:
     cache = cache_of()
     first = opened(cache, 200)
-    for position in (198, 199):  # so that both places hold something on every page
-        leave(cache, step_of(cache, (first, position)))
-    leave(cache, step_of(cache, (first, 2 * PAGE - 1)))
+    for position in (198, 199):  # so that both places have a history of every page
+        record(cache, step_of(cache, (first, position)))
+    record(cache, step_of(cache, (first, 2 * PAGE - 1)))
     found = past(cache, step_of(cache, (first, 2 * PAGE)))
     assert found.known.all()
     assert found.read.shape[2] == 3
@@ -69,70 +69,70 @@ def test_a_new_page_has_been_neither_read_nor_worth_anything() -> None:
     assert not found.averages[..., 2].any()
 
 
-def test_a_step_that_runs_again_finds_what_it_found() -> None:
+def test_a_step_that_runs_again_finds_the_same_history() -> None:
     """After it has run in full, or in some layers, or with a part of its sequences."""
     cache = cache_of()
     first, second = opened(cache, 200), opened(cache, 200)
-    leave(cache, step_of(cache, (first, 10), (second, 33)))
+    record(cache, step_of(cache, (first, 10), (second, 33)))
     step = step_of(cache, (first, 11), (second, 34))
     before = past(cache, step)
     for _ in range(2):
-        leave(cache, step)
+        record(cache, step)
         again = past(cache, step)
         assert all(torch.equal(one, other) for one, other in zip(before, again, strict=True))
     alone = past(cache, step_of(cache, (second, 34)))
     assert alone.known.all()
     assert torch.equal(alone.read[0], before.read[1, :, : alone.read.shape[2]])
-    read, _ = leave(cache, step_of(cache, (second, 34)))
+    read, _ = record(cache, step_of(cache, (second, 34)))
     after = past(cache, step_of(cache, (first, 12), (second, 35)))
     assert after.known.all(), "the first run's"
     assert torch.equal(after.read[1], read[0])
 
 
-def test_sequences_come_and_go() -> None:
+def test_sequences_are_opened_and_released() -> None:
     cache = cache_of()
     first, second = opened(cache, 900), opened(cache, 100)
-    kept, _ = leave(cache, step_of(cache, (first, 50), (second, 50)))
+    kept, _ = record(cache, step_of(cache, (first, 50), (second, 50)))
     third = opened(cache, 3000)
-    leave(cache, step_of(cache, (third, 2999)))  # more sequences and pages than there was room for
+    record(cache, step_of(cache, (third, 2999)))  # more sequences and pages than fit so far
     found = past(cache, step_of(cache, (first, 51), (second, 51), (third, 3000 - 1)))
     assert found.known.tolist() == [True, True, False]
     assert torch.equal(found.read[0, :, : kept.shape[2]], kept[0])
     assert not found.read[:2, :, kept.shape[2] :].any()
     cache.release(first)
     assert past(cache, step_of(cache, (second, 51))).known.all()
-    assert opened(cache, 100) == first, "the number goes round"
+    assert opened(cache, 100) == first, "the number is reused"
     assert not past(cache, step_of(cache, (first, 51))).known.any()
 
 
 def test_a_rollback_forgets() -> None:
     cache = cache_of()
     sequence = opened(cache, 100)
-    leave(cache, step_of(cache, (sequence, 50)))
+    record(cache, step_of(cache, (sequence, 50)))
     cache.rollback(sequence, 51)
     assert not past(cache, step_of(cache, (sequence, 50 + 0))).known.any()
     cache.reserve(sequence, 100)
     assert not past(cache, step_of(cache, (sequence, 51))).known.any()
 
 
-def test_memory_is_small_and_goes_with_the_last_sequence() -> None:
+def test_memory_is_small_and_freed_with_the_last_sequence() -> None:
     cache = cache_of(max_sequences=64)
     sequence = opened(cache, 4000)
     assert cache.recent.bytes == 0
     for layer in range(2):
-        leave(cache, step_of(cache, (sequence, 3999)), layer)
+        record(cache, step_of(cache, (sequence, 3999)), layer)
     pages = 4 * 256
     assert cache.recent.bytes == 2 * 4 * (HEADS * pages * 5 + 4)
     cache.release(sequence)
     assert cache.recent.bytes == 0
 
 
-def test_what_is_left_inside_inference_mode_can_be_replaced_outside() -> None:
+def test_a_record_made_in_inference_mode_can_be_replaced_outside() -> None:
     cache = cache_of()
     sequence = opened(cache, 100)
     with torch.inference_mode():
-        leave(cache, step_of(cache, (sequence, 50)))
-    leave(cache, step_of(cache, (sequence, 52)))
+        record(cache, step_of(cache, (sequence, 50)))
+    record(cache, step_of(cache, (sequence, 52)))
     cache.release(sequence)
 
 
@@ -144,7 +144,7 @@ def test_turns_take_one_token_of_each_sequence() -> None:
     assert turns(step_of(cache, (second, 1), (first, 1))) == [[0, 1]]
 
 
-def test_prompts_leave_nothing() -> None:
+def test_prompts_have_no_history() -> None:
     cache = cache_of()
     step = cache.prefill(Span(opened(cache, 100), 0, 64), 8)
     recent = Recent(cache.spec)
