@@ -32,7 +32,7 @@ def chunks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return chunks
 
 
-def test_prompts_in_chunks_batches_and_prefix_hits_say_the_same(
+def test_chunked_batched_and_cached_prompts_give_the_same_tokens(
     make: Make, expected: Expected, chunks: list[tuple[int, int]]
 ) -> None:
     first, second = tokens(150), tokens(203, 1)
@@ -63,7 +63,7 @@ def test_a_sparse_strategy_that_reads_a_short_prompt_densely_takes_it(
     assert chunks == 2 * [(60, 60)] + 2 * [(64, 64)], "of the long one, its first chunk"
 
 
-def test_layers_with_a_window_beside_full_ones(write_model: Callable[..., Path], chunks: list[tuple[int, int]]) -> None:
+def test_layers_with_and_without_a_window(write_model: Callable[..., Path], chunks: list[tuple[int, int]]) -> None:
     from transformers import Gemma3TextConfig
 
     shape = {name: getattr(llama(), name) for name in ("vocab_size", "hidden_size", "num_attention_heads", "head_dim")}

@@ -55,7 +55,7 @@ def test_outputs_tell_the_story_in_order(make: Make) -> None:
     assert finish.sparsity.prefill_density == finish.sparsity.decode_density == finish.sparsity.coverage == 1.0
 
 
-def test_streaming_reads_less_and_says_so(make: Make) -> None:
+def test_streaming_reads_less_and_reports_it(make: Make) -> None:
     engine = make()
     engine.add(Request("a", tokens(400), greedy(3), strategy="streaming", strategy_args=("sink=16", "window=64")))
     sparsity = finish_of(drain(engine), "a").sparsity
@@ -140,7 +140,7 @@ FLEX = ("sink=0", "local=16", "last_rows_dense=0", "gamma=0.2", "min_budget=0", 
         ("flexprefill", (*FLEX, "dense_below=0")),
     ],
 )
-def test_sparse_strategies_say_the_same_with_preemption(
+def test_sparse_strategies_give_the_same_tokens_with_preemption(
     make: Make, strategy: str, args: tuple[str, ...], prefix_cache: bool
 ) -> None:
     """With `dense_below=60` the prompt is dense; a chunk of all tokens after a preemption would not be."""

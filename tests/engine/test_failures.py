@@ -109,7 +109,9 @@ def test_a_batch_that_is_too_much_at_once_runs_one_by_one(make: Make, clean: Cal
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_company_of_a_failure_finds_what_it_found(make: Make, clean: Callable[..., Any], strategy: str) -> None:
+def test_other_requests_of_a_failed_step_give_the_same_tokens(
+    make: Make, clean: Callable[..., Any], strategy: str
+) -> None:
     wanted = requests(20, strategy)
     engine = make()
     install(engine, victims_step(engine, Phase.DECODE, "resident", 20, KINDS["store broken"]))
@@ -132,9 +134,7 @@ def test_a_bug_is_no_failure_of_a_request(make: Make) -> None:
 
 
 @pytest.mark.parametrize(("kind", "reused"), [("store full", 0), ("store broken", 0), ("memory", 64)])
-def test_pages_of_a_failed_step_are_nobodys_prefix(
-    make: Make, clean: Callable[..., Any], kind: str, reused: int
-) -> None:
+def test_pages_of_a_failed_step_are_not_reused(make: Make, clean: Callable[..., Any], kind: str, reused: int) -> None:
     """A failed store may have lost earlier pages too; running out of memory corrupts nothing."""
     (wanted,) = requests()[1:2]
     engine = make()
@@ -169,7 +169,7 @@ def test_pages_that_were_shared_are_withdrawn_while_others_read_them(make: Make)
 
 @pytest.mark.parametrize("kind", ["store full", "memory"])
 @pytest.mark.parametrize("later", [False, True], ids=["at admission", "at the next page"])
-def test_pages_that_cannot_be_had_end_who_asked(
+def test_a_failed_allocation_ends_its_own_request(
     make: Make, clean: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: str, later: bool
 ) -> None:
     engine = make()

@@ -74,7 +74,7 @@ def test_many_share_one_pool(cramped: bool, make: Make, tmp_path: Path) -> None:
         assert answer(engine, again) == alone[:1]
 
 
-def test_the_answer_says_what_moved(make: Make, tmp_path: Path) -> None:
+def test_traffic_is_reported(make: Make, tmp_path: Path) -> None:
     engine = offloaded(make, tmp_path, strategy="dense+nosa", strategy_args=(*NOSA, "nosa.epsilon=1"))
     engine.add(Request("one", tokens(LENGTH), greedy(NEW)))
     sparsity, spec = finish_of(drain(engine), "one").sparsity, engine.cache.spec
@@ -107,7 +107,7 @@ def test_pages_beyond_the_memory_are_refused_with_a_hint(make: Make, tmp_path: P
 
 
 @pytest.mark.parametrize(("strategy", "args"), [("sift", ("sift.dense_below=0",)), ("dense+topk", ())])
-def test_who_looks_at_all_keys_needs_a_layer_of_them(
+def test_a_strategy_that_scans_needs_room_for_a_layer(
     strategy: str, args: tuple[str, ...], make: Make, tmp_path: Path
 ) -> None:
     engine = offloaded(make, tmp_path, 0.5, max_num_seqs=1)
@@ -182,7 +182,7 @@ def test_a_folder_that_goes_takes_nothing_with_it(make: Make, tmp_path: Path) ->
     assert said(drain(engine), "one") == wanted[0]
 
 
-def test_a_file_that_is_cut_is_an_error_of_whoever_reads_it(make: Make, tmp_path: Path) -> None:
+def test_a_truncated_file_ends_the_request_that_reads_it(make: Make, tmp_path: Path) -> None:
     engine = offloaded(make, tmp_path, prefix_cache=False)
     engine.add(Request("one", tokens(LENGTH), greedy(NEW)))
     for _ in range(10):
@@ -204,7 +204,7 @@ PIECE = SPEC.num_kv_heads * SPEC.read_bytes
 
 
 @pytest.mark.parametrize("sequences", [1, 2, 32])
-def test_what_is_asked_for_at_least_is_enough(sequences: int) -> None:
+def test_the_least_pool_that_errors_name_is_enough(sequences: int) -> None:
     """Many open pages leave no slots, unless the stage makes room."""
     config = EngineConfig(**BASE | {"max_num_seqs": sequences, "kv_memory": 1})
     with pytest.raises(InvalidRequest, match="kv_memory: at least") as refused:
@@ -219,7 +219,7 @@ def test_what_is_asked_for_at_least_is_enough(sequences: int) -> None:
 @pytest.mark.parametrize("kv_memory", [2**25, 2**28, 2**31])
 @pytest.mark.parametrize("longest", [300, 131_072])
 @pytest.mark.parametrize("sequences", [1, 16])
-def test_a_pool_is_within_what_it_was_given(sequences: int, longest: int, kv_memory: int) -> None:
+def test_a_pool_is_within_its_bytes(sequences: int, longest: int, kv_memory: int) -> None:
     config = EngineConfig(**BASE | {"max_num_seqs": sequences, "kv_memory": kv_memory})
     layout = lay_out(config, SPEC, longest, 2**40, 0.4)
     size, pages = layout.pool, SPEC.pages_for(longest)
@@ -230,14 +230,14 @@ def test_a_pool_is_within_what_it_was_given(sequences: int, longest: int, kv_mem
     assert full or layout.pool_bytes > kv_memory - SPEC.num_layers * PIECE, "less than a page of each layer is left"
 
 
-def test_a_home_takes_whole_extents_within_its_bytes() -> None:
+def test_a_store_takes_whole_extents_within_its_bytes() -> None:
     config = EngineConfig(**BASE | {"kv_offload_memory": 200 * SPEC.kv_bytes})
     assert lay_out(config, SPEC, 10_000, 2**40, 0.4).frames == 3 * EXTENT
     few = config.model_copy(update={"kv_offload_memory": 20 * SPEC.kv_bytes})
     assert lay_out(few, SPEC, 10_000, 2**40, 0.4).frames == 20
 
 
-def test_a_pinned_home_is_measured_by_host_memory() -> None:
+def test_a_pinned_store_is_measured_by_host_memory() -> None:
     """The device's memory counts for resident data only, unless it is the host's."""
     config = EngineConfig(**BASE)
     separate = lay_out(config, SPEC, 131_072, 2**30, 0.4, host=2**34)

@@ -68,7 +68,7 @@ def offloaded(make: Make, folder: Path, strategy: str) -> Engine:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_others_say_the_same(make: Make, tmp_path: Path, seed: int) -> None:
+def test_other_requests_give_the_same_tokens(make: Make, tmp_path: Path, seed: int) -> None:
     chance = random.Random(seed)
     wanted = [Request(str(i), tokens(chance.randint(60, 200), i % 3), greedy(chance.randint(4, 30))) for i in range(16)]
     answers = []

@@ -86,7 +86,7 @@ def test_dense_is_certain_of_every_answer(model: LoadedModel, length: int, run: 
     assert chances.gather(1, prompt.answers[asked, None]).min() > 0.999
 
 
-def test_the_library_says_the_same_of_it(folder: Path) -> None:
+def test_transformers_gives_the_same_answers(folder: Path) -> None:
     prompt = recall_prompt(1024, 0)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     asked = torch.cat((prompt.spread, prompt.end))
@@ -119,7 +119,7 @@ def test_its_tokens_are_words(model: LoadedModel) -> None:
     [("oracle", {"threshold": 0.1}), ("sift", {"looks": 64})],
     ids=["oracle", "sift looking at all"],
 )
-def test_who_looks_at_every_query_finds_everything(
+def test_strategies_that_probe_every_query_find_everything(
     ask: Ask, name: str, options: dict[str, object], length: int, run: int
 ) -> None:
     found = ask(sparse(name, **options), length, run)
@@ -128,7 +128,7 @@ def test_who_looks_at_every_query_finds_everything(
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_sift_finds_what_is_quoted_anywhere(ask: Ask, length: int) -> None:
+def test_sift_finds_quotes_anywhere(ask: Ask, length: int) -> None:
     """Looks see only 4 of 64 queries; a copied stretch shows in the means too."""
     found = ask(sparse("sift"), length, 16)
     assert found.spread > 0.95
@@ -146,7 +146,7 @@ def test_sift_finds_single_queries_among_few_pages(ask: Ask) -> None:
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("options", [{"gamma": 0.99, "min_budget": 0}, {}], ids=["gamma 0.99", "default"])
-def test_flexprefill_finds_what_the_last_queries_ask_for(
+def test_flexprefill_finds_answers_to_the_last_queries(
     ask: Ask, options: dict[str, object], length: int, run: int
 ) -> None:
     found = ask(sparse("flexprefill", **options), length, run)
@@ -155,7 +155,7 @@ def test_flexprefill_finds_what_the_last_queries_ask_for(
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_a_probe_of_the_last_queries_misses_what_others_ask_for(ask: Ask, run: int) -> None:
+def test_a_probe_of_the_last_queries_misses_answers_to_others(ask: Ask, run: int) -> None:
     """Answers that are found lie in pages, or on diagonals, that were chosen for something else."""
     blind = ask(sparse("flexprefill", min_budget=0), 4096, run)
     assert blind.end > 0.9
@@ -178,7 +178,7 @@ def test_a_window_finds_nothing(ask: Ask, length: int, run: int) -> None:
         assert max(found.spread, found.end) <= 0.05
 
 
-def test_a_dense_last_row_finds_what_is_asked_in_it_and_no_more(ask: Ask) -> None:
+def test_a_dense_last_row_finds_answers_to_its_own_queries_only(ask: Ask) -> None:
     found = ask(sparse("ashape", last_rows_dense=1), 4096, 1)
     assert found.end == 1.0
     assert found.spread <= 0.05
@@ -193,7 +193,7 @@ def test_a_dense_last_row_finds_what_is_asked_in_it_and_no_more(ask: Ask) -> Non
         ("streaming", {"sink": 64, "window": 64}, 0.0),
     ],
 )
-def test_questions_behind_a_cached_prompt(
+def test_questions_after_a_cached_prompt(
     make: Make, folder: Path, strategy: str, options: dict[str, object], right: float
 ) -> None:
     """One request per fact: whole chunks of a prompt, in which sparse prefixes are shared, and a key."""

@@ -47,7 +47,7 @@ def test_a_live_id_cannot_be_used_again(make: Make) -> None:
     engine.add(Request("a", tokens(3), greedy(1)))
 
 
-def test_what_can_never_fit_is_refused_with_both_numbers(make: Make) -> None:
+def test_a_request_that_can_never_fit_is_refused_with_both_numbers(make: Make) -> None:
     page = make().status.page_bytes
     engine = make(kv_memory=8 * page)
     with pytest.raises(ResourceExhausted, match=rf"need 13 pages = {13 * page} bytes, the cache has 8 pages") as error:
@@ -55,7 +55,7 @@ def test_what_can_never_fit_is_refused_with_both_numbers(make: Make) -> None:
     assert error.value.retry_after_s is None
 
 
-def test_a_full_queue_asks_to_come_again(make: Make) -> None:
+def test_a_full_queue_names_a_time_to_retry(make: Make) -> None:
     engine = make(max_num_seqs=1, max_queue=1)
     for name in "ab":
         engine.add(Request(name, tokens(3), greedy(2)))

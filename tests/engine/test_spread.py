@@ -100,7 +100,7 @@ def config(folder: Path, strategy: str, **fields: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_layers_on_two_devices_say_what_they_say_on_one(
+def test_layers_on_two_devices_give_the_same_tokens_as_on_one(
     make: Make, four_layers: Path, request: pytest.FixtureRequest, strategy: str
 ) -> None:
     expected = answer(make(**config(four_layers, strategy)))
@@ -133,7 +133,7 @@ def test_all_layers_may_lie_on_the_second_device(
     assert answer(engine) == halves
 
 
-def test_a_tensor_that_strays_is_found_out(
+def test_a_tensor_on_the_wrong_device_is_detected(
     make: Make, four_layers: Path, two_devices: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without this the tests above could not fail."""
@@ -176,7 +176,7 @@ def test_pages_are_as_many_as_the_fullest_device_has_room_for(
     ],
 )
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
-def test_what_cannot_be_spread_is_refused(make: Make, fields: dict[str, Any], message: str) -> None:
+def test_combinations_with_a_device_map_are_refused(make: Make, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         make(**{"device_map": "auto", **fields})
 
@@ -191,7 +191,7 @@ def test_weights_that_do_not_fit_are_not_left_on_the_host() -> None:
         placement.check_placed(module)
 
 
-def test_transformers_spreads_where_it_is_asked_to() -> None:
+def test_transformers_spreads_a_device_map() -> None:
     asked = EngineConfig(device_map="auto")
     assert placement.placed(asked, torch.device("cuda")) == {"device_map": "balanced"}
     assert placement.placed(EngineConfig(), torch.device("cuda:1")) == {"device_map": {"": torch.device("cuda:1")}}

@@ -110,7 +110,7 @@ def test_a_fact_alone_is_accepted(facts: dict[str, Any]) -> None:
     check(EngineConfig(), Facts(**facts))
 
 
-def test_the_table_names_what_there_is() -> None:
+def test_the_table_names_existing_options_and_facts() -> None:
     options = set(EngineConfig.model_fields)
     assert not FACTS & options
     for limit in UNSUPPORTED:

@@ -57,7 +57,7 @@ FITS = {
 
 @pytest.mark.parametrize("queries", [1024, 192])
 @pytest.mark.parametrize(("wins", "expected"), FITS.values(), ids=FITS.keys())
-def test_the_fit_runs_what_wins_and_keeps_winning(
+def test_the_fit_runs_chunks_that_win_for_good(
     wins: tuple[bool, ...], expected: tuple[bool, ...], queries: int
 ) -> None:
     measured = chunks(*wins, queries=queries)
@@ -70,7 +70,7 @@ def test_the_fit_runs_what_wins_and_keeps_winning(
 
 
 @pytest.mark.parametrize(("queries", "count"), [(1024, 6), (192, 2), (512, 1), (64, 40)])
-def test_what_never_won_stays_dense_up_to_twice_the_measured_length(queries: int, count: int) -> None:
+def test_a_strategy_that_never_won_stays_dense_up_to_twice_the_measured_length(queries: int, count: int) -> None:
     found = fit(chunks(*[False] * count, queries=queries), queries)
     twice = 2 * queries * count
     strategy = make_strategy("sift", dense_below=found.dense_below)
@@ -87,7 +87,7 @@ def test_a_measurement_shorter_than_a_chunk_speaks_for_longer_chunks() -> None:
     assert strategy.at(Phase.PREFILL, 1088, 1024) == strategy
 
 
-def test_people_are_told_what_happens() -> None:
+def test_the_fit_in_words() -> None:
     assert crossing(*[False] * 6).summary == "not up to 6,144: dense up to 12,288"
     assert crossing(False, True).summary == "from 2,048"
 
@@ -121,14 +121,14 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize(("strategy", "given", "expected"), ARGUMENTS.values(), ids=ARGUMENTS.keys())
-def test_what_is_stated_goes_before_what_was_measured(
+def test_stated_options_override_measured_ones(
     strategy: str, given: tuple[str, ...], expected: tuple[str, ...]
 ) -> None:
     measured = {"sift": crossing(dense_below=700), "flexprefill": crossing(dense_below=800, name="flexprefill")}
     assert calibrated(strategy, given, measured) == expected
 
 
-def test_a_mistake_in_the_arguments_is_left_to_who_reports_it() -> None:
+def test_wrong_arguments_are_left_as_they_are() -> None:
     assert calibrated("sift", ("sift.sunk=3",), {"sift": crossing()}) == ("sift.sunk=3",)
 
 

@@ -116,7 +116,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(cache: Path, mo
     assert calibration.stored() == (made(),)
 
 
-def test_who_writes_waits_for_who_is_writing(cache: Path) -> None:
+def test_writers_wait_for_each_other(cache: Path) -> None:
     calibration.keep(made())
     other = made(HERE.model_copy(update={"page_size": 32}))
     handle = os.open(cache, os.O_RDONLY)

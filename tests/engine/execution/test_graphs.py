@@ -314,7 +314,7 @@ def test_without_memory_it_is_tried_again_later(
     assert 0 < recorder.replayed < 24 - graphs.RETRY_AFTER
 
 
-def test_where_nothing_can_be_recorded_steps_run_all_the_same(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_steps_run_kernel_by_kernel_if_recording_fails(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     plain, broken = make(backend="reference"), make(backend="reference")
     calls = []
 
@@ -375,7 +375,7 @@ def test_waits_are_reported_with_their_lines(modes: list[str]) -> None:
     assert modes == ["default", "warn", "default"]
 
 
-def test_what_models_do_outside_of_a_recording_alone_is_no_wait(modes: list[str]) -> None:
+def test_waits_that_models_skip_while_recording_do_not_count(modes: list[str]) -> None:
     check_waits(lambda: wait_in(str(Path(masking_utils.__file__)), 776))
     assert modes[-1] == "default"
 
@@ -416,7 +416,7 @@ def test_a_warm_up_that_fails_is_waited_for(monkeypatch: pytest.MonkeyPatch, err
         ({"tensor_parallel_size": 2}, "cuda_graphs: false with tensor_parallel_size 2"),
     ],
 )
-def test_what_cannot_have_graphs_is_refused(make: Make, fields: dict[str, Any], message: str) -> None:
+def test_combinations_with_graphs_are_refused(make: Make, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         make(device="cpu", cuda_graphs=True, **fields)
 
@@ -424,7 +424,7 @@ def test_what_cannot_have_graphs_is_refused(make: Make, fields: dict[str, Any], 
 @pytest.mark.gpu
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
-def test_cuda_graphs_say_what_the_kernels_say(make: Make, strategy: str, device: str) -> None:
+def test_cuda_graphs_give_the_results_of_the_kernels(make: Make, strategy: str, device: str) -> None:
     if torch.device(device).index >= torch.cuda.device_count():
         pytest.skip("no second GPU")
     fields = {"page_size": 16, "device": device, **arguments(strategy)}

@@ -24,12 +24,12 @@ WAITS: dict[str, Callable[[Tensor], object]] = {
 
 
 @pytest.mark.parametrize("work", WAITS.values(), ids=WAITS.keys())
-def test_what_waits_is_found(work: Callable[[Tensor], object]) -> None:
+def test_waits_are_detected(work: Callable[[Tensor], object]) -> None:
     with pytest.raises(WaitsForDevice), torch.inference_mode():
         Recorder()(lambda: work(torch.arange(4)))
 
 
-def test_a_replay_computes_again_from_what_is_there() -> None:
+def test_a_replay_computes_from_current_values() -> None:
     x = torch.arange(4.0)
     with torch.inference_mode():
         doubled, replay = Recorder()(lambda: (x * 2).add_(1))
@@ -38,7 +38,7 @@ def test_a_replay_computes_again_from_what_is_there() -> None:
     assert doubled.tolist() == [21.0, 23.0, 25.0, 27.0]
 
 
-def test_what_a_replay_has_not_written_is_no_number() -> None:
+def test_memory_that_a_replay_has_not_written_is_nan() -> None:
     """Memory that held a value by chance when the work was recorded."""
     x = torch.zeros(4)
     kept: list[Tensor] = []
@@ -56,7 +56,7 @@ def test_what_a_replay_has_not_written_is_no_number() -> None:
         assert kept[-1][2:].isnan().all()
 
 
-def test_memory_that_nobody_keeps_is_not_read_again() -> None:
+def test_freed_memory_is_not_read_by_a_replay() -> None:
     kept, lost = torch.ones(4), [torch.ones(4)]
     with torch.inference_mode():
         _, fine = Recorder()(lambda: kept + 1)

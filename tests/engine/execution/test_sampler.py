@@ -110,7 +110,7 @@ def test_repetition_penalty_covers_prompt_and_generated() -> None:
         ({"min_new_tokens": 2, "stop_token_ids": (3,), "ignore_eos": True}, TOP),
     ],
 )
-def test_min_new_tokens_masks_what_ends_the_text(fields: dict[str, Any], token: int) -> None:
+def test_min_new_tokens_masks_tokens_that_end_the_text(fields: dict[str, Any], token: int) -> None:
     assert pick(**fields) == token
 
 

@@ -44,7 +44,7 @@ def swapped(model: LoadedModel) -> list[Any]:
 @pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 32, 33])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", sorted(SWAPPED))
-def test_says_what_the_layer_says(name: str, dtype: str, rows: int, tmp_path: Path) -> None:
+def test_equals_the_layer(name: str, dtype: str, rows: int, tmp_path: Path) -> None:
     model = loaded(SWAPPED[name], tmp_path, dtype)
     fast = swapped(model)
     assert len(fast) == 2
@@ -64,11 +64,11 @@ def test_says_what_the_layer_says(name: str, dtype: str, rows: int, tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", sorted(KEPT))
-def test_leaves_alone_what_it_does_not_compute(name: str, tmp_path: Path) -> None:
+def test_other_layers_are_not_swapped(name: str, tmp_path: Path) -> None:
     assert not swapped(loaded(KEPT[name], tmp_path))
 
 
-def test_every_instruction_set_says_the_same(tmp_path: Path) -> None:
+def test_every_instruction_set_gives_the_same(tmp_path: Path) -> None:
     from keysift.kvcache.native.library import isas, use_isa
 
     (layer, _) = swapped(loaded(SWAPPED["llama"], tmp_path))
@@ -82,7 +82,7 @@ def test_every_instruction_set_says_the_same(tmp_path: Path) -> None:
             )
 
 
-def test_a_layer_tells_what_its_layer_tells(tmp_path: Path) -> None:
+def test_attributes_are_those_of_the_layer(tmp_path: Path) -> None:
     (layer, _) = swapped(loaded(SWAPPED["llama"], tmp_path))
     assert layer.hidden_size == 64
     with pytest.raises(AttributeError, match="nothing_such"):

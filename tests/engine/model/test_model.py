@@ -146,7 +146,7 @@ def test_equals_the_library_for_every_position(name: str, write_model: WriteMode
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_the_engine_says_what_the_library_says(name: str, write_model: WriteModel) -> None:
+def test_the_engine_gives_the_tokens_of_transformers(name: str, write_model: WriteModel) -> None:
     folder = write_model(SERVED[name][0])
     engine = Engine(EngineConfig(model=str(folder), dtype="float32", prefill_chunk=64, kv_memory=2**22))
     eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
@@ -250,7 +250,7 @@ def test_devices_and_dtypes() -> None:
 
 
 @pytest.mark.parametrize("argument", [*seam.REFUSED, "attention_mask", "dropout", "is_causal", "attend"])
-def test_the_seam_refuses_what_it_cannot_honour(argument: str) -> None:
+def test_arguments_that_cannot_be_honoured_are_refused(argument: str) -> None:
     module, states = nn.Module().train(), torch.zeros(1, 2, 3, 8)
     module.layer_idx = 0  # type: ignore[assignment]
     arguments: dict[str, Any] = {"attention_mask": None, "attend": lambda layer, q, k, v: q}

@@ -34,7 +34,7 @@ def folder(write_model: Write) -> Path:
     return write_model(llama(sparse_config=MINICPM))
 
 
-def test_the_configuration_fills_what_nobody_states(make: Make, folder: Path) -> None:
+def test_the_configuration_fills_options_that_are_not_stated(make: Make, folder: Path) -> None:
     engine = make(model=str(folder), strategy="infllmv2")
     assert engine.default == strategy("infllmv2", **OPTIONS)
 

@@ -92,7 +92,9 @@ def test_frequencies_are_those_of_the_papers(write_model: WriteModel) -> None:
 
 
 @SCALINGS
-def test_says_what_transformers_says_beyond_the_limit(make: Make, by_hand: Callable[[str], Any], scaling: str) -> None:
+def test_tokens_beyond_the_limit_are_those_of_transformers(
+    make: Make, by_hand: Callable[[str], Any], scaling: str
+) -> None:
     engine = make(max_model_len=LONG, rope_scaling=scaling)
     for index, length in enumerate((LIMIT - 5, 900)):
         engine.add(Request(str(index), tokens(length, index), greedy(12)))
@@ -151,7 +153,7 @@ SCALED = {
 
 
 @pytest.mark.parametrize("kind", SCALED)
-def test_what_is_scaled_already_is_not_scaled_again(write_model: WriteModel, kind: str) -> None:
+def test_a_scaled_embedding_is_not_scaled_again(write_model: WriteModel, kind: str) -> None:
     folder = write_model(llama(rope_parameters={"rope_type": kind, "rope_theta": 1e4} | SCALED[kind]))
     with pytest.raises(InvalidRequest, match=rf"rope_scaling: .*rope_type {kind}, .* at most 512, got 513"):
         open_model(folder, max_model_len=513, rope_scaling="yarn")

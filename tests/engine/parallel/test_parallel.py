@@ -86,7 +86,7 @@ def test_each_has_its_own_heads_and_all_have_the_same_pages(alone: Engine, pair:
 
 
 @pytest.mark.parametrize("how", [{}, SPARSE, INDEXED], ids=["dense", "sparse", "indexed"])
-def test_several_requests_say_what_they_say_with_one_process(alone: Engine, pair: Engine, how: dict[str, Any]) -> None:
+def test_several_requests_give_the_tokens_of_one_process(alone: Engine, pair: Engine, how: dict[str, Any]) -> None:
     salt = str(how)  # none finds pages of another test
     requests = [Request(str(i), prompt, greedy(24), cache_salt=salt, **how) for i, prompt in enumerate(PROMPTS)]
     before = pair.scheduler.preemptions
@@ -97,7 +97,7 @@ def test_several_requests_say_what_they_say_with_one_process(alone: Engine, pair
     assert pair.scheduler.preemptions > before, "the pages of some had to be taken away and computed again"
 
 
-def test_what_was_read_and_kept_is_of_all_heads(alone: Engine, pair: Engine) -> None:
+def test_statistics_are_of_all_heads(alone: Engine, pair: Engine) -> None:
     found = []
     for engine in (alone, pair):
         outputs = run(engine, Request("a", tokens(300, 7), greedy(20), bypass_prefix_cache=True, **SPARSE))
@@ -161,7 +161,7 @@ def test_a_process_leads_one_group_which_is_not_for_evaluations(tiny_llama: Path
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_shared_is_refused_by_field(tiny_llama: Path, config: dict[str, Any], message: str) -> None:
+def test_combinations_with_ranks_are_refused_by_field(tiny_llama: Path, config: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
         build(tiny_llama, 2, **config)
 

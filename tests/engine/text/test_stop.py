@@ -43,7 +43,7 @@ def test_every_cut_gives_the_same(strings: tuple[str, ...], include: bool) -> No
         assert feed(StopStrings(strings, include), pieces) == expected(text, strings, include)
 
 
-def test_holds_back_only_what_may_still_match() -> None:
+def test_holds_back_only_text_that_may_still_match() -> None:
     stops = StopStrings(["END"])
     assert stops.push("the E") == ("the ", None)
     assert stops.push("N") == ("", None)
@@ -51,7 +51,7 @@ def test_holds_back_only_what_may_still_match() -> None:
     assert stops.push("ND!") == ("", "END")
 
 
-def test_flush_gives_back_what_was_held() -> None:
+def test_flush_returns_text_that_was_held_back() -> None:
     stops = StopStrings(["END"])
     assert stops.push("weekEN") == ("week", None)
     assert (stops.flush(), stops.flush()) == ("EN", "")
