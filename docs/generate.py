@@ -15,7 +15,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("kvcache", "attention", "engine", "server")
 ARXIV = re.compile(r"arXiv:? ?(\d{4}\.\d{5})")
-SIGNS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+PHASES = {"prefill": "prompts", "decode": "generated tokens"}
+WORDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
 LARGEST = 2**31 - 1
 """The bound of every whole number, which a page states once."""
 
@@ -28,18 +29,23 @@ def strategies() -> str:
 
 
 def _strategy(name: str, kind: Any) -> str:
-    from keysift.attention.registry import options
+    from keysift.server.commands.strategies import describe
 
-    rows = [(_code(o.name), o.type, _code(o.default), _bounds(o.bounds), o.description) for o in options(kind)]
-    source = f"Source: `{_path(kind.__module__)}`" + (f", after {_linked(kind.source)}" if kind.source else "")
-    head = ("option", "type", "default", "bounds", "meaning")
-    return "\n\n".join([f"### `{name}`", _summary(kind), f"{source}.", table(head, rows)])
+    facts = describe(name, kind)
+    phases = " and ".join(PHASES[phase] for phase in facts["phases"])
+    source = f"`{_path(kind.__module__)}`" + (f", after {_linked(kind.source)}" if kind.source else "")
+    rows = [
+        (_code(each["name"]), each["type"], _code(each["default"]), _bounds(each["bounds"]), each["description"])
+        for each in facts["options"]
+    ]
+    options = table(("option", "type", "default", "bounds", "meaning"), rows)
+    return f"### `{name}`\n\n{_summary(kind)}\n\nChooses for {phases}. Source: {source}.\n\n{options}"
 
 
 def _bounds(bounds: dict[str, Any]) -> str:
-    """`{"minimum": 1, "enum": [..]}` as `>= 1` or the list of values."""
+    """`{"minimum": 1, "enum": [..]}` as `at least 1` or the list of values."""
     choices = [_code(value) for value in bounds.get("enum", ())]
-    limits = [f"{sign} {bounds[key]}" for key, sign in SIGNS.items() if bounds.get(key, LARGEST) != LARGEST]
+    limits = [f"{word} {bounds[key]:g}" for key, word in WORDS.items() if bounds.get(key, LARGEST) != LARGEST]
     return ", ".join(choices + limits) or "-"
 
 
@@ -168,6 +174,11 @@ def _cell(text: str) -> str:
 
 
 def _code(value: object) -> str:
+    """A value as a command line spells it, in a code span; an option without a default is required."""
+    if value is None:
+        return "required"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     return f"`{value:.4g}`" if isinstance(value, float) else f"`{value}`"
 
 
