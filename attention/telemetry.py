@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,7 @@ from keysift.kvcache.selection import pairs
 from .totals import Coverage, Locality, Reads
 
 
-@dataclass(frozen=True, slots=True)
-class LayerRecord:
+class LayerRecord(NamedTuple):
     """Measurements of one layer's selection; None: not measured."""
 
     counts: Tensor | None = None
@@ -36,8 +35,7 @@ class LayerRecord:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> LayerRecord:
         """The record with `change` applied to each of its tensors."""
-        values = (getattr(self, each.name) for each in fields(self))
-        return LayerRecord(*(None if value is None else change(value) for value in values))
+        return LayerRecord(*(None if values is None else change(values) for values in self))
 
 
 COMPLETE = LayerRecord()
@@ -53,13 +51,16 @@ class Telemetry:
         self._layers: dict[int, LayerRecord] = {}
 
     def record(self, layer: int, selection: Selection, exact: Tensor | None = None, lse: Tensor | None = None) -> None:
-        """Record a layer's selection without waiting for the device; a complete one launches nothing.
+        """Record a layer's selection without waiting for the device; a complete one costs nothing.
 
         `exact` and `lse` [T, Hq], log-sum-exps over the chosen pages alone and with the estimated ones, are required
         for a selection with estimated pages or a bound.
         """
+        if selection.complete:
+            self._layers[layer] = COMPLETE
+            return
         device = self._step.starts.device  # layers may lie on several
-        record = COMPLETE if selection.complete else _measure(selection, self._step, exact, lse)
+        record = _measure(selection, self._step, exact, lse)
         self._layers[layer] = record.map(lambda values: values.to(device, non_blocking=True))
 
     def head(self, rows: int) -> Telemetry:
