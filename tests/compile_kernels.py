@@ -1,8 +1,8 @@
-"""Compile every Triton kernel in every shipped configuration for GPUs that need not be here.
+"""Compile every Triton kernel in every shipped configuration for several GPUs, without one at hand.
 
 Run as ``python -m tests.compile_kernels``; with ``--all`` in every dtype for every target, which takes minutes. Fails
-where a kernel spills registers, asks for more shared memory than a block may have, or misses the tensor cores. The
-interpreter checks the results but runs code that no GPU compiler takes.
+if a kernel spills registers, asks for more shared memory than a block may have, or misses the tensor cores. The
+interpreter checks the results, but also runs code that no GPU compiler accepts.
 """
 
 from __future__ import annotations
@@ -35,19 +35,17 @@ INT32_SCALARS = re.compile(
 FP32_SCALARS = {"scale", "slack", "factor", "keep", "rest"}
 MULTIPLES_OF_16 = re.compile(r"stride_(q|k|v|ck|cv|u).*")
 MODULES = [
-    "keysift.attention.ops.paged_attention.triton",
-    *(f"keysift.attention.ops.{name}.kernels" for name in ("column_scores", "steady_pages")),
-    *(f"keysift.kvcache.ops.{name}.triton" for name in ("store", "summarize", "admit", "fetch", "encode")),
-    *(f"keysift.kvcache.ops.{name}" for name in ("page_masses.kernels", "page_masses.code_kernels")),
-    "keysift.kvcache.ops.heaviest.kernels",
+    *(f"keysift.attention.ops.{name}.kernels" for name in ("paged_attention", "column_scores", "steady_pages")),
+    *(f"keysift.kvcache.ops.{name}.kernels" for name in ("store", "summarize", "admit", "fetch", "encode", "heaviest")),
+    *(f"keysift.kvcache.ops.page_masses.{name}" for name in ("kernels", "code_kernels")),
 ]
-"""Where the kernels are."""
+"""Modules of the kernels."""
 TENSOR_CORES = re.compile(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler made of a case; `problems` is empty where it passed."""
+    """Result of compiling a case; `problems` is empty if it passed."""
 
     registers: int
     spilled: int
@@ -57,7 +55,7 @@ class Report:
 
 
 def compile_case(case: Case) -> Report:
-    """Compile ahead of time and read the compiler's own account of the result."""
+    """Compile ahead of time and read the compiler's report."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -93,7 +91,7 @@ def argument_type(name: str, dtype: str) -> str:
 
 
 def judge(case: Case, built: Any) -> Report:
-    """Hold a compiled kernel to what its target allows."""
+    """Check a compiled kernel against the limits of its target."""
     read = amd_account if case.target.backend == "hip" else nvidia_account
     registers, spilled, text = read(built.asm, case.target)
     shared, products = built.metadata.shared, len(TENSOR_CORES.findall(text))
@@ -126,7 +124,7 @@ def amd_account(asm: dict[str, Any], target: Target) -> tuple[int, int, str]:
 
 
 def number(pattern: str, text: str) -> int:
-    """The one that `pattern` captures; a compiler that no longer reports it is a failure, not a zero."""
+    """The number that `pattern` captures; `IndexError` if the compiler does not report it."""
     return int(re.findall(pattern, text)[0])
 
 

@@ -1,5 +1,5 @@
-// The plain C face of the library: one struct of pointers, sizes and strides per op. library.py mirrors it field by
-// field.
+// The C interface of the library: one structure of pointers, strides and sizes per op. calls.py mirrors them field by
+// field, and `keysift_layouts` lets it check that it does.
 #pragma once
 
 #include <cstdint>
@@ -55,9 +55,9 @@ struct LayerInCall {
   float eps;
 };
 
-// What follows its attention.
+// The rest of a decoder layer, after its attention.
 struct LayerOutCall {
-  const void* x;         // [B, C], what the layer began with
+  const void* x;         // [B, C], the layer's input
   const void* attended;  // [B, Hq * D]
   const void* norm;      // [C]
   void* out;             // [B, C]
@@ -109,7 +109,7 @@ struct TopCall {
   float epsilon;
 };
 
-// As a TopCall of the same fields, with what the token before has left; of `top` the epsilon is not read.
+// A TopCall with the state that the previous token left; the epsilon of `top` is not read.
 struct SteadyCall {
   TopCall top;
   const std::uint8_t* known;   // [R], contiguous, as all that follow
@@ -119,7 +119,7 @@ struct SteadyCall {
   std::uint8_t* now_read;      // [R, H, F]
   float* now_averages;         // [R, H, F]
   float* overlap;              // [R, H]
-  std::uint8_t* bound_exceeded;         // [R, H]
+  std::uint8_t* bound_exceeded;  // [R, H]
   std::int64_t queried, most;  // queried: Q, not above the budget; most: negative for any number
   std::int64_t refusable;      // the most that may be refused, in units of 2^-40
   float factor, keep;
@@ -137,20 +137,17 @@ struct ClusterCall {
 };
 
 struct ProbeCall {
-  const void* q;                          // [R, Hq, D]
-  const void* k;                          // [N, Hkv, S, D]
-  const std::int32_t* frames;             // [R, Hkv, F]
-  const std::int32_t* positions;          // [R], contiguous
-  const std::int32_t* which;              // [R, W]: which of the segments below each row's segments are
-  const void* const* centroids;           // of each segment [Hkv, C, D], contiguous
-  const std::int32_t* const* ends;        // [Hkv, C]
-  const std::int16_t* const* tokens;      // [Hkv, segment]
-  std::int32_t* keys;                     // [R, Hq, K] or null; this and what follows contiguous
-  float* scores;                          // [R, Hq, K] or null
-  std::int32_t* scanned;                  // [R, Hq] or null
-  float* masses;                          // [R, Hq, F] or null
-  std::int64_t q_strides[2], k_strides[3], frames_strides[3], which_stride;
-  std::int64_t rows, heads, kv_heads, dim, page_size, pages, width, segment, lists, probes, top_k;
+  const void* q;                      // [R, Hq, D]
+  const void* k;                      // [N, Hkv, S, D]
+  const std::int32_t* frames;         // [R, Hkv, F]
+  const std::int32_t* positions;      // [R], contiguous
+  const std::int32_t* places;         // [R, W], place of each row's segments in the three arrays below
+  const void* const* centroids;       // of each segment [Hkv, C, D], contiguous
+  const std::int32_t* const* ends;    // [Hkv, C]
+  const std::int16_t* const* tokens;  // [Hkv, segment]
+  float* masses;                      // [R, Hq, F], contiguous
+  std::int64_t q_strides[2], k_strides[3], frames_strides[3], places_stride;
+  std::int64_t rows, heads, kv_heads, dim, page_size, pages, width, segment, lists, probes;
   Type type;
   float scale;
 };
@@ -164,7 +161,7 @@ struct GraphSearchCall {
   const std::int32_t* positions;  // [R], contiguous, as all that follow
   const std::int32_t* ends;       // [R], tokens of each row's graph; 0: it has none
   const std::int32_t* hubs;       // [R], entry points that are scored and not walked from; they come first
-  const std::int32_t* entries;    // [R], entry points behind them
+  const std::int32_t* entries;    // [R], entry points after them
   const std::int32_t* const* links;
   const std::int32_t* const* points;
   std::int32_t* keys;     // [R, Hq, top_k]
@@ -210,8 +207,8 @@ struct FillCall {
 
 // One layer's bounded pool, and the pages that it should hold.
 struct AdmitCall {
-  std::int32_t* where;         // [Hkv, N], contiguous, home frame -> slot, as are the next two
-  std::int32_t* owner;         // [Hkv, C], slot -> home frame
+  std::int32_t* where;         // [Hkv, N], contiguous, store frame -> slot, as are the next two
+  std::int32_t* owner;         // [Hkv, C], slot -> store frame
   std::int32_t* used;          // [Hkv, C]
   const std::int32_t* frames;  // [R, Hkv, F]
   const std::int32_t* pages;   // [R, H, P]
@@ -221,20 +218,20 @@ struct AdmitCall {
   std::int32_t* table;         // [R, Hkv, F], contiguous
   std::int64_t frames_strides[3], pages_strides[3];
   std::int64_t count, capacity, rows, kv_heads, lists, pages_per_list, width;  // N, C, R, Hkv, H, P, W
-  std::int64_t max_pages, now, before;                                                    // F
+  std::int64_t max_pages, now, before;                                       // F
 };
 
-// Single heads of pages that go from a file into a pool.
+// Reads of single heads of pages from a file into a pool.
 struct ReadCall {
   char* pool;                 // [C, Hkv, piece]
   const std::int32_t* loads;  // [Hkv, W], contiguous, as slots; -1: nothing
   const std::int32_t* slots;
   std::int64_t kv_heads, width, file;
-  std::int64_t extent, extent_bytes, layer_offset, piece_bytes;  // pages of an extent; where a layer begins in it
+  std::int64_t extent, extent_bytes, layer_offset, piece_bytes;  // pages of an extent; a layer's offset in it
   std::int64_t error;  // 0, or the system's number for what was wrong with the first piece that could not be read whole
 };
 
-// What one instruction set offers.
+// The kernels of one instruction set.
 struct Kernels {
   void (*attention)(const AttentionCall&, int threads);
   void (*linear)(const LinearCall&, int threads);

@@ -1,4 +1,6 @@
-// The exported functions. The level of the instruction set is an argument, so nothing here remembers anything.
+// The exported functions. They hold no state: the level of the instruction set is an argument.
+#include <cstddef>
+#include <cstdint>
 #include <new>
 
 #include "abi.h"
@@ -19,10 +21,10 @@ const Kernels& kernels(int level) {
   return kPortable;
 }
 
-// What a kernel returns; library.py knows the numbers.
+// Return values of a kernel, as in library.py.
 enum Status : int { kDone, kNoMemory, kFailed };
 
-// How the work went: no exception may reach the caller, who speaks C.
+// Runs the work; exceptions become a status, as none may cross the C interface.
 template <class Work>
 int status_of(const Work& work) noexcept {
   try {
@@ -53,6 +55,35 @@ KEYSIFT_EXPORT int keysift_best_level() {
   if (avx2) return keysift::kLevelAvx2;
 #endif
   return keysift::kLevelPortable;
+}
+
+// Size, and offset of the last field, of every structure of abi.h in its order; a 0 ends them. calls.py compares them
+// with its own.
+KEYSIFT_EXPORT const std::int64_t* keysift_layouts() {
+  using namespace keysift;
+#define KEYSIFT_LAYOUT(Call, last) sizeof(Call), offsetof(Call, last)
+  static constexpr std::int64_t layouts[] = {
+      KEYSIFT_LAYOUT(AttentionCall, scale),
+      KEYSIFT_LAYOUT(Matrix, inputs),
+      KEYSIFT_LAYOUT(LinearCall, type),
+      KEYSIFT_LAYOUT(LayerInCall, eps),
+      KEYSIFT_LAYOUT(LayerOutCall, eps),
+      KEYSIFT_LAYOUT(ScoresCall, scale),
+      KEYSIFT_LAYOUT(PagesCall, slack),
+      KEYSIFT_LAYOUT(TopCall, epsilon),
+      KEYSIFT_LAYOUT(SteadyCall, keep),
+      KEYSIFT_LAYOUT(ClusterCall, type),
+      KEYSIFT_LAYOUT(ProbeCall, scale),
+      KEYSIFT_LAYOUT(GraphSearchCall, scale),
+      KEYSIFT_LAYOUT(GraphNearestCall, type),
+      KEYSIFT_LAYOUT(GraphLinksCall, degree),
+      KEYSIFT_LAYOUT(FillCall, type),
+      KEYSIFT_LAYOUT(AdmitCall, before),
+      KEYSIFT_LAYOUT(ReadCall, error),
+      0,
+  };
+#undef KEYSIFT_LAYOUT
+  return layouts;
 }
 
 KEYSIFT_EXPORT int keysift_paged_attention(const keysift::AttentionCall* call, int level, int threads) {

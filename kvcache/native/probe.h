@@ -1,5 +1,5 @@
-// Searching lists of keys: each query head scans the lists whose centroids score best with it, and all that no list
-// covers yet.
+// Search of inverted lists: each query head scans the lists whose centroids score best with it, and every key that no
+// list covers yet.
 #pragma once
 
 namespace keysift::KEYSIFT_ISA {
@@ -49,20 +49,11 @@ inline Cut find_cut(const float* scores, int count, int keep, float* scratch) {
   return {least, keep - above};
 }
 
-// What a query head has scanned.
+// Keys that a query head has scanned.
 struct Finds {
   float* scores;            // not scaled yet
   std::int32_t* positions;  // in no order
   int count;
-};
-
-struct Hit {
-  float score;
-  std::int32_t position;
-
-  bool operator<(const Hit& other) const {
-    return score != other.score ? score > other.score : position < other.position;
-  }
 };
 
 // One row and KV head.
@@ -73,7 +64,7 @@ struct ProbeTask {
     position = call.positions[row];
     size = static_cast<std::uint32_t>(call.page_size);
     segments = static_cast<int>(std::min(position / call.page_size * call.page_size / call.segment, call.width));
-    which = call.which + row * call.which_stride;
+    places = call.places + row * call.places_stride;
     frames = call.frames + row * call.frames_strides[0] + head * call.frames_strides[1];
     for (int g = 0; g < group; ++g)
       queries[g] = static_cast<const T*>(call.q) + row * call.q_strides[0] + (head * group + g) * call.q_strides[1];
@@ -84,8 +75,8 @@ struct ProbeTask {
     return static_cast<const T*>(call.k) + frames[page * call.frames_strides[2]] * call.k_strides[0] +
            head * call.k_strides[1] + offset * call.k_strides[2];
   }
-  const std::int32_t* ends(int segment) const { return call.ends[which[segment]] + head * call.lists; }
-  const std::int16_t* tokens(int segment) const { return call.tokens[which[segment]] + head * call.segment; }
+  const std::int32_t* ends(int segment) const { return call.ends[places[segment]] + head * call.lists; }
+  const std::int16_t* tokens(int segment) const { return call.tokens[places[segment]] + head * call.segment; }
   int lists() const { return segments * static_cast<int>(call.lists); }
   std::int64_t out(int g) const { return row * call.heads + head * group + g; }
 
@@ -94,7 +85,7 @@ struct ProbeTask {
   int group, segments;
   std::int32_t position;
   std::uint32_t size;  // of a page
-  const std::int32_t *which, *frames;
+  const std::int32_t *places, *frames;
   const T* queries[kMaxGroup];
 };
 
@@ -104,7 +95,7 @@ void score_lists(const ProbeTask<typename Math::Element>& task, float* scores) {
   using T = typename Math::Element;
   const int lists = static_cast<int>(task.call.lists), stride = task.lists();
   for (int segment = 0; segment < task.segments; ++segment) {
-    const T* centroids = static_cast<const T*>(task.call.centroids[task.which[segment]]) +
+    const T* centroids = static_cast<const T*>(task.call.centroids[task.places[segment]]) +
                          task.head * lists * task.call.dim;
     for (int list = 0; list < lists; list += 4) {
       const T* rows[4];
@@ -194,7 +185,7 @@ void each_list(const ProbeTask<T>& task, const std::uint32_t* heads, const Work&
   }
 }
 
-// PaddedShape for what each head will scan.
+// Memory for all keys that each head will scan.
 template <class T>
 void make_finds(const ProbeTask<T>& task, const std::uint32_t* heads, Buffer& memory, Finds* finds) {
   const int tail = task.position + 1 - task.segments * static_cast<int>(task.call.segment);
@@ -223,24 +214,7 @@ void scan(const ProbeTask<typename Math::Element>& task, const std::uint32_t* he
   scan.flush();
 }
 
-// Writes the best finds, the best first.
-inline void write_hits(const ProbeCall& call, std::int64_t out, const Finds& finds, Buffer& memory) {
-  const int keep = static_cast<int>(call.top_k);
-  float* scratch = memory.floats(finds.count + 2 * static_cast<std::size_t>(finds.count + 1));
-  auto* hits = reinterpret_cast<Hit*>(scratch + finds.count);
-  const Cut cut = find_cut(finds.scores, finds.count, keep, scratch);
-  int count = 0;
-  for (int i = 0; i < finds.count; ++i)
-    if (finds.scores[i] >= cut.least) hits[count++] = {finds.scores[i], finds.positions[i]};
-  std::sort(hits, hits + count);
-  for (int i = 0; i < keep; ++i) {
-    const Hit hit = i < count ? hits[i] : Hit{kNothing, -1};
-    call.keys[out * keep + i] = hit.position;
-    call.scores[out * keep + i] = hit.score * call.scale;
-  }
-}
-
-// Writes the log mass of what was found on each page.
+// Writes the log mass of the scanned keys of each page.
 inline void write_masses(const ProbeCall& call, std::int64_t out, const Finds& finds, Buffer& memory) {
   float* masses = call.masses + out * call.pages;
   float* sums = memory.floats(call.pages);
@@ -270,12 +244,7 @@ void probe_one(const ProbeTask<typename Math::Element>& task, ProbeMemory& memor
   choose_lists(task, scores, scratch, heads);
   make_finds(task, heads, memory.finds, finds);
   scan<Math>(task, heads, finds);
-  for (int g = 0; g < task.group; ++g) {
-    const std::int64_t out = task.out(g);
-    if (task.call.scanned != nullptr) task.call.scanned[out] = static_cast<std::int32_t>(lists) + finds[g].count;
-    if (task.call.keys != nullptr) write_hits(task.call, out, finds[g], memory.out);
-    if (task.call.masses != nullptr) write_masses(task.call, out, finds[g], memory.out);
-  }
+  for (int g = 0; g < task.group; ++g) write_masses(task.call, task.out(g), finds[g], memory.out);
 }
 
 template <class Math>

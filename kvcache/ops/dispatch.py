@@ -1,4 +1,4 @@
-"""Which twin of an op runs: decided per call, from the tensor, here and nowhere else."""
+"""Dispatch of an op to its reference or to one of its twins, for each call, by the device of its first tensor."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ _backend: ContextVar[Backend] = ContextVar("keysift_backend", default="auto")
 
 
 class BackendUnavailable(RuntimeError):
-    """The backend that was asked for is not built here, or does not support the call."""
+    """The backend of `use_backend` is not built here, or does not support the call."""
+
+
+class UnsupportedCall(Exception):
+    """Raised by a twin for arguments that only the reference supports, before it has written anything."""
 
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
     """Make every op inside the block run `backend`; ``auto`` chooses by the tensor's device.
 
-    A backend that an op has no twin for leaves that op to its reference; one that is not built, or that
-    cannot do the call, raises `BackendUnavailable`.
+    An op without such a twin runs its reference; a twin that is not built, or that does not support the call, raises
+    `BackendUnavailable`.
     """
     token = _backend.set(backend)
     try:
@@ -41,24 +45,25 @@ def use_backend(backend: Backend) -> Iterator[None]:
 def op(*, native: str | None = None, triton: str | None = None) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Give a torch reference its twins, each spelled ``module:function`` and imported at first use.
 
-    A twin has the reference's signature. It returns `NotImplemented` for a case that it does not support;
-    the reference runs then.
+    A twin has the reference's signature. It raises `UnsupportedCall` for a case that it does not support; the reference
+    runs then.
     """
     twins = {"native": native, "triton": triton}
 
     def decorate(reference: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(reference)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            asked = _backend.get()
-            name = _by_device(args[0]) if asked == "auto" else asked
-            target = twins.get(name)
+            backend = _backend.get()
+            target = twins.get(_by_device(args[0]) if backend == "auto" else backend)
             twin = None if target is None else _load(target)
-            result = NotImplemented if twin is None else twin(*args, **kwargs)
-            if result is not NotImplemented:
-                return cast(R, result)
-            if asked not in ("auto", "reference") and target is not None:
+            if twin is not None:
+                try:
+                    return cast(R, twin(*args, **kwargs))
+                except UnsupportedCall:
+                    pass
+            if backend not in ("auto", "reference") and target is not None:
                 raise BackendUnavailable(
-                    f"{reference.__name__}: the {asked} twin is not built or does not support this call"
+                    f"{reference.__name__}: the {backend} twin is not built or does not support this call"
                 )
             return reference(*args, **kwargs)
 

@@ -1,14 +1,14 @@
-"""The CPU twin of `keysift.attention.ops.column_scores`."""
+"""The CPU twin of `column_scores`."""
 
 from __future__ import annotations
-
-import ctypes
 
 import torch
 from torch import Tensor
 
+from keysift.kvcache.native.calls import DTYPES, ScoresCall
 from keysift.kvcache.native.cores import num_threads
-from keysift.kvcache.native.library import DTYPES, ScoresCall, kernels, level
+from keysift.kvcache.native.library import kernels, level
+from keysift.kvcache.ops.dispatch import UnsupportedCall
 
 from . import ColumnScores
 
@@ -23,34 +23,39 @@ def column_scores(
     scale: float,
     bands: bool = False,
 ) -> ColumnScores:
-    """See the reference; `NotImplemented` off the CPU, for unequal dtypes and for head dims that do not fit."""
+    """See the reference; `UnsupportedCall` off the CPU, for unequal dtypes and for head dims that do not fit."""
     if not _supports(q, k, frames, positions, queries_per_probe):
-        return NotImplemented  # type: ignore[no-any-return]
+        raise UnsupportedCall
+    (_, heads, dim), (_, kv_heads, page_size, _), (probes, _, pages) = q.shape, k.shape, frames.shape
     positions = positions.contiguous()
-    shape = (frames.shape[0], q.shape[1], frames.shape[2])
+    shape = (probes, heads, pages)
     mass, peak = torch.zeros(shape), torch.zeros(shape)
     diagonal = torch.zeros(shape) if bands else None
-    call = ScoresCall(
-        *(tensor.data_ptr() for tensor in (q, k, frames, positions, mass, peak)),
-        None if diagonal is None else diagonal.data_ptr(),
-        *(tensor.stride()[:axes] for tensor, axes in ((q, 2), (k, 3), (frames, 3))),
-        frames.shape[0],
-        queries_per_probe,
-        q.shape[1],
-        k.shape[1],
-        q.shape[2],
-        k.shape[2],
-        frames.shape[2],
-        DTYPES[q.dtype],
-        scale,
+    call = ScoresCall.pack(
+        q=q,
+        k=k,
+        frames=frames,
+        positions=positions,
+        mass=mass,
+        peak=peak,
+        bands=diagonal,
+        probes=probes,
+        queries_per_probe=queries_per_probe,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        page_size=page_size,
+        pages=pages,
+        type=DTYPES[q.dtype],
+        scale=scale,
     )
-    kernels.keysift_column_scores(ctypes.byref(call), level(), num_threads())
+    kernels.keysift_column_scores(call, level(), num_threads())
     return ColumnScores(mass, peak, diagonal)
 
 
 def _supports(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, queries_per_probe: int) -> bool:
     return (
-        all(tensor.device.type == "cpu" for tensor in (q, k, frames, positions))
+        all(tensor.is_cpu for tensor in (q, k, frames, positions))
         and all(tensor.dtype == q.dtype and tensor.stride(-1) == 1 for tensor in (q, k))
         and all(tensor.dtype == torch.int32 for tensor in (frames, positions))
         and q.dtype in DTYPES

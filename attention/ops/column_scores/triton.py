@@ -1,4 +1,4 @@
-"""The CUDA twin of `column_scores`: one pass over the keys for each query's log-sum-exp, one for the masses."""
+"""The Triton twin of `column_scores`: one pass over the keys for each query's log-sum-exp, one for the masses."""
 # mypy: allow-untyped-calls
 
 from __future__ import annotations
@@ -10,41 +10,15 @@ import torch
 import triton
 from torch import Tensor
 
-from keysift.kvcache.ops.triton import INTERPRETED, Tile, shared_memory_of
+from keysift.kvcache.ops.dispatch import UnsupportedCall
+from keysift.kvcache.ops.triton import FLOATS, Config, Tile, channels, runs_here, shared_memory_of, stages_of
 
 from . import ColumnScores
 from .kernels import band_kernel, join_kernel, lse_kernel, mass_kernel
 
 PIECE_TOKENS = 1024
 HALVES_BYTES = 1 << 26
-"""Bound of the scratch that the diagonal bands take, unless the queries of one probe and key head need more."""
-
-
-def config(shared_memory: int, head_dim: int, dtype: torch.dtype, queries: int) -> Tile:
-    """The tile for `queries` packed queries a probe on a device that grants a block `shared_memory` bytes.
-
-    A table, as that of `paged_attention`; the keys of a tile are whole pages where pages are not larger.
-    """
-    wide = head_dim > 128
-    stages = 3 if shared_memory > 200_000 else 2 if shared_memory > 65_536 else 1
-    if dtype == torch.float32:  # exact products live in registers
-        return Tile(16, 16, 4, 1) if wide else Tile(16 if queries <= 16 else 32, 16, 4, min(stages, 2))
-    if queries <= 16:
-        return Tile(16, 32 if wide else 64, 4, min(stages + 1, 3))
-    return Tile(64, 32 if wide else 64, 4, stages)
-
-
-def blocks(tile: Tile, group: int, page_size: int, head_dim: int) -> dict[str, int]:
-    """How a tile's queries split into heads and tokens, and its keys into pages and slots; all powers of two."""
-    heads = min(triton.next_power_of_2(group), tile.queries)
-    slots = min(triton.next_power_of_2(page_size), tile.keys)
-    return {
-        "BLOCK_G": heads,
-        "BLOCK_T": tile.queries // heads,
-        "BLOCK_P": tile.keys // slots,
-        "BLOCK_S": slots,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-    }
+"""Bound of the scratch memory of the diagonal bands, unless the queries of one probe and key head need more."""
 
 
 def column_scores(
@@ -57,23 +31,43 @@ def column_scores(
     scale: float,
     bands: bool = False,
 ) -> ColumnScores:
-    """The twin of the reference of the same name, which documents it.
+    """See the reference; `UnsupportedCall` for unequal dtypes and for head dims that do not fit.
 
     The keys are cut into pieces of a fixed length and summed in their order: neither the other probes nor pages that
-    nobody sees change a bit of a probe's result.
+    no query sees change a bit of a probe's result.
     """
-    if not _supported(q, k):
-        return NotImplemented  # type: ignore[no-any-return]
-    positions = positions.contiguous()
-    constants, options = _constants(q, k, queries_per_probe)
-    call = Call(q, k, frames, positions, queries_per_probe, scale / math.log(2), constants, options)
+    if not _supports(q, k):
+        raise UnsupportedCall
+    call = _call(q, k, frames, positions.contiguous(), queries_per_probe, scale)
     with torch.cuda.device_of(q):
         lse = _lse(call)
         return _bands(call, lse) if bands else ColumnScores(*_masses(call, lse), None)
 
 
+def config(shared_memory: int, head_dim: int, dtype: torch.dtype, queries: int, group: int, page_size: int) -> Config:
+    """For probes of `queries` queries of each head of a group, on a device that grants a block `shared_memory` bytes.
+
+    A tile's queries split into heads and tokens, and its keys into pages and slots; all are powers of two.
+    """
+    tile = _tile(shared_memory, head_dim, dtype, queries * triton.next_power_of_2(group))
+    heads = min(triton.next_power_of_2(group), tile.queries)
+    slots = min(triton.next_power_of_2(page_size), tile.keys)
+    blocks = {"BLOCK_G": heads, "BLOCK_T": tile.queries // heads, "BLOCK_P": tile.keys // slots, "BLOCK_S": slots}
+    return Config(blocks | {"BLOCK_D": channels(head_dim)}, tile.options)
+
+
+def _tile(shared_memory: int, head_dim: int, dtype: torch.dtype, queries: int) -> Tile:
+    """A table, as that of `paged_attention`; the keys of a tile are whole pages unless pages are larger."""
+    wide, stages = head_dim > 128, stages_of(shared_memory)
+    if dtype == torch.float32:  # exact products live in registers
+        return Tile(16, 16, 4, 1) if wide else Tile(16 if queries <= 16 else 32, 16, 4, min(stages, 2))
+    if queries <= 16:
+        return Tile(16, 32 if wide else 64, 4, min(stages + 1, 3))
+    return Tile(64, 32 if wide else 64, 4, stages)
+
+
 class Call(NamedTuple):
-    """What the kernels over keys share; `scale` is in base 2."""
+    """Arguments that the kernels over keys share; `scale` is in base 2."""
 
     q: Tensor
     k: Tensor
@@ -99,27 +93,26 @@ class Call(NamedTuple):
         return triton.cdiv(self.constants["G"], self.constants["BLOCK_G"])  # type: ignore[no-any-return]
 
 
-def _supported(q: Tensor, k: Tensor) -> bool:
+def _supports(q: Tensor, k: Tensor) -> bool:
     return (
-        (q.is_cuda or INTERPRETED)
-        and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        runs_here(q)
+        and q.dtype in FLOATS
         and q.dtype == k.dtype
         and q.shape[2] <= 256
         and q.stride(2) == k.stride(3) == 1
     )
 
 
-def _constants(q: Tensor, k: Tensor, queries_per_probe: int) -> tuple[dict[str, int], dict[str, int]]:
-    """The constants that the kernels over keys share, and how they are built."""
+def _call(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, queries: int, scale: float) -> Call:
     (_, heads, dim), (_, kv_heads, page_size, _) = q.shape, k.shape
     group = heads // kv_heads
-    tile = config(shared_memory_of(q.device), dim, q.dtype, queries_per_probe * triton.next_power_of_2(group))
-    constants = {"Hq": heads, "G": group, "S": page_size, "D": dim} | blocks(tile, group, page_size, dim)
-    return constants, {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    chosen = config(shared_memory_of(q.device), dim, q.dtype, queries, group, page_size)
+    constants = {"Hq": heads, "G": group, "S": page_size, "D": dim} | chosen.constants
+    return Call(q, k, frames, positions, queries, scale / math.log(2), constants, chosen.options)
 
 
 def _lse(call: Call) -> Tensor:
-    """[B * m, Hq], in base 2; -inf for a query that is not there."""
+    """[B * m, Hq], in base 2; -inf for an absent query."""
     tokens, heads = call.q.shape[:2]
     pieces = max(1, triton.cdiv(call.frames.shape[2] * call.k.shape[2], PIECE_TOKENS))
     out = call.q.new_empty(pieces, tokens, heads, dtype=torch.float32)
@@ -146,7 +139,7 @@ def _masses(call: Call, lse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bands(call: Call, lse: Tensor) -> ColumnScores:
-    """All three; as many probes and key heads at a time as the bound of the scratch allows."""
+    """All three results; as many probes and key heads at a time as the bound of the scratch memory allows."""
     (num_probes, num_kv_heads, max_pages), group = call.frames.shape, call.constants["G"]
     mass, peak, bands = (lse.new_empty(num_probes, lse.shape[1], max_pages) for _ in range(3))
     unit_bytes = call.queries * group * 2 * max_pages * lse.itemsize
@@ -163,7 +156,7 @@ def _bands(call: Call, lse: Tensor) -> ColumnScores:
 
 
 def _weigh(call: Call, lse: Tensor, mass: Tensor, peak: Tensor, halves: Tensor | None, units: range) -> None:
-    """The masses of some units; `halves` is written where there is one."""
+    """Write the masses of some units, and `halves` unless it is None."""
     max_pages = call.frames.shape[2]
     tiles = len(units) * call.groups * triton.cdiv(max_pages, call.constants["BLOCK_P"])
     mass_kernel[(tiles,)](

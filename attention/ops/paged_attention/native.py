@@ -1,14 +1,14 @@
-"""The CPU twin of `keysift.attention.ops.paged_attention`."""
+"""The CPU twin of `paged_attention`."""
 
 from __future__ import annotations
-
-import ctypes
 
 import torch
 from torch import Tensor
 
+from keysift.kvcache.native.calls import DTYPES, AttentionCall
 from keysift.kvcache.native.cores import num_threads
-from keysift.kvcache.native.library import DTYPES, AttentionCall, kernels, level
+from keysift.kvcache.native.library import kernels, level
+from keysift.kvcache.ops.dispatch import UnsupportedCall
 
 
 def paged_attention(
@@ -23,41 +23,49 @@ def paged_attention(
     scale: float,
     window: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """See the reference; `NotImplemented` off the CPU, for unequal dtypes and for head dims that do not fit."""
+    """See the reference; `UnsupportedCall` off the CPU, for unequal dtypes and for head dims that do not fit."""
     if not _supports(q, k, v, frames, pages, starts, queries_per_row):
-        return NotImplemented  # type: ignore[no-any-return]
+        raise UnsupportedCall
+    (tokens, heads, dim), (_, kv_heads, page_size, _), (_, lists, listed) = q.shape, k.shape, pages.shape
     starts = starts.contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32)
-    call = AttentionCall(
-        *(tensor.data_ptr() for tensor in (q, k, v, frames, pages, starts, out, lse)),
-        *(tensor.stride()[:axes] for tensor, axes in ((q, 2), (k, 3), (v, 3), (frames, 3), (pages, 3))),
-        q.shape[0],
-        q.shape[1],
-        k.shape[1],
-        pages.shape[1],
-        q.shape[2],
-        k.shape[2],
-        starts.shape[0],
-        pages.shape[2],
-        queries_per_row,
-        window,
-        DTYPES[q.dtype],
-        scale,
+    out = torch.empty((tokens, heads, dim), dtype=q.dtype)
+    lse = torch.empty((tokens, heads), dtype=torch.float32)
+    call = AttentionCall.pack(
+        q=q,
+        k=k,
+        v=v,
+        frames=frames,
+        pages=pages,
+        starts=starts,
+        out=out,
+        lse=lse,
+        tokens=tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        lists=lists,
+        dim=dim,
+        page_size=page_size,
+        rows=starts.shape[0],
+        pages_per_list=listed,
+        queries_per_row=queries_per_row,
+        window=window,
+        type=DTYPES[q.dtype],
+        scale=scale,
     )
-    kernels.keysift_paged_attention(ctypes.byref(call), level(), num_threads())
+    kernels.keysift_paged_attention(call, level(), num_threads())
     return out, lse
 
 
 def _supports(
     q: Tensor, k: Tensor, v: Tensor, frames: Tensor, pages: Tensor, starts: Tensor, queries_per_row: int
 ) -> bool:
+    (tokens, _, dim), dtype, rows = q.shape, q.dtype, starts.shape[0]
     return (
-        all(tensor.device.type == "cpu" for tensor in (q, k, v, frames, pages, starts))
-        and all(tensor.dtype == q.dtype and tensor.stride(-1) == 1 for tensor in (q, k, v))
+        all(tensor.is_cpu for tensor in (q, k, v, frames, pages, starts))
+        and all(tensor.dtype == dtype and tensor.stride(-1) == 1 for tensor in (q, k, v))
         and all(tensor.dtype == torch.int32 for tensor in (frames, pages, starts))
-        and q.dtype in DTYPES
-        and q.shape[2] % 8 == 0
-        and 0 < q.shape[2] <= 256
-        and q.shape[0] <= starts.shape[0] * queries_per_row < q.shape[0] + queries_per_row
+        and dtype in DTYPES
+        and dim % 8 == 0
+        and 0 < dim <= 256
+        and tokens <= rows * queries_per_row < tokens + queries_per_row
     )

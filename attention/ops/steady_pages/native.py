@@ -1,14 +1,14 @@
-"""The CPU twin of `keysift.attention.ops.steady_pages`."""
+"""The CPU twin of `steady_pages`."""
 
 from __future__ import annotations
-
-import ctypes
 
 import torch
 from torch import Tensor
 
+from keysift.kvcache.native.calls import SteadyCall, TopCall
 from keysift.kvcache.native.cores import num_threads
-from keysift.kvcache.native.library import SteadyCall, TopCall, kernels, level
+from keysift.kvcache.native.library import kernels, level
+from keysift.kvcache.ops.dispatch import UnsupportedCall
 
 from ..top_pages.native import supports
 from . import ONE, SteadyPages
@@ -32,22 +32,48 @@ def steady_pages(
     keep: float,
     epsilon: float,
 ) -> SteadyPages:
-    """See the reference; `NotImplemented` off the CPU, for other dtypes and for odd strides."""
+    """See the reference; `UnsupportedCall` off the CPU, for other dtypes and for odd strides."""
     rows, num_heads, pages = masses.shape
     if not (supports(masses, firsts, lasts) and _supports(known, read, averages)):
-        return NotImplemented  # type: ignore[no-any-return]
+        raise UnsupportedCall
     width, budget = min(pages, sinks + window + budget), min(budget, pages)
-    result = _room(rows, num_heads, heads, pages, width, min(queried, budget))
-    inputs = [tensor.data_ptr() for tensor in (masses, firsts, lasts)]
-    past = [tensor.data_ptr() for tensor in (known, read, averages)]
-    out, refused, kept, *rest = (tensor.data_ptr() for tensor in result)
-    top = TopCall(*inputs, out, kept, rows, num_heads, heads, pages, width, sinks, budget, 0.0)
-    call = SteadyCall(top, *past, refused, *rest, min(queried, budget), most, int(epsilon * ONE), factor, keep)
-    kernels.keysift_steady_pages(ctypes.byref(call), level(), num_threads())
+    result = _empty(rows, num_heads, heads, pages, width, min(queried, budget))
+    top = TopCall.pack(
+        masses=masses,
+        firsts=firsts,
+        lasts=lasts,
+        out=result.pages,
+        kept=result.kept,
+        rows=rows,
+        heads=num_heads,
+        lists=heads,
+        pages=pages,
+        width=width,
+        sinks=sinks,
+        budget=budget,
+        epsilon=0.0,
+    )
+    call = SteadyCall.pack(
+        top=top,
+        known=known,
+        read=read,
+        averages=averages,
+        refused=result.refused,
+        now_read=result.read,
+        now_averages=result.averages,
+        overlap=result.overlap,
+        bound_exceeded=result.bound_exceeded,
+        queried=min(queried, budget),
+        most=most,
+        refusable=int(epsilon * ONE),
+        factor=factor,
+        keep=keep,
+    )
+    kernels.keysift_steady_pages(call, level(), num_threads())
     return result
 
 
-def _room(rows: int, num_heads: int, heads: int, pages: int, width: int, queried: int) -> SteadyPages:
+def _empty(rows: int, num_heads: int, heads: int, pages: int, width: int, queried: int) -> SteadyPages:
     lists = (rows, heads)
     return SteadyPages(
         pages=torch.empty((*lists, width), dtype=torch.int32),

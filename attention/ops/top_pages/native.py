@@ -1,14 +1,14 @@
-"""The CPU twin of `keysift.attention.ops.top_pages`."""
+"""The CPU twin of `top_pages`."""
 
 from __future__ import annotations
-
-import ctypes
 
 import torch
 from torch import Tensor
 
+from keysift.kvcache.native.calls import TopCall
 from keysift.kvcache.native.cores import num_threads
-from keysift.kvcache.native.library import TopCall, kernels, level
+from keysift.kvcache.native.library import kernels, level
+from keysift.kvcache.ops.dispatch import UnsupportedCall
 
 from . import TopPages
 
@@ -24,29 +24,29 @@ def top_pages(
     budget: int,
     epsilon: float,
 ) -> TopPages:
-    """See the reference; `NotImplemented` off the CPU, for other dtypes and for odd strides."""
+    """See the reference; `UnsupportedCall` off the CPU, for other dtypes and for odd strides."""
     rows, num_heads, pages = masses.shape
     if not supports(masses, firsts, lasts):
-        return NotImplemented  # type: ignore[no-any-return]
+        raise UnsupportedCall
     width = min(pages, sinks + window + budget)
     out = torch.empty((rows, heads, width), dtype=torch.int32)
     kept = torch.empty((rows, num_heads))
-    call = TopCall(
-        masses.data_ptr(),
-        firsts.data_ptr(),
-        lasts.data_ptr(),
-        out.data_ptr(),
-        kept.data_ptr(),
-        rows,
-        num_heads,
-        heads,
-        pages,
-        width,
-        sinks,
-        min(budget, pages),
-        epsilon,
+    call = TopCall.pack(
+        masses=masses,
+        firsts=firsts,
+        lasts=lasts,
+        out=out,
+        kept=kept,
+        rows=rows,
+        heads=num_heads,
+        lists=heads,
+        pages=pages,
+        width=width,
+        sinks=sinks,
+        budget=min(budget, pages),
+        epsilon=epsilon,
     )
-    kernels.keysift_top_pages(ctypes.byref(call), level(), num_threads())
+    kernels.keysift_top_pages(call, level(), num_threads())
     return TopPages(out, kept)
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from keysift.kvcache.native.calls import DTYPES, LayerInCall, LayerOutCall, Matrix
 from keysift.kvcache.native.cores import num_threads
-from keysift.kvcache.native.library import DTYPES, LayerInCall, LayerOutCall, Matrix, kernels, level
+from keysift.kvcache.native.library import kernels, level
 
 from .linear import MAX_ROWS
 from .native import describe
@@ -42,10 +42,12 @@ class DecodeLayer(nn.Module):
         to_q, to_k, to_v, to_out = (_matrix(linear, self._dtype) for linear in linears)
         gate, up, down = (_matrix(linear, self._dtype) for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
         self._heads, self._kv_heads = to_q.outputs // self._dim, to_k.outputs // self._dim
-        first, second = (norm.weight.data_ptr() for norm in norms)
-        kind, eps = DTYPES[self._dtype], [norm.variance_epsilon for norm in norms]
-        self._in = LayerInCall(norm=first, to_q=to_q, to_k=to_k, to_v=to_v, dim=self._dim, type=kind, eps=eps[0])
-        self._out = LayerOutCall(norm=second, to_out=to_out, gate=gate, up=up, down=down, type=kind, eps=eps[1])
+        first, second = ({"norm": norm.weight, "eps": norm.variance_epsilon} for norm in norms)
+        common = {"x": None, "batch": 0, "type": DTYPES[self._dtype]}  # None and 0: set by each call
+        rotation = {"cos": None, "sin": None, "q": None, "k": None, "v": None, "dim": self._dim}
+        self._in = LayerInCall.pack(**common, **first, **rotation, to_q=to_q, to_k=to_k, to_v=to_v)
+        matrices = {"to_out": to_out, "gate": gate, "up": up, "down": down}
+        self._out = LayerOutCall.pack(**common, **second, attended=None, out=None, **matrices)
 
     def __getattr__(self, name: str) -> Any:
         """What a model asks of its layers, such as their kind of attention."""
@@ -71,14 +73,14 @@ class DecodeLayer(nn.Module):
         call = self._in
         call.x, call.cos, call.sin, call.batch = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), len(x)
         call.q, call.k, call.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        kernels.keysift_layer_in(ctypes.byref(call), level(), num_threads())
+        kernels.keysift_layer_in(call, level(), num_threads())
         return q, k, v
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """x [T, C] and what attention made of it [T, Hq, D] -> [T, C]."""
         out, call = torch.empty_like(x), self._out
         call.x, call.attended, call.out, call.batch = x.data_ptr(), attended.data_ptr(), out.data_ptr(), len(x)
-        kernels.keysift_layer_out(ctypes.byref(call), level(), num_threads())
+        kernels.keysift_layer_out(call, level(), num_threads())
         return out
 
 

@@ -1,4 +1,4 @@
-"""Freed memory that the process still has."""
+"""Return of freed heap memory to the system."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from contextlib import suppress
 
 
 def release_heap() -> None:
-    """Return it to the system. Only glibc keeps much and can be told to; elsewhere nothing happens."""
+    """Return freed heap memory to the system (malloc_trim of glibc); without glibc, do nothing."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

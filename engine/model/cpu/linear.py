@@ -1,4 +1,4 @@
-"""Linear layers for decoding on a CPU, where a handful of tokens leaves the memory bus as the only limit."""
+"""Linear layers for decode on a CPU, limited by memory bandwidth at a handful of tokens."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from keysift.kvcache.ops.dispatch import UnsupportedCall
+
 KERNEL_ROWS = 16
 MAX_ROWS = 32
-"""As many sequences as decode at once by default; for more, reading the weights every 16 rows costs too much."""
+"""The default number of sequences in a batch; for more, reading the weights every 16 rows costs too much."""
 Kernel = Callable[..., Any]
-"""x [B, K] with B at most `KERNEL_ROWS`, weight [N, K], bias [N] or None -> [B, N], or `NotImplemented`."""
+"""x [B, K] with B at most `KERNEL_ROWS`, weight [N, K], bias [N] or None -> [B, N], or `UnsupportedCall`."""
 
 
 class DecodeLinear(nn.Linear):
     """An `nn.Linear` on the same weights whose few-row inputs go to the native kernel.
 
-    The kernel computes a row alike whatever the other rows are, so a token does not depend on who is decoded beside it.
+    The bits of a row do not depend on the other rows, nor a token on the other sequences of its batch.
     """
 
     def __init__(self, linear: nn.Linear, kernel: Kernel) -> None:
@@ -37,17 +39,23 @@ class DecodeLinear(nn.Linear):
         return out.view(*input.shape[:-1], self.out_features)
 
     def _few_rows(self, rows: Tensor) -> Tensor | None:
-        """rows [B, K] -> [B, N], or None for more of them, or a case, that the kernel is not for."""
+        """rows [B, K] -> [B, N] by the kernel, or None if it does not support them or they are too many."""
         if not 0 < len(rows) <= MAX_ROWS or torch.is_grad_enabled():
             return None
-        parts = [self._kernel(part, self.weight, self.bias) for part in torch.split(rows, KERNEL_ROWS)]
-        if any(part is NotImplemented for part in parts):
-            return None
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return in_parts(self._kernel, rows, self.weight, self.bias)
+
+
+def in_parts(kernel: Kernel, rows: Tensor, *weights: Tensor | None) -> Tensor | None:
+    """rows [B, K] -> [B, N] in calls of at most `KERNEL_ROWS`, or None if the kernel does not support them."""
+    try:
+        parts = [kernel(part, *weights) for part in torch.split(rows, KERNEL_ROWS)]
+    except UnsupportedCall:
+        return None
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def native_kernel() -> Kernel | None:
-    """The native library's linear, or None where it was not built."""
+    """The native library's linear, or None if it was not built."""
     try:
         from .native import linear
     except ImportError:

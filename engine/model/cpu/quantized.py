@@ -1,4 +1,4 @@
-"""Linear layers with weights in 8 bits: half of the memory, and half of what a generated token has to read."""
+"""Linear layers with int8 weights: half of the memory, and half of the reads of a generated token."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .linear import KERNEL_ROWS, MAX_ROWS, native_kernel
+from .linear import MAX_ROWS, in_parts, native_kernel
 
 GROUP = 64
 """Inputs that share a scale."""
@@ -28,7 +28,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Int8Linear(nn.Module):
-    """In place of an `nn.Linear`: the native kernel multiplies few rows; for more, the weights are widened."""
+    """An `nn.Linear` with int8 weights: the native kernel multiplies few rows; for more, the weights are widened."""
 
     weight: Tensor
     scales: Tensor
@@ -59,19 +59,16 @@ class Int8Linear(nn.Module):
         return widened.flatten(1).to(self.dtype)
 
     def _few_rows(self, rows: Tensor) -> Tensor | None:
-        """rows [B, K] -> [B, N], or None for what the kernel is not for."""
+        """rows [B, K] -> [B, N] by the kernel, or None if it does not support them or they are too many."""
         if self._kernel is None or not 0 < len(rows) <= MAX_ROWS:
             return None
-        parts = [self._kernel(part, self.weight, self.bias, self.scales) for part in torch.split(rows, KERNEL_ROWS)]
-        if any(part is NotImplemented for part in parts):
-            return None
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return in_parts(self._kernel, rows, self.weight, self.bias, self.scales)
 
 
 def swap_linears(module: nn.Module) -> int:
     """Replace every linear layer of `module` whose inputs come in whole groups, and return how many.
 
-    An embedding that shared its weights with one of them keeps them: what it looks up is not rounded.
+    An embedding that shared its weights with one of them keeps them, so its vectors are not rounded.
     """
     found = [
         (parent, name, child)

@@ -13,7 +13,6 @@ from torch import Tensor
 from ...ops.page_masses import code_masses
 from ...step import Phase
 from ..blocks import Blocks
-from ..hits import Hits
 from .build import Source, build, extend
 from .ops import Found, KeyGraph, Reach, search_graphs
 from .queries import Kept
@@ -115,11 +114,6 @@ class GraphIndex:
             return self._search(q, context, graphs, starts).masses
         found = self._search(q, context, graphs, starts.where(ready, -1)).masses
         return torch.where(ready[:, None, None], found, self._by_codes(q, context))
-
-    def search(self, q: Tensor, context: Context) -> Hits:
-        """The best keys outside of sink and window. Where no graph is ready, all keys are scanned."""
-        found = self._search(q, context, self._graphs(context), context.step.starts)
-        return Hits(found.keys, found.scores, found.scanned)
 
     def _graphs(self, context: Context) -> list[KeyGraph | None]:
         """Of each row; all rows of a prompt chunk belong to its one sequence."""

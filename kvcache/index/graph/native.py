@@ -1,4 +1,4 @@
-"""The CPU twins of `keysift.kvcache.index.graph.ops`."""
+"""The CPU twins of `search_graphs`, `nearest_keys` and `link_keys`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...native.calls import DTYPES, GraphLinksCall, GraphNearestCall, GraphSearchCall
 from ...native.cores import num_threads
-from ...native.library import DTYPES, GraphLinksCall, GraphNearestCall, GraphSearchCall, kernels, level
+from ...native.library import kernels, level
+from ...ops.dispatch import UnsupportedCall
 from .ops import Found, KeyGraph, Reach
 
 
@@ -22,55 +24,93 @@ def search_graphs(
     reach: Reach,
     scale: float,
 ) -> Found:
-    """See the reference; `NotImplemented` off the CPU, for unequal dtypes and for head dims that do not fit."""
+    """See the reference; `UnsupportedCall` off the CPU, for unequal dtypes and for head dims that do not fit."""
     if not _supports(q, k) or frames.dtype != torch.int32 or q.shape[1] > 64 * k.shape[1]:
-        return NotImplemented  # type: ignore[no-any-return]
+        raise UnsupportedCall
     rows, heads, dim = q.shape
+    pages = frames.shape[2]
     positions = positions.contiguous()
-    hits = (rows, heads, reach.top_k)
-    keys, scores = torch.empty(hits, dtype=torch.int32), torch.empty(hits)
-    scanned, masses = torch.empty(hits[:2], dtype=torch.int32), torch.empty(*hits[:2], frames.shape[2])
+    found = _empty(rows, heads, reach.top_k, pages)
     sizes = [(0, 0, 0) if graph is None else (graph.tokens, graph.hubs, graph.entries) for graph in graphs]
     ends, hubs, entries = torch.tensor(sizes, dtype=torch.int32).T.contiguous()
     links, points = ((ctypes.c_void_p * rows)(*of) for of in zip(*map(_addresses, graphs), strict=True))
-    call = GraphSearchCall(
-        *(tensor.data_ptr() for tensor in (q, k, frames, positions, ends, hubs, entries)),
-        ctypes.addressof(links),
-        ctypes.addressof(points),
-        *(tensor.data_ptr() for tensor in (keys, scores, scanned, masses)),
-        *(tensor.stride()[:axes] for tensor, axes in ((q, 2), (k, 3), (frames, 3))),
-        *(rows, heads, k.shape[1], dim, k.shape[2], frames.shape[2]),
-        *(reach.degree, reach.beam, reach.top_k, reach.sink, reach.window, DTYPES[q.dtype]),
-        scale,
+    call = GraphSearchCall.pack(
+        q=q,
+        k=k,
+        frames=frames,
+        positions=positions,
+        ends=ends,
+        hubs=hubs,
+        entries=entries,
+        links=ctypes.addressof(links),
+        points=ctypes.addressof(points),
+        **found._asdict(),
+        rows=rows,
+        heads=heads,
+        kv_heads=k.shape[1],
+        dim=dim,
+        page_size=k.shape[2],
+        pages=pages,
+        **reach._asdict(),
+        type=DTYPES[q.dtype],
+        scale=scale,
     )
-    kernels.keysift_graph_search(ctypes.byref(call), level(), num_threads())
-    return Found(keys, scores, scanned, masses)
+    kernels.keysift_graph_search(call, level(), num_threads())
+    return found
 
 
 def nearest_keys(q: Tensor, k: Tensor, frames: Tensor, first: int, end: int, wanted: int, threads: int = 0) -> Tensor:
-    """See the reference; `NotImplemented` as above."""
+    """See the reference; `UnsupportedCall` as `search_graphs`."""
     if not _supports(q, k):
-        return NotImplemented  # type: ignore[no-any-return]
+        raise UnsupportedCall
     q, frames = q.contiguous(), frames.contiguous()
-    nearest = torch.empty((*q.shape[:2], wanted), dtype=torch.int32)
-    call = GraphNearestCall(
-        *(tensor.data_ptr() for tensor in (q, k, frames, nearest)),
-        k.stride()[:3],
-        *(*q.shape, k.shape[2], wanted, first, end, DTYPES[q.dtype]),
+    kv_heads, queries, dim = q.shape
+    nearest = torch.empty((kv_heads, queries, wanted), dtype=torch.int32)
+    call = GraphNearestCall.pack(
+        q=q,
+        k=k,
+        frames=frames,
+        nearest=nearest,
+        kv_heads=kv_heads,
+        queries=queries,
+        dim=dim,
+        page_size=k.shape[2],
+        wanted=wanted,
+        first=first,
+        end=end,
+        type=DTYPES[q.dtype],
     )
-    kernels.keysift_graph_nearest(ctypes.byref(call), level(), threads or num_threads())
+    kernels.keysift_graph_nearest(call, level(), threads or num_threads())
     return nearest
 
 
 def link_keys(nearest: Tensor, tokens: int, degree: int, threads: int = 0) -> Tensor:
-    """See the reference; `NotImplemented` off the CPU."""
+    """See the reference; `UnsupportedCall` off the CPU."""
     if not nearest.is_cpu:
-        return NotImplemented  # type: ignore[no-any-return]
+        raise UnsupportedCall
     nearest = nearest.contiguous()
-    links = torch.empty((nearest.shape[0], tokens, degree), dtype=torch.int32)
-    call = GraphLinksCall(nearest.data_ptr(), links.data_ptr(), *nearest.shape, tokens, degree)
-    kernels.keysift_graph_links(ctypes.byref(call), level(), threads or num_threads())
+    kv_heads, queries, wanted = nearest.shape
+    links = torch.empty((kv_heads, tokens, degree), dtype=torch.int32)
+    call = GraphLinksCall.pack(
+        nearest=nearest,
+        links=links,
+        kv_heads=kv_heads,
+        queries=queries,
+        wanted=wanted,
+        tokens=tokens,
+        degree=degree,
+    )
+    kernels.keysift_graph_links(call, level(), threads or num_threads())
     return links
+
+
+def _empty(rows: int, heads: int, top_k: int, pages: int) -> Found:
+    return Found(
+        keys=torch.empty((rows, heads, top_k), dtype=torch.int32),
+        scores=torch.empty((rows, heads, top_k)),
+        scanned=torch.empty((rows, heads), dtype=torch.int32),
+        masses=torch.empty((rows, heads, pages)),
+    )
 
 
 def _addresses(graph: KeyGraph | None) -> tuple[int | None, int | None]:
@@ -78,7 +118,7 @@ def _addresses(graph: KeyGraph | None) -> tuple[int | None, int | None]:
 
 
 def _supports(q: Tensor, k: Tensor) -> bool:
-    """Vectors of all instruction sets fill a head of a multiple of 16 channels."""
+    """Support of all three kernels; vectors of every instruction set fill a head of a multiple of 16 channels."""
     return (
         q.is_cpu
         and k.is_cpu

@@ -1,4 +1,4 @@
-"""Lists of keys that lie close together: making them of whole segments, and scanning the best for a query.
+"""Inverted lists: clusters of the keys of whole segments, and page masses by a scan of the best lists of a query.
 
 A segment is a run of full pages. Its lists are the clusters of one KV head's keys in it.
 """
@@ -12,26 +12,25 @@ import torch
 from torch import Tensor
 
 from ...ops.dispatch import op
-from ..hits import Hits
 
 
 class Lists(NamedTuple):
     """The lists of one segment and layer."""
 
     centroids: Tensor
-    """[Hkv, C, D] of the keys' dtype, the mean key of each list; of an empty one anything finite."""
+    """[Hkv, C, D] of the keys' dtype, the mean key of each list; of an empty one any finite numbers."""
     ends: Tensor
-    """[Hkv, C] int32, where each list ends in `tokens`; it begins where the one before ends."""
+    """[Hkv, C] int32, end of each list in `tokens`, which is the begin of the next."""
     tokens: Tensor
-    """[Hkv, segment] int16, places in the segment, list by list, ascending in each."""
+    """[Hkv, segment] int16, positions in the segment, list by list, ascending in each."""
 
 
 @op(native="keysift.kvcache.index.ivf.native:cluster")
 def cluster(k: Tensor, frames: Tensor, *, lists: int, iterations: int) -> list[Lists]:
-    """k-means of each segment and head: keys less their mean, evenly spaced ones as the start.
+    """k-means of the keys of each segment and head, less their mean; evenly spaced keys are the first centroids.
 
-    A key goes to the nearest centroid, the first of equals; a centroid without keys stays where it is. It ends when no
-    key moves, or after so many iterations.
+    A key goes to the nearest centroid, the first of equals; a centroid without keys keeps its value. Ends when no key
+    moves, or after so many iterations.
 
     Args:
         k: [N, Hkv, S, D]
@@ -49,51 +48,28 @@ def list_masses(
     frames: Tensor,
     positions: Tensor,
     lists: Sequence[Lists],
-    which: Tensor,
+    places: Tensor,
     *,
     scale: float,
     segment: int,
     probes: int,
 ) -> Tensor:
-    """[R, Hq, F] fp32, natural log of each page's mass by the keys that were scanned on it; -inf where none was.
+    """[R, Hq, F] fp32, natural log of each page's mass by the keys of it that were scanned; -inf if none was.
 
     Each query head scans the `probes` lists whose centroids have the greatest inner product with it, of equals the
-    first, and every token up to its position that no list covers: those behind the last segment that ends before its
+    first, and every token up to its position that no list covers: those after the last segment that ends before its
     own page. Masses below e^-80 of the greatest may count as nothing.
 
     Args:
-        q: [R, Hq, D], standing at `positions` [R] int32.
+        q: [R, Hq, D], at `positions` [R] int32.
         k: [N, Hkv, S, D] of q's dtype.
         frames: [R, Hkv, F] int32, page -> frame.
         lists: of all segments of all rows.
-        which: [R, W] int32, for each row's first W segments, as far as they end before its own page, where they are
-            in `lists`.
-        segment: tokens.
+        places: [R, W] int32, place in `lists` of each row's first W segments, as far as they end before its own page.
+        segment: tokens of one.
     """
-    scores, _ = _scan(q, k, frames, positions, lists, which, scale, segment, probes)
+    scores = _scan(q, k, frames, positions, lists, places, scale, segment, probes)
     return torch.unflatten(scores, -1, (-1, k.shape[2])).logsumexp(-1)
-
-
-@op(native="keysift.kvcache.index.ivf.native:list_hits")
-def list_hits(
-    q: Tensor,
-    k: Tensor,
-    frames: Tensor,
-    positions: Tensor,
-    lists: Sequence[Lists],
-    which: Tensor,
-    *,
-    scale: float,
-    segment: int,
-    probes: int,
-    top_k: int,
-) -> Hits:
-    """The `top_k` best of the keys that `list_masses` scans; of equals the first."""
-    scores, scanned = _scan(q, k, frames, positions, lists, which, scale, segment, probes)
-    best = scores.sort(dim=-1, descending=True, stable=True)
-    keys = torch.nn.functional.pad(best.indices.int()[..., :top_k], (0, max(top_k - scores.shape[2], 0)), value=-1)
-    scores = torch.nn.functional.pad(best.values[..., :top_k], (0, max(top_k - scores.shape[2], 0)), value=-torch.inf)
-    return Hits(keys.masked_fill(scores == -torch.inf, -1), scores, scanned)
 
 
 def _tokens(k: Tensor, frames: Tensor) -> Tensor:
@@ -132,24 +108,23 @@ def _scan(
     frames: Tensor,
     positions: Tensor,
     lists: Sequence[Lists],
-    which: Tensor,
+    places: Tensor,
     scale: float,
     segment: int,
     probes: int,
-) -> tuple[Tensor, Tensor]:
-    """Scores [R, Hq, F * S] of the keys that are scanned, -inf elsewhere; how many were multiplied, [R, Hq] int32."""
+) -> Tensor:
+    """Scores [R, Hq, F * S] of the keys that are scanned, -inf elsewhere."""
     keys = _tokens(k, frames).float()
     scores = (torch.unflatten(q.float(), 1, (k.shape[1], -1)) @ keys.transpose(2, 3)).flatten(1, 2) * scale
     token = torch.arange(scores.shape[2], device=q.device)
-    scanned, centroids = torch.zeros_like(scores, dtype=torch.bool), 0 * positions
+    scanned = torch.zeros_like(scores, dtype=torch.bool)
     for row, position in enumerate(positions.tolist()):
-        count = min(position // k.shape[2] * k.shape[2] // segment, which.shape[1])
+        count = min(position // k.shape[2] * k.shape[2] // segment, places.shape[1])
         scanned[row] = (token >= count * segment) & (token <= position)
-        here = [lists[i] for i in which[row, :count].tolist()]
-        if here:
-            scanned[row, :, : count * segment] = _members(q[row], here, probes)
-            centroids[row] = count * here[0].centroids.shape[1]
-    return scores.masked_fill(~scanned, -torch.inf), scanned.sum(-1, dtype=torch.int32) + centroids[:, None]
+        if count > 0:
+            row_lists = [lists[place] for place in places[row, :count].tolist()]
+            scanned[row, :, : count * segment] = _members(q[row], row_lists, probes)
+    return scores.masked_fill(~scanned, -torch.inf)
 
 
 def _members(q: Tensor, lists: Sequence[Lists], probes: int) -> Tensor:

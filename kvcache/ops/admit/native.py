@@ -1,40 +1,44 @@
-"""The CPU twin of `keysift.kvcache.ops.admit`."""
+"""The CPU twin of `admit`."""
 
 from __future__ import annotations
-
-import ctypes
 
 import torch
 from torch import Tensor
 
-from ...native.library import AdmitCall, kernels
+from ...native.calls import AdmitCall
+from ...native.library import kernels
+from ..dispatch import UnsupportedCall
 from . import Admitted, Residents
 
 
 def admit(frames: Tensor, pages: Tensor, residents: Residents, *, now: int, before: int) -> Admitted:
-    """See the reference; `NotImplemented` off the CPU and where the tables have gaps."""
+    """See the reference; `UnsupportedCall` off the CPU and for tables that are not contiguous."""
     (kv_heads, count), capacity = residents.where.shape, residents.owner.shape[1]
     rows, lists, listed = pages.shape
     if not (pages.is_cpu and all(table.is_contiguous() for table in residents)):
-        return NotImplemented  # type: ignore[no-any-return]
+        raise UnsupportedCall
     width = min(capacity, rows * lists // kv_heads * listed)
     loads, slots = torch.full((2, kv_heads, width), -1, dtype=torch.int32)
     found = torch.zeros((kv_heads, 3), dtype=torch.int64)
     table = torch.zeros((rows, kv_heads, frames.shape[2]), dtype=torch.int32)
-    call = AdmitCall(
-        *(tensor.data_ptr() for tensor in (*residents, frames, pages, loads, slots, found, table)),
-        frames.stride(),
-        pages.stride(),
-        count,
-        capacity,
-        rows,
-        kv_heads,
-        lists,
-        listed,
-        width,
-        frames.shape[2],
-        now,
-        before,
+    call = AdmitCall.pack(
+        **residents._asdict(),
+        frames=frames,
+        pages=pages,
+        loads=loads,
+        slots=slots,
+        found=found,
+        table=table,
+        count=count,
+        capacity=capacity,
+        rows=rows,
+        kv_heads=kv_heads,
+        lists=lists,
+        pages_per_list=listed,
+        width=width,
+        max_pages=frames.shape[2],
+        now=now,
+        before=before,
     )
-    kernels.keysift_admit(ctypes.byref(call), 0, 1)
+    kernels.keysift_admit(call, 0, 1)
     return Admitted(loads, slots, found, table)

@@ -1,4 +1,4 @@
-"""The Triton kernels of `page_masses`, `code_masses` and `page_bounds`; `page_masses_triton` launches them.
+"""The Triton kernels of `page_masses` and `page_bounds`, and the parts that those of `code_masses` share.
 
 A program takes BLOCK_G query heads of one row and KV head over a tile of pages. A page's number never depends on what
 else is in its tile.

@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
+from ...native.calls import DTYPES, PagesCall, ScoresCall
 from ...native.cores import num_threads
-from ...native.library import DTYPES, PagesCall, ScoresCall, kernels, level
+from ...native.library import kernels, level
+from ..dispatch import UnsupportedCall
 from ..encode import Codes
 
 
 def page_masses(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, *, scale: float) -> Tensor:
-    """See the reference; the masses of a head add up to 1. `NotImplemented` where `column_scores` does not fit."""
-    rows, heads, dim = q.shape
-    if not _fits_scores(q, k, frames, positions):
-        return NotImplemented  # type: ignore[no-any-return]
-    pages = frames.shape[2]
+    """See the reference; the masses of a head add up to 1. `UnsupportedCall` as `column_scores`."""
+    if not _supports(q, k, frames, positions, channels=8):
+        raise UnsupportedCall
+    (rows, heads, dim), (_, kv_heads, page_size, _), pages = q.shape, k.shape, frames.shape[2]
     mass, peak = torch.zeros((2, rows, heads, pages))  # a probe of one query has its mass as its peak
-    call = ScoresCall(
-        q.data_ptr(),
-        k.data_ptr(),
-        frames.data_ptr(),
-        positions.data_ptr(),
-        mass.data_ptr(),
-        peak.data_ptr(),
-        None,
-        q.stride()[:2],
-        k.stride()[:3],
-        frames.stride(),
-        rows,
-        1,
-        heads,
-        k.shape[1],
-        dim,
-        k.shape[2],
-        pages,
-        DTYPES[q.dtype],
-        scale,
+    call = ScoresCall.pack(
+        q=q,
+        k=k,
+        frames=frames,
+        positions=positions,
+        mass=mass,
+        peak=peak,
+        bands=None,
+        probes=rows,
+        queries_per_probe=1,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        page_size=page_size,
+        pages=pages,
+        type=DTYPES[q.dtype],
+        scale=scale,
     )
-    kernels.keysift_column_scores(ctypes.byref(call), level(), num_threads())
+    kernels.keysift_column_scores(call, level(), num_threads())
     masses: Tensor = mass.log_()
     return masses
 
@@ -57,88 +53,79 @@ def code_masses(
     candidates: int,
     slack: float = 0.35,
 ) -> Tensor:
-    """See the reference; `NotImplemented` off the CPU, for odd strides and for head dims that are no multiple of 16.
+    """See the reference; `UnsupportedCall` off the CPU, for odd strides and for head dims that are no multiple of 16.
 
     Queries are multiplied in 16 bits.
     """
-    rows, heads, dim = q.shape
-    levels, bounds, scales = codes
-    words = levels.shape[2]
-    if not (_fits_scan(q, k, frames, positions) and own.dtype == torch.int32 and _fit(levels, bounds, scales, dim)):
-        return NotImplemented  # type: ignore[no-any-return]
-    masses = torch.empty((rows, heads, frames.shape[2]))
-    call = PagesCall(
-        q.data_ptr(),
-        k.data_ptr(),
-        own.data_ptr(),
-        None,
-        levels.data_ptr(),
-        bounds.data_ptr(),
-        scales.data_ptr(),
-        frames.data_ptr(),
-        positions.data_ptr(),
-        masses.data_ptr(),
-        q.stride()[:2],
-        k.stride()[:3],
-        frames.stride(),
-        own.stride(),
-        rows,
-        heads,
-        k.shape[1],
-        dim,
-        k.shape[2],
-        frames.shape[2],
-        words,
-        candidates,
-        DTYPES[q.dtype],
-        scale,
-        slack,
+    (rows, heads, dim), (_, kv_heads, page_size, _), pages = q.shape, k.shape, frames.shape[2]
+    if not (_supports(q, k, frames, positions) and own.dtype == torch.int32 and _supports_codes(codes, dim)):
+        raise UnsupportedCall
+    masses = torch.empty((rows, heads, pages))
+    call = PagesCall.pack(
+        q=q,
+        k=k,
+        own=own,
+        summaries=None,
+        levels=codes.levels,
+        bounds=codes.bounds,
+        scales=codes.scales,
+        frames=frames,
+        positions=positions,
+        masses=masses,
+        rows=rows,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        page_size=page_size,
+        pages=pages,
+        words=codes.levels.shape[2],
+        candidates=candidates,
+        type=DTYPES[q.dtype],
+        scale=scale,
+        slack=slack,
     )
-    kernels.keysift_code_masses(ctypes.byref(call), level(), num_threads())
+    kernels.keysift_code_masses(call, level(), num_threads())
     return masses
 
 
 def page_bounds(
     q: Tensor, k: Tensor, own: Tensor, summaries: Tensor, frames: Tensor, positions: Tensor, *, scale: float
 ) -> Tensor:
-    """See the reference; `NotImplemented` off the CPU, for odd strides and for head dims that are no multiple of 16."""
-    rows, heads, dim = q.shape
+    """See the reference; `UnsupportedCall` as `code_masses`."""
+    (rows, heads, dim), (_, kv_heads, page_size, _), pages = q.shape, k.shape, frames.shape[2]
     same = summaries.dtype == q.dtype and own.dtype == torch.int32
-    if not (_fits_scan(q, k, frames, positions) and same and summaries.is_contiguous()):
-        return NotImplemented  # type: ignore[no-any-return]
-    masses = torch.empty((rows, heads, frames.shape[2]))
-    call = PagesCall(
-        q.data_ptr(),
-        k.data_ptr(),
-        own.data_ptr(),
-        summaries.data_ptr(),
-        None,
-        None,
-        None,
-        frames.data_ptr(),
-        positions.data_ptr(),
-        masses.data_ptr(),
-        q.stride()[:2],
-        k.stride()[:3],
-        frames.stride(),
-        own.stride(),
-        rows,
-        heads,
-        k.shape[1],
-        dim,
-        k.shape[2],
-        frames.shape[2],
-        0,
-        0,
-        DTYPES[q.dtype],
-        scale,
-        0.0,
+    if not (_supports(q, k, frames, positions) and same and summaries.is_contiguous()):
+        raise UnsupportedCall
+    masses = torch.empty((rows, heads, pages))
+    call = PagesCall.pack(
+        q=q,
+        k=k,
+        own=own,
+        summaries=summaries,
+        levels=None,
+        bounds=None,
+        scales=None,
+        frames=frames,
+        positions=positions,
+        masses=masses,
+        rows=rows,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        page_size=page_size,
+        pages=pages,
+        words=0,
+        candidates=0,
+        type=DTYPES[q.dtype],
+        scale=scale,
+        slack=0.0,
     )
-    kernels.keysift_page_bounds(ctypes.byref(call), level(), num_threads())
+    kernels.keysift_page_bounds(call, level(), num_threads())
     return masses
 
 
-def _fits_scores(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor) -> bool:
+def _supports(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, channels: int = 16) -> bool:
+    """Support of the kernels that read pages for single queries, of head dims that are a multiple of `channels`."""
     dtype, dim = q.dtype, q.shape[2]
     return (
         dtype in DTYPES
@@ -148,28 +135,13 @@ def _fits_scores(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor) -> boo
         and k.is_cpu
         and q.stride(2) == k.stride(3) == 1
         and positions.is_contiguous()
-        and dim % 8 == 0
+        and dim % channels == 0
         and 0 < dim <= 256
     )
 
 
-def _fits_scan(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor) -> bool:
-    """Whether the kernels that scan pages know how to read these."""
-    dtype, dim = q.dtype, q.shape[2]
-    return (
-        dtype in DTYPES
-        and k.dtype == dtype
-        and frames.dtype == positions.dtype == torch.int32
-        and q.is_cpu
-        and k.is_cpu
-        and q.stride(2) == k.stride(3) == 1
-        and positions.is_contiguous()
-        and dim % 16 == 0
-        and 0 < dim <= 256
-    )
-
-
-def _fit(levels: Tensor, bounds: Tensor, scales: Tensor, dim: int) -> bool:
+def _supports_codes(codes: Codes, dim: int) -> bool:
+    levels, bounds, scales = codes
     return (
         levels.shape[2] * 16 in (dim, 2 * dim)  # 2 and 4 bits
         and levels.is_cpu

@@ -1,4 +1,4 @@
-"""The CUDA twins of `page_masses`, `code_masses` and `page_bounds`."""
+"""The Triton twins of `page_masses`, `code_masses` and `page_bounds`."""
 # mypy: allow-untyped-calls
 
 from __future__ import annotations
@@ -10,48 +10,127 @@ import torch
 import triton
 from torch import Tensor
 
+from ..dispatch import UnsupportedCall
 from ..encode import Codes
 from ..heaviest.triton import fits, heaviest
+from ..triton import FLOATS, Config, channels, runs_here
 from .code_kernels import centres_kernel, codes_kernel
 from .kernels import bounds_kernel, masses_kernel
 
-INTERPRETED = triton.knobs.runtime.interpret
+AMD = torch.version.hip is not None
 BLOCK_G = 16
-"""Query heads of a program: what a matrix unit multiplies at once, present or not."""
+"""Query heads of a program, as a matrix unit multiplies at once, present or not."""
 WIDEST = 128
-"""Head dim in fp32 of kernels with several products: exact ones miss NVIDIA's tensor cores and live in registers."""
+"""Most fp32 channels of kernels with several products: exact ones miss NVIDIA's tensor cores and live in registers."""
 
 
-def warps(dtype: torch.dtype, amd: bool = torch.version.hip is not None) -> dict[str, int]:
-    """Of a program; those of AMD have 64 threads."""
-    return {"num_warps": 8 if dtype == torch.float32 and not amd else 4}
+def page_masses(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, *, scale: float) -> Tensor:
+    """See the reference; `UnsupportedCall` for unequal dtypes and for head dims that do not fit."""
+    call = Call(q, k, frames, positions, scale)
+    if not call.supported():
+        raise UnsupportedCall
+    masses, max_pages = call.empty(), frames.shape[2]
+    chosen = masses_config(q.shape[2], k.shape[2], q.dtype)
+    if masses.numel():
+        with torch.cuda.device_of(q):
+            masses_kernel[call.grid(max_pages, chosen)](
+                *(q, k, frames, positions, masses, scale, max_pages, *call.strides, *frames.stride()),
+                **call.shape,
+                **chosen.all,
+            )
+    return masses
 
 
-def blocks(dim: int, page_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """How a program's vectors split into pages and slots: as many as fit every kind of GPU beside the queries.
+def code_masses(
+    q: Tensor,
+    k: Tensor,
+    own: Tensor,
+    codes: Codes,
+    frames: Tensor,
+    positions: Tensor,
+    *,
+    scale: float,
+    candidates: int,
+    slack: float = 0.35,
+) -> Tensor:
+    """See the reference; `UnsupportedCall` as `page_masses`, and for fp32 head dims above 128.
+
+    Three launches: the bounds of all pages, the candidates, their codes; six beyond 8,192 pages, and one if every page
+    is a candidate. If there are too many candidates for a program, torch sorts the pages, without waiting for the
+    device either.
+    """
+    call, max_pages = Call(q, k, frames, positions, scale), frames.shape[2]
+    everything, in_rows = candidates >= max_pages, all(part.stride(-1) == 1 for part in codes)
+    if not (call.supported(WIDEST) and in_rows):
+        raise UnsupportedCall
+    masses = call.empty()
+    if masses.numel():
+        with torch.cuda.device_of(q):
+            if everything:
+                _scan(call, own, codes, None, masses)
+            else:
+                promises = _centres(call, own, codes, slack, masses)
+                _scan(call, own, codes, _candidates(promises, k.shape[1], candidates), masses)
+    return masses
+
+
+def page_bounds(
+    q: Tensor, k: Tensor, own: Tensor, summaries: Tensor, frames: Tensor, positions: Tensor, *, scale: float
+) -> Tensor:
+    """See the reference; `UnsupportedCall` as `code_masses`."""
+    call, max_pages = Call(q, k, frames, positions, scale), frames.shape[2]
+    if not call.supported(WIDEST) or summaries.dtype != q.dtype or summaries.stride(3) != 1:
+        raise UnsupportedCall
+    masses = call.empty()
+    chosen = bounds_config(q.shape[2], k.shape[2], q.dtype)
+    if masses.numel():
+        with torch.cuda.device_of(q):
+            bounds_kernel[call.grid(max_pages, chosen)](
+                *(q, k, own, summaries, frames, positions, masses, scale, max_pages),
+                *(*call.strides, *summaries.stride()[:3], *frames.stride(), *own.stride()),
+                LOG_S=math.log(k.shape[2]),
+                **call.shape,
+                **chosen.all,
+            )
+    return masses
+
+
+def masses_config(dim: int, page_size: int, dtype: torch.dtype) -> Config:
+    """For exact masses of pages."""
+    return Config(_blocks(dim, page_size, dtype), {"num_warps": 8})
+
+
+def codes_config(dim: int, page_size: int, dtype: torch.dtype, amd: bool = AMD) -> Config:
+    """For masses of pages by their codes; OWN_S slots of the row's own page are read at once."""
+    blocks = _blocks(dim, page_size, dtype)
+    return Config(blocks | {"OWN_S": max(16, blocks["BLOCK_S"])}, _warps(dtype, amd))
+
+
+def bounds_config(dim: int, page_size: int, dtype: torch.dtype, amd: bool = AMD) -> Config:
+    """For kernels with two vectors of each page; only of the row's own page they read every slot."""
+    blocks = _blocks(dim, 1, dtype)
+    del blocks["BLOCK_S"]
+    own = max(16, _blocks(dim, page_size, dtype)["BLOCK_S"])
+    return Config(blocks | {"BLOCK_P": min(32, blocks["BLOCK_P"]), "OWN_S": own}, _warps(dtype, amd))
+
+
+def _blocks(dim: int, page_size: int, dtype: torch.dtype) -> dict[str, int]:
+    """A program's pages and slots: as many vectors as fit every kind of GPU beside the queries.
 
     `tests/compile_kernels.py` holds that.
     """
     vectors = 16 if dtype == torch.float32 or dim > 128 else 64
     slots = min(triton.next_power_of_2(page_size), vectors)
-    block = {"BLOCK_G": BLOCK_G, "BLOCK_D": max(16, triton.next_power_of_2(dim))}
-    return block | {"BLOCK_P": vectors // slots, "BLOCK_S": slots}
+    return {"BLOCK_G": BLOCK_G, "BLOCK_D": channels(dim), "BLOCK_P": vectors // slots, "BLOCK_S": slots}
 
 
-def page_blocks(dim: int, page_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """The same for kernels with two vectors of each page; they read every slot of a single one, the row's own."""
-    block = blocks(dim, 1, dtype)
-    del block["BLOCK_S"]
-    return block | {"BLOCK_P": min(32, block["BLOCK_P"]), "OWN_S": own_slots(dim, page_size, dtype)}
-
-
-def own_slots(dim: int, page_size: int, dtype: torch.dtype) -> int:
-    """Slots of a single page to read at once."""
-    return max(16, blocks(dim, page_size, dtype)["BLOCK_S"])
+def _warps(dtype: torch.dtype, amd: bool) -> dict[str, int]:
+    """Warps of a program; those of AMD have 64 threads."""
+    return {"num_warps": 8 if dtype == torch.float32 and not amd else 4}
 
 
 class Call(NamedTuple):
-    """What all three are asked."""
+    """Arguments that all three share."""
 
     q: Tensor
     k: Tensor
@@ -62,8 +141,8 @@ class Call(NamedTuple):
     def supported(self, widest: int = 256) -> bool:
         q, k = self.q, self.k
         return (
-            (q.is_cuda or INTERPRETED)
-            and q.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            runs_here(q)
+            and q.dtype in FLOATS
             and q.dtype == k.dtype
             and q.shape[2] <= (widest if q.dtype == torch.float32 else 256)
             and q.stride(2) == k.stride(3) == self.positions.stride(0) == 1
@@ -83,61 +162,11 @@ class Call(NamedTuple):
         """[R, Hq, F]"""
         return self.q.new_empty(*self.q.shape[:2], self.frames.shape[2], dtype=torch.float32)
 
-    def grid(self, pages: int, block: dict[str, int]) -> tuple[int]:
+    def grid(self, pages: int, chosen: Config) -> tuple[int]:
         """Programs for the query heads of every row and KV head over so many pages."""
-        groups = triton.cdiv(self.q.shape[1] // self.k.shape[1], block["BLOCK_G"])
-        return (self.frames.shape[0] * self.frames.shape[1] * groups * triton.cdiv(pages, block["BLOCK_P"]),)
-
-
-def page_masses(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, *, scale: float) -> Tensor:
-    """The twin of the reference of the same name, which documents it."""
-    call = Call(q, k, frames, positions, scale)
-    if not call.supported():
-        return NotImplemented  # type: ignore[no-any-return]
-    masses, max_pages = call.empty(), frames.shape[2]
-    block = blocks(q.shape[2], k.shape[2], q.dtype)
-    if masses.numel():
-        with torch.cuda.device_of(q):
-            masses_kernel[call.grid(max_pages, block)](
-                *(q, k, frames, positions, masses, scale, max_pages, *call.strides, *frames.stride()),
-                **call.shape,
-                **block,
-                num_warps=8,
-            )
-    return masses
-
-
-def code_masses(
-    q: Tensor,
-    k: Tensor,
-    own: Tensor,
-    codes: Codes,
-    frames: Tensor,
-    positions: Tensor,
-    *,
-    scale: float,
-    candidates: int,
-    slack: float = 0.35,
-) -> Tensor:
-    """The twin of the reference of the same name, which documents it.
-
-    Three launches: the bounds of all pages, the candidates, their codes; six beyond 8,192 pages. Where every page is a
-    candidate, one; where there are too many candidates for a program, torch sorts the pages, which does not wait for
-    the device either.
-    """
-    call, max_pages = Call(q, k, frames, positions, scale), frames.shape[2]
-    everything, in_rows = candidates >= max_pages, all(part.stride(-1) == 1 for part in codes)
-    if not (call.supported(WIDEST) and in_rows):
-        return NotImplemented  # type: ignore[no-any-return]
-    masses = call.empty()
-    if masses.numel():
-        with torch.cuda.device_of(q):
-            if everything:
-                _scan(call, own, codes, None, masses)
-            else:
-                promises = _centres(call, own, codes, slack, masses)
-                _scan(call, own, codes, _candidates(promises, k.shape[1], candidates), masses)
-    return masses
+        groups = triton.cdiv(self.q.shape[1] // self.k.shape[1], chosen.constants["BLOCK_G"])
+        tiles = triton.cdiv(pages, chosen.constants["BLOCK_P"])
+        return (self.frames.shape[0] * self.frames.shape[1] * groups * tiles,)
 
 
 def _candidates(promises: Tensor, lists: int, count: int) -> Tensor:
@@ -153,18 +182,17 @@ def _candidates(promises: Tensor, lists: int, count: int) -> Tensor:
 
 
 def _centres(call: Call, own: Tensor, codes: Codes, slack: float, masses: Tensor) -> Tensor:
-    """Write the masses of all pages but those of candidates; returns what ranks them, [R, Hq, F]."""
+    """Write the masses of all pages but those of candidates; return the scores that rank them, [R, Hq, F]."""
     (_, _, page_size, dim), max_pages = call.k.shape, call.frames.shape[2]
     promises = torch.empty_like(masses)
-    block = page_blocks(dim, page_size, call.q.dtype)
-    centres_kernel[call.grid(max_pages, block)](
+    chosen = bounds_config(dim, page_size, call.q.dtype)
+    centres_kernel[call.grid(max_pages, chosen)](
         *(call.q, call.k, own, codes.bounds, codes.scales, call.frames, call.positions, masses, promises),
         *(call.scale, slack, max_pages, *call.strides),
         *(*codes.bounds.stride()[:3], *codes.scales.stride()[:2], *call.frames.stride(), *own.stride()),
         LOG_S=math.log(page_size),
         **call.shape,
-        **block,
-        **warps(call.q.dtype),
+        **chosen.all,
     )
     return promises
 
@@ -173,40 +201,16 @@ def _scan(call: Call, own: Tensor, codes: Codes, pages: Tensor | None, masses: T
     """Write the masses by codes of the pages [R, Hkv, P]; None: of all, and that of the row's own page."""
     (_, _, page_size, dim), max_pages = call.k.shape, call.frames.shape[2]
     width = max_pages if pages is None else pages.shape[2]
-    block = blocks(dim, page_size, call.q.dtype)
+    chosen = codes_config(dim, page_size, call.q.dtype)
     if not width:
         return
-    codes_kernel[call.grid(width, block)](
+    codes_kernel[call.grid(width, chosen)](
         *(call.q, call.k, own, *codes, call.frames, call.positions, call.frames if pages is None else pages, masses),
         *(call.scale, max_pages, width, *call.strides, *codes.levels.stride()[:3]),
         *(*codes.bounds.stride()[:3], *codes.scales.stride()[:2], *call.frames.stride(), *own.stride()),
         W=codes.levels.shape[2],
         BITS=codes.bits,
         LISTED=pages is not None,
-        OWN_S=own_slots(dim, page_size, call.q.dtype),
         **call.shape,
-        **block,
-        **warps(call.q.dtype),
+        **chosen.all,
     )
-
-
-def page_bounds(
-    q: Tensor, k: Tensor, own: Tensor, summaries: Tensor, frames: Tensor, positions: Tensor, *, scale: float
-) -> Tensor:
-    """The twin of the reference of the same name, which documents it."""
-    call, max_pages = Call(q, k, frames, positions, scale), frames.shape[2]
-    if not call.supported(WIDEST) or summaries.dtype != q.dtype or summaries.stride(3) != 1:
-        return NotImplemented  # type: ignore[no-any-return]
-    masses = call.empty()
-    block = page_blocks(q.shape[2], k.shape[2], q.dtype)
-    if masses.numel():
-        with torch.cuda.device_of(q):
-            bounds_kernel[call.grid(max_pages, block)](
-                *(q, k, own, summaries, frames, positions, masses, scale, max_pages),
-                *(*call.strides, *summaries.stride()[:3], *frames.stride(), *own.stride()),
-                LOG_S=math.log(k.shape[2]),
-                **call.shape,
-                **block,
-                **warps(q.dtype),
-            )
-    return masses

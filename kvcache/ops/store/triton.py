@@ -1,68 +1,31 @@
-"""The CUDA twin of `store`."""
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
+"""The Triton twin of `store`."""
+# mypy: allow-untyped-calls
 
 from __future__ import annotations
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret
-
-
-@triton.jit
-def store_kernel(
-    cache_k,
-    cache_v,
-    k,
-    v,
-    slots,
-    stride_ckn,
-    stride_ckh,
-    stride_cks,
-    stride_cvn,
-    stride_cvh,
-    stride_cvs,
-    stride_kt,
-    stride_kh,
-    stride_vt,
-    stride_vh,
-    H: tl.constexpr,
-    S: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """One token: its key and value of all H heads into slot ``slots[t]``."""
-    i_t = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots + i_t)
-    i_n, i_s = slot // S, slot % S
-    o_h = tl.arange(0, BLOCK_H)[:, None]
-    o_d = tl.arange(0, BLOCK_D)[None, :]
-    m_hd = (o_h < H) & (o_d < D)
-    b_k = tl.load(k + i_t * stride_kt + o_h * stride_kh + o_d, mask=m_hd)  # [BLOCK_H, BLOCK_D]
-    b_v = tl.load(v + i_t * stride_vt + o_h * stride_vh + o_d, mask=m_hd)  # [BLOCK_H, BLOCK_D]
-    tl.store(cache_k + i_n * stride_ckn + o_h * stride_ckh + i_s * stride_cks + o_d, b_k, mask=m_hd)
-    tl.store(cache_v + i_n * stride_cvn + o_h * stride_cvh + i_s * stride_cvs + o_d, b_v, mask=m_hd)
+from ..dispatch import UnsupportedCall
+from ..triton import Config, runs_here
+from .kernels import store_kernel
 
 
 def store(cache_k: Tensor, cache_v: Tensor, k: Tensor, v: Tensor, slots: Tensor) -> None:
-    """The twin of the reference of the same name, which documents it."""
-    if not (k.is_cuda or INTERPRETED) or any(tensor.stride(-1) != 1 for tensor in (cache_k, cache_v, k, v)):
-        return NotImplemented  # type: ignore[no-any-return]
+    """See the reference; `UnsupportedCall` for channels that are not contiguous."""
+    if not runs_here(k) or any(tensor.stride(-1) != 1 for tensor in (cache_k, cache_v, k, v)):
+        raise UnsupportedCall
     tokens, heads, dim = k.shape
     with torch.cuda.device_of(k):
         store_kernel[(tokens,)](
             *(cache_k, cache_v, k, v, slots.contiguous()),
-            *cache_k.stride()[:3],
-            *cache_v.stride()[:3],
-            *k.stride()[:2],
-            *v.stride()[:2],
-            H=heads,
-            S=cache_k.shape[2],
-            D=dim,
-            BLOCK_H=triton.next_power_of_2(heads),
-            BLOCK_D=triton.next_power_of_2(dim),
+            *(*cache_k.stride()[:3], *cache_v.stride()[:3], *k.stride()[:2], *v.stride()[:2]),
+            **{"H": heads, "S": cache_k.shape[2], "D": dim},
+            **config(heads, dim).all,
         )
-    return None
+
+
+def config(heads: int, dim: int) -> Config:
+    """One token's key and value of all heads."""
+    return Config({"BLOCK_H": triton.next_power_of_2(heads), "BLOCK_D": triton.next_power_of_2(dim)}, {})

@@ -1,53 +1,45 @@
-"""The CPU twin of `keysift.kvcache.ops.summarize`."""
+"""The CPU twin of `summarize`."""
 
 from __future__ import annotations
-
-import ctypes
 
 import torch
 from torch import Tensor
 
+from ...native.calls import DTYPES, FillCall
 from ...native.cores import num_threads
-from ...native.library import DTYPES, FillCall, kernels, level
+from ...native.library import kernels, level
+from ..dispatch import UnsupportedCall
 
-ALONE = 2**18
-"""Channels of keys that one thread is through with before a second one would have begun."""
+CHANNELS_OF_ONE_THREAD = 2**18
+"""Channels of keys that one thread has finished before a second one would have started."""
 
 
 def summarize(summaries: Tensor, cache_k: Tensor, cache_v: Tensor, frames: Tensor) -> None:
-    """See the reference; `NotImplemented` off the CPU, for unequal dtypes and for channels that lie apart."""
+    """See the reference; `UnsupportedCall` off the CPU, for unequal dtypes and for channels that are not contiguous."""
     if not (supports(cache_k, summaries, frames) and supports(cache_v, summaries, frames)):
-        return NotImplemented  # type: ignore[no-any-return]
-    _, heads, page_size, dim = cache_k.shape
-    filled = frames.shape[0]
-    call = FillCall(
-        cache_k.data_ptr(),
-        cache_v.data_ptr(),
-        summaries.data_ptr(),
-        None,
-        None,
-        None,
-        frames.data_ptr(),
-        cache_k.stride()[:3],
-        cache_v.stride()[:3],
-        summaries.stride()[:3],
-        (0, 0, 0),
-        (0, 0, 0),
-        (0, 0),
-        filled,
-        heads,
-        dim,
-        page_size,
-        0,
-        0,
-        DTYPES[cache_k.dtype],
+        raise UnsupportedCall
+    filled, (_, heads, page_size, dim) = frames.shape[0], cache_k.shape
+    call = FillCall.pack(
+        k=cache_k,
+        v=cache_v,
+        summaries=summaries,
+        levels=None,
+        bounds=None,
+        scales=None,
+        frames=frames,
+        filled=filled,
+        kv_heads=heads,
+        dim=dim,
+        page_size=page_size,
+        words=0,
+        bits=0,
+        type=DTYPES[cache_k.dtype],
     )
-    kernels.keysift_summarize(ctypes.byref(call), level(), threads_for(filled * heads * page_size * dim))
-    return None
+    kernels.keysift_summarize(call, level(), threads_for(filled * heads * page_size * dim))
 
 
 def supports(cache: Tensor, summaries: Tensor, frames: Tensor) -> bool:
-    """Whether the kernels that see to full pages know how to read these."""
+    """Support of the kernels for full pages: `summarize` and `encode`."""
     return (
         cache.is_cpu
         and summaries.is_cpu
@@ -61,5 +53,5 @@ def supports(cache: Tensor, summaries: Tensor, frames: Tensor) -> bool:
 
 
 def threads_for(channels: int) -> int:
-    """How many threads are worth waking for so many channels of keys."""
-    return 1 if channels <= ALONE else num_threads()
+    """Threads that pay for so many channels of keys."""
+    return 1 if channels <= CHANNELS_OF_ONE_THREAD else num_threads()

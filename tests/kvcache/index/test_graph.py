@@ -15,9 +15,8 @@ from torch import Tensor
 from keysift.kvcache import CacheSpec, Context, PagedCache, Span, Step
 from keysift.kvcache.index import Graph, GraphIndex
 from keysift.kvcache.index.graph import build
-from keysift.kvcache.index.graph.ops import KeyGraph, Reach, link_keys, nearest_keys, search_graphs
+from keysift.kvcache.index.graph.ops import Found, KeyGraph, Reach, link_keys, nearest_keys, search_graphs
 from keysift.kvcache.index.graph.queries import Kept
-from keysift.kvcache.index.hits import masses_of
 from keysift.kvcache.ops.dispatch import use_backend
 
 native = pytest.importorskip("keysift.kvcache.native.library")
@@ -64,6 +63,11 @@ def opened(spec: Graph = WAITING, *, cache: CacheSpec = SPEC, frames: int = 64) 
     index = paged.index(spec)
     assert isinstance(index, GraphIndex)
     return paged, index, Text(paged, paged.open())
+
+
+def search(index: GraphIndex, q: Tensor, context: Context) -> Found:
+    """The hits that the masses of the index come from."""
+    return index._search(q, context, index._graphs(context), context.step.starts)
 
 
 def exact(q: Tensor, keys: Tensor, positions: Tensor, spec: Graph, page_size: int) -> Tensor:
@@ -139,11 +143,12 @@ def test_masses_are_those_of_the_hits_and_of_all_that_is_scanned() -> None:
     text.step(178, q[:178], k[:178])
     step = text.step(2, q[178:], k[178:])
     context = text.cache.context(0, step)
-    masses, hits = index.masses(q[178:], context), index.search(q[178:], context)
+    masses, hits = index.masses(q[178:], context), search(index, q[178:], context)
     scores = exact(q[178:], k, torch.tensor([10**6, 10**6]), Graph(sink=0, window=1), 4) * 16**-0.5
     pages = torch.unflatten(scores.masked_fill(torch.arange(180) > step.starts[:, None, None], -torch.inf), -1, (-1, 4))
     whole_pages = pages.logsumexp(-1)
-    own = masses_of(hits, 4, 45)
+    weights = torch.zeros(2, HEADS, 45).scatter_add_(2, hits.keys.long() // 4, hits.scores.exp())
+    own = weights.log()
     torch.testing.assert_close(masses[..., :1], whole_pages[..., :1])
     torch.testing.assert_close(masses[..., 43:], whole_pages[..., 43:])
     between = masses[..., 1:42].clone()
@@ -170,9 +175,9 @@ def searched(options: Graph, q: Tensor, k: Tensor) -> tuple[float, float]:
     cache, index, text = opened(options, cache=spec, frames=len(k) // 8 + 1)
     start = len(k) - 64
     text.step(start, q[:start], k[:start])
-    index.search(q[:1], cache.context(0, cache.prefill(Span(text.sequence, start - 1, 1), 1)))
+    index.masses(q[:1], cache.context(0, cache.prefill(Span(text.sequence, start - 1, 1), 1)))
     step = text.step(64, q[start:], k[start:])
-    hits = index.search(q[start:], cache.context(0, step))
+    hits = search(index, q[start:], cache.context(0, step))
     scores = exact(q[start:], k, step.starts, options, 8)
     return recall(hits.keys, scores, options.top_k), float(hits.scanned.float().mean()) / len(k)
 
@@ -303,7 +308,7 @@ def test_the_background_builds_what_waiting_builds() -> None:
         step = text.step(128, q := torch.randn(128, HEADS, 16), torch.randn(128, 2, 16))
         for job in index._jobs.values():
             assert job.done.wait(60)
-        index.search(q, cache.context(0, step))
+        index.masses(q, cache.context(0, step))
         q = torch.randn(1, HEADS, 16)
         found.append(index.masses(q, decode(cache, [text], q, torch.randn(1, 2, 16))))
         assert len(index.graphs) == 1
@@ -359,7 +364,7 @@ def check(cache: PagedCache, index: GraphIndex, spec: Graph, texts: list[Text]) 
     q = whole(len(live), HEADS, 16)
     step = cache.decode([Span(text.sequence, text.length - 1, 1) for text in live])  # asked again, nothing is written
     context = cache.context(0, replace(step, filled=step.filled[:0]))
-    hits, fresh = index.search(q, context), GraphIndex(replace(spec, wait=True)).search(q, context)
+    hits, fresh = search(index, q, context), search(GraphIndex(replace(spec, wait=True)), q, context)
     assert torch.equal(hits.keys, fresh.keys)
     assert torch.equal(hits.scores, fresh.scores)
     for row, text in enumerate(live):

@@ -14,7 +14,7 @@ library = pytest.importorskip("keysift.kvcache.native.library", exc_type=ImportE
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
 
 ROOM = 2**24
-"""Bytes that a call may still take: enough for what it returns, too little for what it works in."""
+"""Bytes that a call may still take: enough for what it returns, too little for working memory."""
 LIMITED = """
 import resource
 from pathlib import Path
@@ -31,10 +31,10 @@ def limited(call, room):
 WITH_TORCH = """
 import sys
 import torch
-from keysift.attention.native.graph import search_graphs
-from keysift.attention.native.paged_attention import paged_attention
-from keysift.attention.native.top_pages import top_pages
-from keysift.kvcache.index.graph_ops import Reach
+from keysift.attention.ops.paged_attention.native import paged_attention
+from keysift.attention.ops.top_pages.native import top_pages
+from keysift.kvcache.index.graph.native import search_graphs
+from keysift.kvcache.index.graph.ops import Reach
 
 torch.set_num_threads(int(sys.argv[2]))
 torch.manual_seed(0)
@@ -122,7 +122,7 @@ def run(script: str, *arguments: str) -> str:
 )
 def test_want_of_memory_is_an_error_and_not_the_end(kernel: str, name: str, threads: int) -> None:
     assert run(WITH_TORCH, kernel, str(threads), str(ROOM)) == (
-        f"no memory: keysift_{name}: no memory for what it works in\nalive\n"
+        f"no memory: keysift_{name}: no working memory\nalive\n"
     )
 
 
@@ -137,8 +137,9 @@ def test_every_kernel_tells_its_status() -> None:
     exported = {name: kind for kind, name in re.findall(r"^KEYSIFT_EXPORT (\w+) (keysift_\w+)\(", source, re.MULTILINE)}
     assert len(exported) > 10
     assert set(exported.values()) == {"int"}
-    for name in exported.keys() - {"keysift_best_level"}:
+    assert exported.keys() - {"keysift_best_level"} == library.KERNELS.keys()
+    for name in library.KERNELS:
         function = getattr(library.kernels, name)
-        assert function.errcheck is library.KERNEL[2], name
+        assert function.errcheck is library.check_status, name
         with pytest.raises(MemoryError, match=name):
             function.errcheck(library.NO_MEMORY, function, ())

@@ -181,9 +181,9 @@ def test_keys_on_the_border_of_two_cells_fall_where_the_reference_has_them(bits:
 @NOT_BUILT
 def test_many_frames_on_many_threads() -> None:
     """As many as are worth a second thread."""
-    from keysift.kvcache.ops.summarize.native import ALONE
+    from keysift.kvcache.ops.summarize.native import CHANNELS_OF_ONE_THREAD
 
-    frames = torch.randperm(ALONE // 4096 + 1)
+    frames = torch.randperm(CHANNELS_OF_ONE_THREAD // 4096 + 1)
     k = torch.randn(len(frames), 1, 64, 64).to(torch.bfloat16)
     summaries = torch.stack([k.mean(2), k.amin(2), k.amax(2), k.mean(2)], dim=2)
     shapes = ((4, 64), torch.int32), ((2, 64), torch.int8), ((2,), torch.float32)

@@ -250,7 +250,6 @@ def test_ties_go_to_the_lower_page(backend: Backend, candidates: int) -> None:
 def test_neither_company_nor_spare_pages_nor_threads_change_a_bit(
     name: str, kind: Kind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = {"exact": "page_masses", "codes": "code_masses", "bounds": "page_bounds"}[kind]
     problem = make_problem(CASES[name], torch.bfloat16)
     together = run_raw("native", kind, problem)
     for row, position in enumerate(CASES[name].positions):
@@ -258,7 +257,7 @@ def test_neither_company_nor_spare_pages_nor_threads_change_a_bit(
         frames = problem.frames[here, :, :pages]
         alone = replace(problem, q=problem.q[here], frames=frames, positions=problem.positions[here])
         for threads in (1, 5):
-            monkeypatch.setattr(f"keysift.kvcache.native.{module}.num_threads", lambda threads=threads: threads)
+            monkeypatch.setattr("keysift.kvcache.ops.page_masses.native.num_threads", lambda threads=threads: threads)
             assert torch.equal(run_raw("native", kind, alone), together[here, :, :pages])
         assert (together[here, :, pages:] == -torch.inf).all()
 
