@@ -33,7 +33,7 @@ class _Layer:
     """History of one layer, by `place`."""
 
     following: Tensor
-    """[places] int32, position of the token whose history is in each place; `NEVER`: none's."""
+    """[places] int32, position after that of the token recorded in each place; `NEVER`: none is."""
     read: Tensor
     """[places, Hkv, pages] bool"""
     averages: Tensor
@@ -78,8 +78,8 @@ class Recent:
     def prepare(self, step: Step) -> None:
         """Make room for a decode step in the layers that have a history, and clear the pages that the step begins.
 
-        Steps are expected in the order in which they run. This is done before the step, all of whose work on the
-        device can therefore be the same for any tokens, as a CUDA graph takes it.
+        Steps are expected in the order in which they run. This is no part of the step's own work on the device, which
+        is the same for any tokens, so that a CUDA graph can capture it.
         """
         held = [self._room(layer, step) for layer in self._layers]
         new = [span for span in step.active_spans if span.start % self._page_size == 0]

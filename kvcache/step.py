@@ -12,6 +12,8 @@ from torch import Tensor
 
 
 class Phase(Enum):
+    """Kind of a step."""
+
     PREFILL = "prefill"
     DECODE = "decode"
 
@@ -26,6 +28,7 @@ class Span:
 
     @property
     def stop(self) -> int:
+        """Position after the last token."""
         return self.start + self.length
 
 

@@ -30,9 +30,9 @@ class Traffic:
     """Pages read, and bytes moved between memories."""
 
     hits: int = 0
-    """Pages of one layer and KV head that were resident when a token read them."""
+    """Pages of one layer and KV head that tokens read and that were resident."""
     misses: int = 0
-    """Those that had to be fetched first."""
+    """Pages of one layer and KV head that tokens read and that had to be fetched."""
     fetched: int = 0
     """Bytes read from the backing store."""
     written: int = 0
@@ -40,7 +40,7 @@ class Traffic:
     prefetched: int = 0
     """Pages of one layer and KV head that were prefetched."""
     prefetch_hits: int = 0
-    """Prefetched pages that a token then read."""
+    """Prefetched pages that tokens then read."""
 
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(*(getattr(self, name) + getattr(other, name) for name in self.__slots__))

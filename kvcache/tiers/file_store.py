@@ -45,7 +45,7 @@ class FileStore:
             self.close = weakref.finalize(self, self._file.close)
         except OSError as error:
             raise self._failed("opened", error) from error
-        # Neighbours of a page are not what is read next, and long runs are read in one call.
+        # No readahead: the neighbours of a page are seldom read next, and long runs are read in one call.
         with suppress(AttributeError, OSError):
             os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_RANDOM)
 

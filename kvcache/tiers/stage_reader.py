@@ -33,7 +33,7 @@ class StageReader:
         self.stage = Stage(spec, num_frames, size, device)
         self._spec, self._pages, self._pool = spec, pages, pool
         self._device = device
-        self._read = self._read_by_tokens = 0  # pages of all heads
+        self._pages_read = self._pages_read_by_tokens = 0  # pages of all heads
 
     def begin(self) -> None:
         """Begin a layer of a step: what is staged is out of date."""
@@ -93,7 +93,7 @@ class StageReader:
             self.stage.leave()
             raise
         if step.phase is Phase.DECODE:
-            self._read_by_tokens += len(missing)
+            self._pages_read_by_tokens += len(missing)
         pages = self.stage.pages
         return Frames(pages[:, :, 0], pages[:, :, 1], self.stage.table(step.table))
 
@@ -106,7 +106,7 @@ class StageReader:
         for place, frame in enumerate(frames):
             if (tail := self._pool.tail(layer, frame)) is not None:
                 pages[place].copy_(tail)
-        self._read += len(frames)
+        self._pages_read += len(frames)
 
     def _cut(self, selection: Selection, step: Step) -> Iterator[Selection]:
         """Parts of a selection that the stage has room for: some rows of a step, and of one row some pages."""
@@ -130,6 +130,6 @@ class StageReader:
 
     @property
     def traffic(self) -> Traffic:
-        """Pages that were read; those that tokens read are misses of the pool."""
+        """Pages read from tails and the store; those that tokens read count as misses."""
         heads, piece = self._spec.num_kv_heads, self._spec.read_bytes
-        return Traffic(misses=self._read_by_tokens * heads, fetched=self._read * heads * piece)
+        return Traffic(misses=self._pages_read_by_tokens * heads, fetched=self._pages_read * heads * piece)

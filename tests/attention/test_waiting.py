@@ -63,7 +63,7 @@ FREE: dict[str, Callable[[Tensor], object]] = {
 }
 
 
-class NowhereStore:
+class NullStore:
     """A backing store without contents: stands for pinned memory, from which a GPU copies without the host."""
 
     def claim(self, frames: Iterable[int]) -> None:
@@ -87,7 +87,7 @@ def cache_on(device: str, *, offloaded: bool, num_layers: int = 1, slots: int = 
     tier = None
     if offloaded:
         place = torch.device(device)
-        store: BackingStore = HostStore(spec, place) if place.type == "cuda" else NowhereStore()
+        store: BackingStore = HostStore(spec, place) if place.type == "cuda" else NullStore()
         tier = OffloadTier(spec, FRAMES, store, PoolSize(slots, FRAMES, SEQUENCES, prefetch_pages=2), place)
     return PagedCache(spec, FRAMES, max_sequences=SEQUENCES, max_len=512, device=device, tier=tier)
 
