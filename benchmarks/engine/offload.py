@@ -84,9 +84,9 @@ def main() -> None:
 
 def run_apart(side: str, length: int, options: argparse.Namespace) -> dict[str, Any]:
     print(f"{side}, {length} tokens ...", file=sys.stderr, flush=True)
-    words = ("--side", side, "--lengths", length, "--new", options.new)
-    words += ("--share", options.share, "--folder", options.folder.resolve())
-    return {"side": side, "prompt_tokens": length, **printed("benchmarks.engine.offload", *words)}
+    request = ("--side", side, "--lengths", length, "--new", options.new)
+    memory = ("--share", options.share, "--folder", options.folder.resolve())
+    return {"side": side, "prompt_tokens": length, **printed("benchmarks.engine.offload", *request, *memory)}
 
 
 def run(side: Side, options: argparse.Namespace) -> dict[str, float | None]:
@@ -136,7 +136,7 @@ def evictor(engine: Engine) -> Callable[[], None]:
     """Writes the home's file out and drops it from the page cache."""
     tier = engine.cache.tier
     assert isinstance(tier, OffloadTier)
-    home = tier.home
+    home = tier.pages.store
     assert isinstance(home, FileStore)
 
     def evict() -> None:

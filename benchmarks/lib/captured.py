@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from keysift.attention import Attend, Dense, bind
-from keysift.kvcache import Span
+from keysift.attention import Strategy
+from keysift.engine.measure.evaluation.reader import Reader
+from keysift.kvcache import Context, Selection, Span
 
 from . import cli
 from .quality import Bench
@@ -50,38 +51,46 @@ class Captured:
         torch.save({"layers": self.layers, "q": self.q, "k": self.k, "v": self.v}, file)
 
 
-@torch.inference_mode()
-def capture(bench: Bench, tokens: Tensor, layers: tuple[int, ...] = LAYERS) -> Captured:
-    """Prefill tokens [T] under dense attention, chunk by chunk, and note what these layers are given."""
-    notes: dict[int, list[tuple[Tensor, ...]]] = {layer: [] for layer in layers}
-    cache, sequence = bench.sequence(len(tokens))
-    for start in range(0, len(tokens), bench.chunk):
-        span = Span(sequence, start, min(bench.chunk, len(tokens) - start))
-        step = cache.prefill(span, bench.row)
-        attend = noting(bind(Dense(), cache, step), notes)
-        bench.model.forward(tokens[span.start : span.stop], step.positions, torch.tensor([0]), attend)
-    return Captured(layers, *(torch.stack([_joined(notes[layer], part) for layer in layers]) for part in range(3)))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Noted(Strategy):
+    """Dense attention that keeps the queries of some layers."""
+
+    queries: dict[int, list[Tensor]]
+
+    def __post_init__(self) -> None:
+        """It has no options to check."""
+
+    def prefill(self, q: Tensor, context: Context) -> Selection:
+        if context.layer in self.queries:
+            self.queries[context.layer].append(q.float().clone())
+        return context.all()
 
 
-def noting(attend: Attend, notes: dict[int, list[tuple[Tensor, ...]]]) -> Attend:
-    """`attend`, which appends what it is given to the notes of the layers that have some."""
+def capture(reader: Reader, tokens: Sequence[int], layers: tuple[int, ...] = LAYERS) -> Captured:
+    """Prefill tokens [T] densely; queries as attention receives them, keys and values as the cache holds them."""
+    queries: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    with reader.open([tokens], Noted(queries=queries, dense_below=0), 0) as (reading,):
+        reader.read(reading)
+        cache = reader.engine.cache
+        step = cache.decode([Span(reading.handle, len(tokens) - 1, 1)])
+        rows = [_cached(cache.context(layer, step), len(tokens)) for layer in layers]
+    k, v = (torch.stack(parts) for parts in zip(*rows, strict=True))
+    return Captured(layers, torch.stack([torch.cat(queries[layer]) for layer in layers]), k, v)
 
-    def noted(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if layer in notes:
-            notes[layer].append((q.float().clone(), k.float().clone(), v.float().clone()))
-        return attend(layer, q, k, v)
 
-    return noted
-
-
-def _joined(chunks: list[tuple[Tensor, ...]], part: int) -> Tensor:
-    return torch.cat([chunk[part] for chunk in chunks])
+def _cached(context: Context, tokens: int) -> tuple[Tensor, Tensor]:
+    """Keys and values [T, Hkv, D] fp32 of a sequence."""
+    frames = context.fetch(context.all())
+    heads = torch.arange(frames.table.shape[1])[:, None]
+    pages = (x[frames.table[0].long(), heads] for x in (frames.k, frames.v))  # [Hkv, F, S, D]
+    k, v = (x.flatten(1, 2)[:, :tokens].transpose(0, 1).float() for x in pages)
+    return k, v
 
 
 def of_text(kind: str, tokens: int) -> Captured:
     """The embedded model in fp32 over the first tokens of a text, with the needles of `lib/quality.py` in it."""
     bench = Bench.open(chunk=1024)
-    return capture(bench, torch.tensor(bench.haystack(kind, tokens)))
+    return capture(bench.reader, bench.haystack(kind, tokens))
 
 
 def main() -> None:

@@ -1,108 +1,93 @@
-"""What a strategy for tokens loses against dense on one text: the work behind `decode_quality.py`."""
+"""Losses of a strategy for tokens against dense attention on one text with a dense prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
 
-from keysift.attention import Dense, Strategy, Telemetry
-from keysift.kvcache import Context, PagedCache, Selection
-from keysift.kvcache.index import FlatIndex, IndexSpec
+from keysift.attention import Dense, Strategy
+from keysift.engine.measure.evaluation.reader import Mark, Reading
+from keysift.engine.measure.evaluation.witness import Ledger
+from keysift.kvcache import Phase
 
-from .quality import ROOM, Bench, Reading, told
+from .quality import ROOM, Bench, Outcome
 
+T = TypeVar("T")
 SCORED = 256
 """Positions at the end of a text that are decoded, and whose next-token distributions are compared."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Watched(Strategy):
-    """Another strategy, and the share of each query's attention that its pages really hold."""
-
-    inner: Strategy
-    kept: list[Tensor] = field(default_factory=list, compare=False)
-    """Of each step and layer [R, Hq]."""
-
-    def __post_init__(self) -> None:
-        """The other one has checked its options."""
-
-    def decode(self, q: Tensor, context: Context) -> Selection:
-        selection = self.inner.decode(q, context)
-        self.kept.append(torch.ones(q.shape[:2]) if selection.complete else truly_kept(q, context, selection))
-        return selection
-
-    def index_spec(self) -> IndexSpec | None:
-        return self.inner.index_spec()
-
-    def facts(self) -> dict[str, float | None]:
-        return {
-            "kept": float(torch.cat(self.kept).mean()),
-            "kept_min": float(torch.cat(self.kept).amin()),
-        }
-
-
-def truly_kept(q: Tensor, context: Context, selection: Selection) -> Tensor:
-    """[R, Hq], by the exact attention of queries q [R, Hq, D]."""
-    shares = FlatIndex().masses(q, context).softmax(-1)  # [R, Hq, F]
-    chosen = selection.mask(shares.shape[2])
-    return (shares * chosen.repeat_interleave(q.shape[1] // chosen.shape[1], 1)).sum(-1)
-
-
 @dataclass(slots=True)
 class Text:
-    """A text with needles in it, read densely but for its last tokens, which are decoded under any strategy."""
+    """A text with needles in it, prefilled densely but for its last tokens, which are decoded under any strategy."""
 
     bench: Bench
-    tokens: Tensor
-    """[n]"""
-    cache: PagedCache
-    sequence: int
-    dense: Reading = field(init=False)
+    tokens: list[int]
+    reading: Reading
+    start: Mark
+    dense: Outcome = field(init=False)
 
     @classmethod
-    @torch.inference_mode()
-    def open(cls, bench: Bench, kind: str, length: int, strategies: Iterable[Strategy]) -> Text:
-        """Its first tokens as a dense prompt, and the rest decoded under `Dense`.
+    @contextmanager
+    def open(cls, bench: Bench, kind: str, length: int, strategies: Iterable[Strategy]) -> Iterator[Text]:
+        """The text with its dense outcome; the indexes of all `strategies` see the prompt."""
+        tokens = bench.haystack(kind, length)
+        room = SCORED + ROOM
+        with bench.reader.open([tokens[:-SCORED]], Dense(), room, also=strategies) as (reading,):
+            bench.reader.read(reading)
+            text = cls(bench, tokens, reading, reading.mark())
+            text.dense = text.read(Dense())
+            yield text
 
-        The indexes of all `strategies` see the prompt. What is decoded lies in pages that are written anew for every
-        strategy, so no reading depends on the one before.
-        """
-        tokens = torch.tensor(bench.haystack(kind, length))
-        cache, sequence = bench.sequence(length + ROOM)
-        for index in {index for strategy in strategies if (index := strategy.index_spec())}:
-            cache.index(index)
-        bench.prefill(cache, sequence, tokens[:-SCORED], torch.arange(0), Dense())
-        text = cls(bench, tokens, cache, sequence)
-        text.dense = text.read(Dense())
-        return text
-
-    @torch.inference_mode()
     def compare(self, strategy: Strategy) -> dict[str, float | None]:
         """One strategy on the last tokens and on the needles, against dense. The last token has no follower."""
-        return self.read(strategy).against(self.dense, self.tokens[1 - SCORED :])
+        return self.read(strategy).against(self.dense, torch.tensor(self.tokens[1 - SCORED :]))
 
-    def read(self, strategy: Strategy) -> Reading:
-        """Questions are decoded under the strategy as well as their answers."""
-        length, watched = len(self.tokens), Watched(inner=strategy)
+    def read(self, strategy: Strategy) -> Outcome:
+        """Decode the last tokens and each needle's question and answer, then forget them."""
+        bench, reading = self.bench, self.reading
+        reading.sequence.strategy = strategy
+        with bench.reader.watching(ledger := Ledger()):
+            found = bench.decode(reading, self.tokens[-SCORED:])
+        end = reading.mark()
+        answers = bench.answers(lambda *pair: bench.ask_decoded(reading, end, *pair))
+        bench.reader.rewind(reading, self.start)
+        return Outcome(found, answers, facts(end, ledger))
 
-        def run(start: int, tokens: Tensor, last: Tensor) -> Tensor:
-            return self.bench.decode(self.cache, self.sequence, start, tokens, last, strategy)[0]
 
-        logs, steps = self.bench.decode(
-            self.cache, self.sequence, length - SCORED, self.tokens[-SCORED:], torch.arange(SCORED), watched
-        )
-        return Reading(logs, self.bench.answers(run, length), {**facts(steps), **watched.facts()})
-
-
-def facts(steps: Sequence[Telemetry]) -> dict[str, float | None]:
-    """What steps of `SCORED` tokens read, and what their strategy says that it kept."""
-    reads, covered = told(steps)
+def facts(end: Mark, ledger: Ledger) -> dict[str, float | None]:
+    """Pages read by `SCORED` tokens, the coverage that the strategy estimates, and the coverage as measured."""
+    reads, coverage = end.reads[Phase.DECODE], end.coverage[Phase.DECODE]
     return {
         "density": reads.density,
         "mb": reads.bytes / SCORED / 1e6,
-        "coverage": covered.mean,
-        "coverage_min": covered.least,
+        "coverage": coverage.mean,
+        "coverage_min": coverage.least,
+        "kept": ledger.mean,
+        "kept_min": ledger.least,
     }
+
+
+class OneOpen(Generic[T]):
+    """One text at a time: asking for another one closes the last, as one of 8,000 tokens is half a gigabyte."""
+
+    def __init__(self, open_text: Callable[[str, int], AbstractContextManager[T]]) -> None:
+        self._open, self._stack = open_text, ExitStack()
+        self._texts: dict[tuple[str, int], T] = {}
+
+    def __enter__(self) -> OneOpen[T]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._texts.clear()
+        self._stack.close()
+
+    def __call__(self, kind: str, length: int) -> T:
+        if (kind, length) not in self._texts:
+            self.__exit__()
+            self._texts[kind, length] = self._stack.enter_context(self._open(kind, length))
+        return self._texts[kind, length]

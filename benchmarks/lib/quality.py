@@ -1,4 +1,4 @@
-"""What a strategy loses against dense, measured on one model in fp32: the work behind the benchmarks of quality."""
+"""Losses of a strategy against dense attention along a text, in fp32: next-token distributions and needles."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from keysift.attention import Coverage, Dense, Reads, Strategy, Telemetry, bind
-from keysift.engine.config import EngineConfig
-from keysift.engine.memory.budget import cache_spec
-from keysift.engine.model.load import load
-from keysift.engine.model.loaded import LoadedModel
-from keysift.kvcache import PagedCache, Span, Step
+from keysift.attention import Dense, Strategy
+from keysift.engine import Engine, EngineConfig
+from keysift.engine.measure.evaluation.divergence import logs
+from keysift.engine.measure.evaluation.reader import Mark, Reader, Reading
+from keysift.kvcache import Phase
 
 from .texts import text
 
@@ -28,26 +27,23 @@ NEEDLE = "\nOne of the special magic numbers for {} is: {}.\n"
 QUESTION = "\n\nWhat is the special magic number for {0}?\nOne of the special magic numbers for {0} is: "
 ROOM = 128
 """Tokens of a question and its answer, at most."""
-DECODED = 64
-"""Tokens that are decoded at once: see `Bench.decode`."""
-Run = Callable[[int, Tensor, Tensor], Tensor]
-"""Runs tokens [T] from a position of the sequence on; gives [queries, V], the logs of next-token probabilities after
-those at indices [queries]."""
+Ask = Callable[[list[int], list[int]], Tensor]
+"""Reads a question and its answer after the text; returns [n, V], logs of the probabilities of the answer's tokens."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """What a strategy made of a text."""
+class Outcome:
+    """Measurements of one strategy on one text."""
 
     logs: Tensor
     """[SCORED, V], logs of next-token probabilities."""
     answers: Tensor
     """[needles], mean negative log-likelihood of the answer's tokens in nats."""
     facts: dict[str, float | None]
-    """What it read and what it says that it kept; None: it does not say."""
+    """Densities and coverages; None: not known."""
 
-    def against(self, dense: Reading, followers: Tensor) -> dict[str, float | None]:
-        """All that is told of it, where these tokens [followers] really follow the first scored positions."""
+    def against(self, dense: Outcome, followers: Tensor) -> dict[str, float | None]:
+        """The facts, and the distance from dense; tokens [followers] follow the first scored positions in the text."""
         lost = self.answers - dense.answers
         return {
             **self.facts,
@@ -60,17 +56,16 @@ class Reading:
 
 @dataclass(slots=True)
 class Bench:
-    """A model, and dense readings of texts, which everything is compared with."""
+    """A model under a `Reader`, and the dense outcomes that strategies are compared with."""
 
-    model: LoadedModel
-    chunk: int
-    row: int = 64
-    dense: dict[tuple[str, int], Reading] = field(default_factory=dict)
+    reader: Reader
+    dense: dict[tuple[str, int], Outcome] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, chunk: int) -> Bench:
-        """The embedded model in fp32: in bf16 dense differs from itself by a KL of 0.002."""
-        return cls(load(EngineConfig(dtype="float32", device="cpu"), lambda message: None), chunk)
+    def open(cls, chunk: int, model: str | None = None) -> Bench:
+        """A model, by default the embedded one, in fp32: in bf16 dense differs from itself by a KL of 0.002."""
+        fields = {"dtype": "float32", "device": "cpu", "strategy": "dense", "max_num_seqs": 1, "prefix_cache": False}
+        return cls(Reader(Engine(EngineConfig(model=model, prefill_chunk=chunk, **fields))))
 
     def compare(self, kind: str, length: int, strategy: Strategy) -> dict[str, float | None]:
         """One strategy on the first `length` tokens of a text with needles in it, against dense.
@@ -82,87 +77,47 @@ class Bench:
             self.dense[kind, length] = self.read(kind, length, Dense())
         return self.read(kind, length, strategy).against(self.dense[kind, length], self.followers(kind, length))
 
-    @torch.inference_mode()
-    def read(self, kind: str, length: int, strategy: Strategy) -> Reading:
-        """Prefill the text, compare along it, then ask for its needles; questions are prefilled sparsely as well."""
-        tokens = torch.tensor(self.haystack(kind, length))
-        cache, sequence = self.sequence(length + ROOM)
-        logs, steps = self.prefill(cache, sequence, tokens, scored(length), strategy)
+    def read(self, kind: str, length: int, strategy: Strategy) -> Outcome:
+        """Prefill the text and compare along it, then prefill each needle's question and answer after it."""
+        with self.reader.open([self.haystack(kind, length)], strategy, ROOM) as (reading,):
+            found, mark = self.prefill(reading, scored(length).tolist()), reading.mark()
+            return Outcome(found, self.answers(lambda *pair: self.ask_prefilled(reading, mark, *pair)), facts(mark))
 
-        def run(start: int, tokens: Tensor, last: Tensor) -> Tensor:
-            return self.run(cache, Span(sequence, start, len(tokens)), tokens, last, strategy, 0)[0]
+    def prefill(self, reading: Reading, positions: Sequence[int]) -> Tensor:
+        """[positions, V], logs of the distributions after these tokens of a prompt, read to its end."""
+        found: list[Tensor] = []
+        self.reader.read(reading, positions, lambda position, logits: found.append(logs(logits[None])))
+        return torch.cat(found)
 
-        reads, covered = told(steps)
-        facts = {"density": reads.density, "coverage": covered.mean, "coverage_min": covered.least}
-        return Reading(logs, self.answers(run, length), facts)
+    def decode(self, reading: Reading, tokens: Sequence[int]) -> Tensor:
+        """[n, V], logs of the distributions after each of tokens [n], decoded after those before them."""
+        predicted = self.reader.follow(reading, tokens)
+        return logs(torch.cat([predicted[1:], reading.next_logits[None]]))
 
-    def answers(self, run: Run, start: int) -> Tensor:
-        """[needles] nats: how unlikely each number is, a mean over its tokens, asked for behind `start` tokens."""
-        return torch.stack([self.answer(run, start, *pair) for pair in NEEDLES.items()])
+    def answers(self, ask: Ask) -> Tensor:
+        """[needles] nats: negative log-likelihood of each number, a mean over its tokens."""
+        return torch.stack([self._answer(ask, *pair) for pair in NEEDLES.items()])
 
-    def answer(self, run: Run, start: int, name: str, number: str) -> Tensor:
-        """[] of one needle; each question is written over the one before."""
-        question, answer = (self.model.tokenizer.encode(part) for part in (QUESTION.format(name), number))
-        tokens = torch.tensor(question + answer[:-1])
-        logs = run(start, tokens, torch.arange(len(question) - 1, len(tokens)))
-        return -logs[torch.arange(len(answer)), torch.tensor(answer)].mean()
+    def _answer(self, ask: Ask, name: str, number: str) -> Tensor:
+        question, answer = (self.encode(part) for part in (QUESTION.format(name), number))
+        return -ask(question, answer)[torch.arange(len(answer)), torch.tensor(answer)].mean()
 
-    def prefill(
-        self, cache: PagedCache, sequence: int, tokens: Tensor, scored: Tensor, strategy: Strategy
-    ) -> tuple[Tensor, list[Telemetry]]:
-        """Chunk by chunk, as the engine does; logs of the distributions after the tokens at `scored`."""
-        logs, steps = [], []
-        for start in range(0, len(tokens), self.chunk):
-            span = Span(sequence, start, min(self.chunk, len(tokens) - start))
-            here = scored[(scored >= span.start) & (scored < span.stop)] - span.start
-            out, telemetry = self.run(cache, span, tokens[span.start : span.stop], here, strategy, len(tokens))
-            logs.append(out)
-            steps.append(telemetry)
-        return torch.cat(logs), steps
+    def ask_prefilled(self, reading: Reading, mark: Mark, question: list[int], answer: list[int]) -> Tensor:
+        """An `Ask` by prefill, after which the reading is back at the mark."""
+        start = len(mark.prompt) + len(question) - 1
+        self.reader.extend(reading, question + answer[:-1])
+        found = self.prefill(reading, range(start, start + len(answer)))
+        self.reader.rewind(reading, mark)
+        return found
 
-    def decode(
-        self, cache: PagedCache, sequence: int, start: int, tokens: Tensor, last: Tensor, strategy: Strategy
-    ) -> tuple[Tensor, list[Telemetry]]:
-        """As `prefill`, but as generated tokens [T] from position `start` on; logs after those at indices `last`.
+    def ask_decoded(self, reading: Reading, mark: Mark, question: list[int], answer: list[int]) -> Tensor:
+        """An `Ask` by decoding, after which the reading is back at the mark."""
+        found = self.decode(reading, question + answer[:-1])[len(question) - 1 :]
+        self.reader.rewind(reading, mark)
+        return found
 
-        The tokens of a decode step may as well be consecutive ones of one sequence: all keys of a layer are written
-        before it is read, and no token sees a key behind it. So 64 of them take little longer than one.
-        """
-        logs, steps = [], []
-        for first in range(0, len(tokens), DECODED):
-            here = range(first, min(first + DECODED, len(tokens)))
-            step = cache.decode([Span(sequence, start + i, 1) for i in here])
-            inner = last[(last >= here.start) & (last < here.stop)] - first
-            out, telemetry = self.forward(cache, step, tokens[here.start : here.stop], inner, strategy)
-            logs.append(out)
-            steps.append(telemetry)
-        return torch.cat(logs), steps
-
-    def run(
-        self, cache: PagedCache, span: Span, tokens: Tensor, last: Tensor, strategy: Strategy, total: int
-    ) -> tuple[Tensor, Telemetry]:
-        return self.forward(cache, cache.prefill(span, self.row, max(total - span.stop, 0)), tokens, last, strategy)
-
-    def forward(
-        self, cache: PagedCache, step: Step, tokens: Tensor, last: Tensor, strategy: Strategy
-    ) -> tuple[Tensor, Telemetry]:
-        telemetry = Telemetry(cache.spec, step)
-        logits = self.model.forward(tokens, step.positions, last, bind(strategy, cache, step, telemetry))
-        return torch.log_softmax(logits, -1), telemetry
-
-    def sequence(self, length: int) -> tuple[PagedCache, int]:
-        """A cache of its own, and its only sequence."""
-        spec = cache_spec(EngineConfig(), self.model)
-        cache = PagedCache(spec, spec.pages_for(length), max_sequences=1, max_len=length)
-        sequence = cache.open()
-        cache.reserve(sequence, length)
-        return cache, sequence
-
-    def encode(self, content: str, length: int) -> list[int]:
-        tokens = self.model.tokenizer.encode(content[: 8 * length])[:length]
-        if len(tokens) < length:
-            raise ValueError(f"the text has {len(tokens)} tokens, {length} are needed")
-        return tokens
+    def encode(self, content: str) -> list[int]:
+        return self.reader.engine.tokenizer.encode(content)
 
     def followers(self, kind: str, length: int) -> Tensor:
         """[SCORED], the token after each scored one."""
@@ -170,11 +125,27 @@ class Bench:
 
     def haystack(self, kind: str, length: int) -> list[int]:
         """The text with the needles at even depths."""
-        needles = [self.model.tokenizer.encode(NEEDLE.format(*pair)) for pair in NEEDLES.items()]
-        straw = self.encode(text(kind), length - sum(map(len, needles)))
+        needles = [self.encode(NEEDLE.format(*pair)) for pair in NEEDLES.items()]
+        straw = self._straw(kind, length - sum(map(len, needles)))
         bounds = [len(straw) * i // len(needles) for i in range(len(needles) + 1)]
         pieces = (straw[start:stop] for start, stop in pairwise(bounds))
         return [token for piece, needle in zip(pieces, needles, strict=True) for token in (*piece, *needle)]
+
+    def _straw(self, kind: str, length: int) -> list[int]:
+        tokens = self.encode(text(kind)[: 8 * length])[:length]
+        if len(tokens) < length:
+            raise ValueError(f"the text has {len(tokens)} tokens, {length} are needed")
+        return tokens
+
+
+def facts(mark: Mark) -> dict[str, float | None]:
+    """Density of a prompt, and the coverage that its strategy estimates."""
+    coverage = mark.coverage[Phase.PREFILL]
+    return {
+        "density": mark.reads[Phase.PREFILL].density,
+        "coverage": coverage.mean,
+        "coverage_min": coverage.least,
+    }
 
 
 def scored(length: int) -> Tensor:
@@ -182,15 +153,8 @@ def scored(length: int) -> Tensor:
     return torch.linspace(length // 4, length - 2, SCORED).long()
 
 
-def told(steps: Sequence[Telemetry]) -> tuple[Reads, Coverage]:
-    """What these steps read, and what their selections say that they kept."""
-    read = [telemetry.reads() for telemetry in steps]
-    covered = [each for step, reads in zip(steps, read, strict=True) for each in step.coverage(reads)]
-    return sum((each for reads in read for each in reads), Reads()), sum(covered, Coverage())
-
-
 def divergence(dense: Tensor, sparse: Tensor, followers: Tensor) -> dict[str, float]:
-    """KL(dense || sparse) in nats, agreement on the likeliest token, change of perplexity on what really follows."""
+    """KL(dense || sparse) in nats, agreement on the likeliest token, change of perplexity on the text's own tokens."""
     kl = (dense.exp() * (dense - sparse)).sum(-1)
     rows = torch.arange(len(followers))
     change = (dense[rows, followers] - sparse[rows, followers]).mean().exp() - 1

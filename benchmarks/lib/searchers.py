@@ -11,8 +11,18 @@ import torch
 from torch import Tensor
 
 from keysift.kvcache import CacheSpec, Context, PagedCache, Span, Step
-from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, Graph, GraphIndex, IndexSpec, Ivf, IvfIndex
-from keysift.kvcache.index import MeanIndex, PageIndex
+from keysift.kvcache.index import (
+    BoundIndex,
+    CodeIndex,
+    FlatIndex,
+    Graph,
+    GraphIndex,
+    IndexSpec,
+    Ivf,
+    IvfIndex,
+    MeanIndex,
+    PageIndex,
+)
 from keysift.kvcache.index.graph.ops import Reach, search_graphs
 from keysift.kvcache.index.ivf.lists import list_masses
 
@@ -102,10 +112,9 @@ class Paged:
             answer = which.masses(part, context)
             seconds += time.perf_counter() - began
             masses.append(answer[..., : tokens // PAGE])
-            if isinstance(which, GraphIndex | IvfIndex):
-                best, count = (_graph_hits if isinstance(which, GraphIndex) else _ivf_hits)(which, part, context)
-                keys.append(best.masked_fill(best >= tokens, -1))
-                scanned += float(count.sum())
+            if (hits := _hits(which, part, context)) is not None:
+                keys.append(hits[0].masked_fill(hits[0] >= tokens, -1))
+                scanned += float(hits[1].sum())
         count = q.shape[:2].numel()
         share = scanned / count / tokens if keys else _stand_ins(which, tokens) / tokens
         return Found(torch.cat(keys) if keys else None, torch.cat(masses), share, seconds / count)
@@ -151,6 +160,13 @@ class Paged:
         key = -torch.unflatten(q, 1, (self.problem.keys.shape[1], -1)).mean(2)
         self.cache.append(0, key, torch.zeros_like(key), step)
         return step
+
+
+def _hits(index: PageIndex, q: Tensor, context: Context) -> tuple[Tensor, Tensor] | None:
+    """Best keys [n, H, BEST_KEYS] and the number [n, H] of vectors scored for them; None for an index over pages."""
+    if isinstance(index, GraphIndex):
+        return _graph_hits(index, q, context)
+    return _ivf_hits(index, q, context) if isinstance(index, IvfIndex) else None
 
 
 def _graph_hits(index: GraphIndex, q: Tensor, context: Context) -> tuple[Tensor, Tensor]:

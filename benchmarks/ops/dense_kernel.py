@@ -18,7 +18,7 @@ from torch import Tensor
 from keysift.attention import DenseKernel
 from keysift.attention.attend import read
 from keysift.attention.contiguous import contiguous_attention, gather, obstacle
-from keysift.engine.calibration.calibration import running
+from keysift.engine.calibration.calibration import running_backend
 from keysift.kvcache import CacheSpec, Context, PagedCache, Span
 
 from ..lib import cli
@@ -106,7 +106,7 @@ def main() -> None:
     cases = itertools.product(options.shape, options.dtype, options.tokens)
     results = (row for case in cases for row in rows(*case, options.chunk, options.device, options.runs))
     name = torch.cuda.get_device_name(options.device) if gpu else "cpu"
-    about = {**machine(), "device": name, "paged": running("auto", options.device)}
+    about = {**machine(), "device": name, "paged": running_backend("auto", options.device)}
     show(about, results, as_json=options.json)
 
 

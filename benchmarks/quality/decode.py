@@ -17,7 +17,7 @@ from typing import Any
 from keysift.attention import Strategy, make
 
 from ..lib import cli
-from ..lib.decoding import Text
+from ..lib.decoding import OneOpen, Text
 from ..lib.quality import Bench
 from ..lib.readings import Row, collect, parse, show
 
@@ -31,7 +31,6 @@ CURVES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "topk": ("topk", [{}]),
     "retrieval": ("retrieval", [{"epsilon": epsilon} for epsilon in (0.02, 0.045, 0.075, 0.09)]),
     "codes, fixed": ("retrieval", [{"budget": budget, **FIXED} for budget in BUDGETS]),
-    "codes, fixed, tail": ("retrieval", [{"budget": budget, "tail": "mean", **FIXED} for budget in BUDGETS[:2]]),
     "ivf": ("retrieval", [{"index": "ivf", "budget": 512, **FIXED}]),
     "graph": ("retrieval", [{"index": "graph", "wait": True, "budget": 512, **FIXED}]),
     "summary": ("retrieval", [{"index": "summary", "budget": 512, **FIXED}]),
@@ -68,13 +67,12 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     asked = list(points(options))
+    strategies = [strategy(row) for row in asked]
     bench = functools.cache(lambda: Bench.open(chunk=1024))
-
-    @functools.lru_cache(maxsize=1)  # a text of 8,000 tokens is half a gigabyte
-    def text(kind: str, length: int) -> Text:
-        return Text.open(bench(), kind, length, [strategy(row) for row in asked])
-
-    return collect(asked, options.file, KEY, lambda row: text(row["text"], row["length"]).compare(strategy(row)))
+    with OneOpen(lambda kind, length: Text.open(bench(), kind, length, strategies)) as text:
+        yield from collect(
+            asked, options.file, KEY, lambda row: text(row["text"], row["length"]).compare(strategy(row))
+        )
 
 
 def points(options: argparse.Namespace) -> Iterator[Row]:

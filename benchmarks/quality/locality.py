@@ -15,7 +15,8 @@ import argparse
 import copy
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from keysift.attention import Dense, Locality, Strategy, Telemetry, make
-from keysift.engine import EngineConfig
-from keysift.engine.memory.budget import cache_spec
-from keysift.kvcache import HostStore, OffloadTier, PagedCache, PoolSize, Span, Traffic
+from keysift.attention import Dense, Strategy, make
+from keysift.engine import Engine
+from keysift.engine.execution.runner import Runner
+from keysift.engine.measure.evaluation.reader import Mark, Reader, Reading
+from keysift.kvcache import HostStore, OffloadTier, PagedCache, PoolSize, Traffic
 
 from ..lib import cli
-from ..lib.decoding import SCORED, Text
-from ..lib.quality import ROOM, Bench, Reading, told
+from ..lib.decoding import SCORED, OneOpen, Text
+from ..lib.quality import ROOM, Bench, Outcome
 from ..lib.readings import Row, collect, curves_table, parse
 from ..lib.timing import machine
 
@@ -77,13 +79,11 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> Iterator[Row]:
     bench = functools.cache(lambda: Bench.open(chunk=1024))
-
-    @functools.lru_cache(maxsize=1)
-    def text(kind: str, length: int) -> Offloaded:
-        return Offloaded.open(bench(), kind, length, options.pool)
-
     asked = list(points(options))
-    return collect(asked, options.file, KEY, lambda row: text(row["text"], row["length"]).compare(strategy(row)))
+    with OneOpen(lambda kind, length: Offloaded.open(bench(), kind, length, options.pool)) as text:
+        yield from collect(
+            asked, options.file, KEY, lambda row: text(row["text"], row["length"]).compare(strategy(row))
+        )
 
 
 def points(options: argparse.Namespace) -> Iterator[Row]:
@@ -101,64 +101,48 @@ def strategy(row: Row) -> Strategy:
 
 @dataclass(slots=True)
 class Offloaded:
-    """A text in an offloaded cache, read densely but for its last tokens, which are decoded under any strategy."""
+    """A text in an offloaded cache, prefilled densely but for its last tokens, which are decoded under any strategy."""
 
     bench: Bench
-    tokens: Tensor
-    """[n]"""
-    dense: Reading
-    cache: PagedCache
-    sequence: int
-    steps: list[Telemetry] = field(default_factory=list)
+    tokens: list[int]
+    reading: Reading
+    start: Mark
+    dense: Outcome
 
     @classmethod
-    @torch.inference_mode()
-    def open(cls, bench: Bench, kind: str, length: int, pool: float) -> Offloaded:
-        dense = Text.open(bench, kind, length, []).dense
-        cache = offloaded(bench, length + ROOM, pool)
-        sequence = cache.open()
-        cache.reserve(sequence, length + ROOM)
-        tokens = torch.tensor(bench.haystack(kind, length))
-        bench.prefill(cache, sequence, tokens[:-SCORED], torch.arange(0), Dense())
-        return cls(bench, tokens, dense, cache, sequence)
+    @contextmanager
+    def open(cls, bench: Bench, kind: str, length: int, pool: float) -> Iterator[Offloaded]:
+        with Text.open(bench, kind, length, []) as resident:
+            tokens, dense = resident.tokens, resident.dense
+        away = Bench(Reader(offloaded(bench.reader.engine, length + ROOM, pool)))
+        with away.reader.open([tokens[:-SCORED]], Dense(), SCORED + ROOM) as (reading,):
+            away.reader.read(reading)
+            yield cls(away, tokens, reading, reading.mark(), dense)
 
-    @torch.inference_mode()
     def compare(self, strategy: Strategy) -> dict[str, float | None]:
-        length = len(self.tokens)
-        self.steps.clear()
-        logs = [self.decode(length - SCORED, self.tokens[length - SCORED : length - SCORED + COLD], strategy)]
-        before = self.cache.tier.traffic
-        logs.append(self.decode(length - SCORED + COLD, self.tokens[length - SCORED + COLD :], strategy))
-        facts = self.facts(strategy, self.cache.tier.traffic - before)
-        remembered = copy.deepcopy(self.cache.recent)
+        """Decode the last tokens, then each needle's question and answer, all of them one by one; against dense."""
+        bench, reading, cache = self.bench, self.reading, self.bench.reader.engine.cache
+        reading.sequence.strategy = strategy
+        found = [bench.decode(reading, self.tokens[-SCORED : COLD - SCORED])]
+        before = cache.tier.traffic
+        found.append(bench.decode(reading, self.tokens[COLD - SCORED :]))
+        facts, end, history = self.facts(strategy, cache.tier.traffic - before), reading.mark(), cache.recent
 
-        def run(start: int, tokens: Tensor, last: Tensor) -> Tensor:
-            self.cache.recent = copy.deepcopy(remembered)
-            return self.decode(start, tokens, strategy)[last]
+        def ask(question: list[int], answer: list[int]) -> Tensor:
+            cache.recent = copy.deepcopy(history)
+            return bench.ask_decoded(reading, end, question, answer)
 
-        reading = Reading(torch.cat(logs), self.bench.answers(run, length), facts)
-        return reading.against(self.dense, self.tokens[1 - SCORED :])
-
-    def decode(self, start: int, tokens: Tensor, strategy: Strategy) -> Tensor:
-        """One token a step, as a server would; logs after each."""
-        logs = []
-        for i, token in enumerate(tokens):
-            step = self.cache.decode([Span(self.sequence, start + i, 1)])
-            out, telemetry = self.bench.forward(
-                self.cache, step, token[None], torch.zeros(1, dtype=torch.int64), strategy
-            )
-            logs.append(out)
-            self.steps.append(telemetry)
-        return torch.cat(logs)
+        outcome = Outcome(torch.cat(found), bench.answers(ask), facts)
+        bench.reader.rewind(reading, self.start)
+        return outcome.against(self.dense, torch.tensor(self.tokens[1 - SCORED :]))
 
     def facts(self, strategy: Strategy, traffic: Traffic) -> dict[str, float | None]:
-        spec, locality = self.cache.spec, Locality()
-        for step in self.steps:
-            locality = sum(step.locality(), locality)
+        """Traffic of the tokens after `COLD` ones; densities and overlaps of all `SCORED`."""
+        spec, locality = self.bench.reader.engine.cache.spec, self.reading.sequence.locality
         most = getattr(strategy, "m_max", None)
         piece = spec.num_layers * spec.num_kv_heads * spec.read_bytes / 1e6
         return {
-            "density": told(self.steps)[0].density,
+            "density": self.reading.decode_density,
             "moved": traffic.fetched / (SCORED - COLD) / 1e6,
             "bound": None if most is None else (most + 1) * piece,
             "overlap": locality.mean_overlap,
@@ -166,13 +150,16 @@ class Offloaded:
         }
 
 
-def offloaded(bench: Bench, length: int, pool: float) -> PagedCache:
-    """A cache whose pool holds so much of the context, and whose stage all of it, so that prompts are as without."""
-    spec = cache_spec(EngineConfig(), bench.model)
-    pages, device = spec.pages_for(length), torch.device("cpu")
+def offloaded(engine: Engine, length: int, pool: float) -> Engine:
+    """The engine over an offloaded cache: its pool holds a share of the context, its stage all of it, for prompts."""
+    spec, device = engine.cache.spec, torch.device("cpu")
+    pages = spec.pages_for(length)
     size = PoolSize(slots=int(pool * pages), staged=pages, tails=1)
     tier = OffloadTier(spec, pages, HostStore(spec, device), size, device)
-    return PagedCache(spec, pages, max_sequences=1, max_len=length, tier=tier)
+    other = copy.copy(engine)
+    other.cache = PagedCache(spec, pages, max_sequences=1, max_len=length, tier=tier)
+    other.runner = Runner(engine.model, other.cache, engine.config)
+    return other
 
 
 def plot(rows: list[Row], path: Path) -> None:

@@ -24,11 +24,9 @@ from rich.table import Table
 
 from keysift.attention import Dense, Strategy, make
 from keysift.attention.token import TokenStrategy
-from keysift.engine.config import EngineConfig
-from keysift.engine.model.load import load
 
 from ..lib import cli
-from ..lib.quality import Bench, told
+from ..lib.quality import Bench
 from ..lib.readings import Row, spelt
 from ..lib.recall_model import NAMES, RecallPrompt, recall_prompt, write_recall_model
 from ..lib.timing import machine
@@ -51,8 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with TemporaryDirectory() as folder:
-        config = EngineConfig(model=str(write_recall_model(Path(folder))), dtype="float32", device="cpu")
-        bench = Bench(load(config, lambda message: None), options.chunk)
+        bench = Bench.open(options.chunk, str(write_recall_model(Path(folder))))
         work, show = (measure, table) if options.phase == "prefill" else (measure_tokens, table_of_tokens)
         rows = list(work(bench, options.lengths or LENGTHS[options.phase], options.prompts))
     if options.json:
@@ -99,14 +96,13 @@ def middle(knobs: list[Knobs]) -> list[Knobs]:
     return knobs[first : first + 2]
 
 
-@torch.inference_mode()
 def recall(bench: Bench, prompt: RecallPrompt, chosen: Strategy) -> tuple[float, float, float]:
     """Shares of right answers at the end and spread over the prompt, and the density."""
     asked = torch.cat((prompt.spread, prompt.end))
-    cache, sequence = bench.sequence(len(prompt.tokens))
-    logs, steps = bench.prefill(cache, sequence, prompt.tokens, asked, chosen)
+    with bench.reader.open([prompt.tokens.tolist()], chosen, 0) as (reading,):
+        logs = bench.prefill(reading, asked.tolist())
     spread, end = torch.split(logs.argmax(-1), [len(prompt.spread), len(prompt.end)])
-    return prompt.right(prompt.end, end), prompt.right(prompt.spread, spread), told(steps)[0].density
+    return prompt.right(prompt.end, end), prompt.right(prompt.spread, spread), reading.sparsity.prefill_density
 
 
 def measure_tokens(bench: Bench, lengths: list[int], prompts: int) -> Iterator[Row]:
@@ -119,7 +115,6 @@ def measure_tokens(bench: Bench, lengths: list[int], prompts: int) -> Iterator[R
             yield {"tokens": length, "strategy": name, "options": repr(chosen), "right": right, "density": density}
 
 
-@torch.inference_mode()
 def recall_of_tokens(
     bench: Bench, prompt: RecallPrompt, named: list[tuple[str, Strategy]]
 ) -> list[tuple[float, float]]:
@@ -127,16 +122,17 @@ def recall_of_tokens(
 
     They are the prompt's own, which are filler in it instead, so that each comes for the first time.
     """
-    asked, length = torch.cat((prompt.spread, prompt.end)), len(prompt.tokens)
-    filler = prompt.tokens.index_fill(0, asked, 1 + NAMES)
-    cache, sequence = bench.sequence(length + len(asked))
-    for index in {index for _, chosen in named if (index := chosen.index_spec())}:
-        cache.index(index)  # so that it sees the prompt
-    bench.prefill(cache, sequence, filler, torch.arange(0), Dense())
+    asked, reader = torch.cat((prompt.spread, prompt.end)), bench.reader
+    filler = prompt.tokens.index_fill(0, asked, 1 + NAMES).tolist()
     found = []
-    for _, chosen in named:
-        logs, steps = bench.decode(cache, sequence, length, prompt.tokens[asked], torch.arange(len(asked)), chosen)
-        found.append((prompt.right(asked, logs.argmax(-1)), told(steps)[0].density))
+    with reader.open([filler], Dense(), len(asked), also=[chosen for _, chosen in named]) as (reading,):
+        reader.read(reading)
+        mark = reading.mark()
+        for _, chosen in named:
+            reading.sequence.strategy = chosen
+            logs = bench.decode(reading, prompt.tokens[asked].tolist())
+            found.append((prompt.right(asked, logs.argmax(-1)), reading.sparsity.decode_density))
+            reader.rewind(reading, mark)
     return found
 
 

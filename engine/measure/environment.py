@@ -1,4 +1,4 @@
-"""What a number needs beside it to mean something."""
+"""Metadata stored with every result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..version import keysift_version
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Versions, and the machine that computes."""
+    """Versions, commit, processor and device."""
     return {
         "keysift": keysift_version(),
         "torch": torch.__version__,
@@ -34,7 +34,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def about(model: LoadedModel) -> dict[str, Any]:
-    """The facts about a model that a result depends on."""
+    """Properties of the model that a result depends on."""
     return {
         "name": model.name,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -47,17 +47,17 @@ def about(model: LoadedModel) -> dict[str, Any]:
 
 
 def chosen(config: EngineConfig) -> dict[str, Any]:
-    """The engine's settings that a result depends on, strategies apart."""
+    """Settings of the engine that a result depends on, without strategies."""
     return config.model_dump(mode="json", exclude={"strategy", "strategy_args", "served_model_name", "max_queue"})
 
 
-def commit(folder: Path = Path(__file__).parent) -> str | None:
-    """The commit of the source that runs, with a + where it was changed since; None where it is no checkout of ours."""
-    top = _git(folder, "rev-parse", "--show-toplevel")
-    if top is None or Path(top) != folder.resolve().parent:  # a package inside of somebody else's checkout
+def commit(package: Path = Path(__file__).parents[1]) -> str | None:
+    """Commit of the running source, with a + after local changes; None outside a checkout of this repository."""
+    top = _git(package, "rev-parse", "--show-toplevel")
+    if top is None or Path(top) != package.resolve().parent:  # installed inside another repository's checkout
         return None
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return f"{_git(folder, 'rev-parse', 'HEAD')}{'+' if changed else ''}"
+    changed = _git(package, "status", "--porcelain", "--untracked-files=no")
+    return f"{_git(package, 'rev-parse', 'HEAD')}{'+' if changed else ''}"
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -1,4 +1,4 @@
-"""How likely a model finds a given text, under whatever strategy reads it."""
+"""Likelihood of given tokens under a strategy."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from keysift.attention import Strategy
 from .evaluation.reader import Reader, Reading
 
 SLICE = 256
-"""Tokens that are judged at once: their logits are as many times the vocabulary."""
+"""Tokens that are scored at once: their logits take that many times the vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
 class Likelihood:
-    """Of some tokens, each behind those before it. Add them up for the tokens together."""
+    """Log-likelihood of some tokens, each after those before it; likelihoods of consecutive parts add up."""
 
     total: float = 0.0
-    """The sum of the logs of their probabilities, in nats."""
+    """Sum of the logs of their probabilities, in nats."""
     greedy: bool = True
-    """Each of them is the likeliest one at its place."""
+    """Each token is the likeliest one at its place."""
 
     def __add__(self, other: Likelihood) -> Likelihood:
         return Likelihood(self.total + other.total, self.greedy and other.greedy)
@@ -31,26 +31,26 @@ class Likelihood:
 def continuations(
     reader: Reader, strategy: Strategy, context: Sequence[int], followers: Sequence[Sequence[int]]
 ) -> list[Likelihood]:
-    """Of each of `followers`, none of them empty, right behind the context.
+    """Likelihood of each of `followers`, none of them empty, directly after the context.
 
-    The context is read once, as a prompt; what follows it is decoded, as if the model had said it.
+    The context is prefilled once; the followers are decoded, as if the model had generated them.
     """
     room = max(len(tokens) for tokens in followers) - 1
     with reader.open([context], strategy, room) as (reading,):
         reader.read(reading)
-        ahead, found = reading.ahead, []
+        mark, found = reading.mark(), []
         for tokens in followers:
             found.append(_decoded(reader, reading, tokens))
-            reader.forget(reading, ahead)
+            reader.rewind(reading, mark)
     return found
 
 
 def _decoded(reader: Reader, reading: Reading, tokens: Sequence[int]) -> Likelihood:
-    """The last token need not be decoded: nothing is asked about what comes behind it."""
+    """Likelihood of tokens after a reading; the last one is scored without being decoded."""
     found = Likelihood()
     for part in _slices(tokens[:-1]):
-        found += judge(reader.follow(reading, part), part)
-    return found + judge(reading.ahead[None], tokens[-1:])
+        found += score(reader.follow(reading, part), part)
+    return found + score(reading.next_logits[None], tokens[-1:])
 
 
 def _slices(tokens: Sequence[int]) -> Iterator[Sequence[int]]:
@@ -58,20 +58,20 @@ def _slices(tokens: Sequence[int]) -> Iterator[Sequence[int]]:
 
 
 def prompt(reader: Reader, strategy: Strategy, tokens: Sequence[int], first: int) -> Likelihood:
-    """Of ``tokens[first:]``, 1 <= first < len(tokens), with all tokens read as one prompt."""
+    """Likelihood of ``tokens[first:]``, 1 <= first < len(tokens), with all tokens prefilled as one prompt."""
     found = Likelihood()
 
-    def hear(position: int, logits: Tensor) -> None:
+    def add(position: int, logits: Tensor) -> None:
         nonlocal found
-        found += judge(logits[None], tokens[position + 1 : position + 2])
+        found += score(logits[None], tokens[position + 1 : position + 2])
 
     with reader.open([tokens[:-1]], strategy, 0) as (reading,):
-        reader.read(reading, range(first - 1, len(tokens) - 1), hear)
+        reader.read(reading, range(first - 1, len(tokens) - 1), add)
     return found
 
 
-def judge(logits: Tensor, tokens: Sequence[int]) -> Likelihood:
-    """Of tokens [n], by the logits [n, V] that predicted them."""
+def score(logits: Tensor, tokens: Sequence[int]) -> Likelihood:
+    """Likelihood of tokens [n] by the logits [n, V] that predicted them."""
     chosen = logits.new_tensor(tokens).long()[:, None]
     logs = logits.log_softmax(-1).gather(-1, chosen)
     greedy = logits.argmax(-1, keepdim=True) == chosen

@@ -1,6 +1,6 @@
-"""Keysift as a model of lm-evaluation-harness, so that its tasks measure what a strategy costs.
+"""Keysift as a model of lm-evaluation-harness, to run its tasks under a strategy.
 
-Importing this module raises `Unsupported` where the harness, an optional extra, is not installed.
+Importing this module raises `Unsupported` if the harness, an optional extra, is not installed.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 
 MAX_GEN_TOKS = 256
-"""Tokens of an answer where a task states no number, as in the harness's own models."""
+"""Default length of an answer in tokens, as in the harness's own models."""
 LIMITS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-"""Names that tasks have for that number; the first one that is there counts."""
+"""Names of that limit in tasks; the first one present counts."""
 Tokens = list[int]
 Pair = tuple[Tokens, Tokens]
-"""A context, and what follows it."""
+"""Tokens of a context and of its continuation."""
 
 
 class KeysiftLM(TemplateLM):  # type: ignore[misc]
-    """A model under a strategy. Contexts are read as prompts; what follows them is decoded, whoever chose it.
+    """A model under a strategy: contexts are prefilled, continuations decoded, whether given or generated.
 
     So both halves of a strategy count, in likelihoods as in answers. Whole texts, for perplexities, are prompts.
     """
 
     def __init__(self, llm: LLM, strategy: str | None = None) -> None:
-        """`strategy`, as `attention.make` spells it, replaces the engine's own."""
+        """`strategy`, a name for `attention.parse`, replaces the engine's own."""
         super().__init__()
         self._llm, self.engine = llm, llm.engine
         self._name = strategy
         self._strategy = self.engine.default if strategy is None else self.engine.strategy(strategy)
         self._reader = Reader(self.engine)
         self._tokenizer = self.engine.tokenizer
-        self._told = False
+        self._warned = False
 
     @property
     def eot_token_id(self) -> int:
@@ -66,7 +66,7 @@ class KeysiftLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text that has no context."""
+        """Token before a text that has no context."""
         begin = self._tokenizer.bos_token_id
         return self.eot_token_id if begin is None else begin
 
@@ -80,11 +80,11 @@ class KeysiftLM(TemplateLM):  # type: ignore[misc]
 
     @property
     def tokenizer_name(self) -> str:
-        """Part of the names of files in which the harness keeps requests."""
+        """Part of the file names of the harness's request cache."""
         return self.engine.model.name.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **options: Any) -> Tokens:
-        """Without special tokens where a text, such as one of the chat template, begins with one already."""
+        """Tokens of a text, without special tokens if it begins with one already, as chat templates do."""
         if add_special_tokens is None:
             begin = self._tokenizer.decode([self.prefix_token_id], skip_special_tokens=False)
             add_special_tokens = not string.startswith(begin)
@@ -99,7 +99,7 @@ class KeysiftLM(TemplateLM):  # type: ignore[misc]
         return self._tokenizer.chat_template if chat_template else None
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results."""
+        """Metadata that the harness stores with its results."""
         model, config = self.engine.model, self.engine.config
         return {
             "model_name": model.name,
@@ -114,7 +114,7 @@ class KeysiftLM(TemplateLM):  # type: ignore[misc]
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Tokens, Tokens]], disable_tqdm: bool = False, **options: Any
     ) -> list[tuple[float, bool]]:
-        """Contexts that several requests share are read once."""
+        """Log-likelihood and greediness of each continuation; shared contexts are prefilled once."""
         pairs = [self._shortened(context, follower) for _, context, follower in requests]
         shared: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, (context, _) in enumerate(pairs):
@@ -125,47 +125,47 @@ class KeysiftLM(TemplateLM):  # type: ignore[misc]
                 scores = self._score(prompt, [pairs[number][1] for number in numbers])
                 for number, each in zip(numbers, scores, strict=True):
                     found[number] = (each.total, each.greedy)
-                    self._remember("loglikelihood", requests[number][0], found[number])
+                    self._cache_result("loglikelihood", requests[number][0], found[number])
                 bar.update(len(numbers))
         return [found[number] for number in range(len(pairs))]
 
     def _score(self, context: Sequence[int], followers: list[Tokens]) -> list[Likelihood]:
-        """What follows may be nothing at all, which is certain."""
+        """Likelihood of each continuation; an empty one has probability 1."""
         some = [tokens for tokens in followers if tokens]
         scores = iter(likelihood.continuations(self._reader, self._strategy, context, some) if some else ())
         return [next(scores) if tokens else Likelihood() for tokens in followers]
 
     def _shortened(self, context: Tokens, follower: Tokens) -> Pair:
-        """The end of both, as much as fits; the last token is never fed to the model."""
+        """Context and continuation, cut at the left to what fits; the last token is never fed to the model."""
         most = self.max_length + 1
         if len(follower) > self.max_length:
             raise InvalidRequest("continuation", f"at most {self.max_length} tokens, got {len(follower)}")
-        self._tell(len(context) + len(follower), most)
+        self._warn_if_cut(len(context) + len(follower), most)
         return context[-(most - len(follower)) :], follower
 
-    def _tell(self, length: int, most: int) -> None:
-        if length > most and not self._told:
-            self._told = True
+    def _warn_if_cut(self, length: int, most: int) -> None:
+        if length > most and not self._warned:
+            self._warned = True
             logger.warning("requests are cut at the left: one has %d tokens, %d fit (max_model_len)", length, most)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows as the harness lays them out, each of which is read as a prompt."""
+        """Log-likelihood of whole texts, in windows of the harness, each prefilled as a prompt."""
         found = []
         for request in _bar_over(requests, "texts", disable_tqdm):
             (text,) = request.args
             windows = get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length, 1)
             total = sum((self._window(*window) for window in windows), Likelihood()).total
-            self._remember("loglikelihood_rolling", (text,), total)
+            self._cache_result("loglikelihood_rolling", (text,), total)
             found.append(total)
         return found
 
     def _window(self, read: Tokens, predicted: Tokens) -> Likelihood:
-        """Of the predicted tokens, the last of which the model does not read; it reads all others."""
+        """Likelihood of the predicted tokens, the last of which is not read."""
         tokens = [*read, predicted[-1]]
         return likelihood.prompt(self._reader, self._strategy, tokens, len(tokens) - len(predicted))
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Requests with equal options run side by side."""
+        """Generated answers; requests with equal options run in one batch."""
         alike: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             alike[repr(request.args[1])].append(number)
@@ -177,7 +177,7 @@ class KeysiftLM(TemplateLM):  # type: ignore[misc]
                 completions = self._llm.generate(prompts, params, strategy=self._name, progress=False)
                 for number, completion in zip(numbers, completions, strict=True):
                     found[number] = _text(completion)
-                    self._remember("generate_until", requests[number].args, found[number])
+                    self._cache_result("generate_until", requests[number].args, found[number])
                     bar.update()
         return [found[number] for number in range(len(requests))]
 
@@ -185,17 +185,17 @@ class KeysiftLM(TemplateLM):  # type: ignore[misc]
         if (most := self.max_length - room) < 1:
             raise InvalidRequest(LIMITS[0], f"less than max_model_len ({self.max_length}), got {room}")
         tokens = self.tok_encode(context) or [self.prefix_token_id]
-        self._tell(len(tokens), most)
+        self._warn_if_cut(len(tokens), most)
         return tokens[-most:]
 
-    def _remember(self, method: str, arguments: Any, result: Any) -> None:
-        """Where the harness was told to keep results, so that a killed run goes on."""
+    def _cache_result(self, method: str, arguments: Any, result: Any) -> None:
+        """Add a result to the harness's cache, if there is one, from which an interrupted run resumes."""
         if arguments is not None:
             self.cache_hook.add_partial(method, arguments, result)
 
 
 def sampling(options: Mapping[str, Any]) -> SamplingParams:
-    """A task's options for an answer. Raises `InvalidRequest` naming one that cannot be honoured."""
+    """Sampling parameters from a task's options. Raises `InvalidRequest` naming an unsupported one."""
     rest = dict(options)
     until = rest.pop("until", None) or ()
     limits = [rest.pop(name, None) for name in LIMITS]
@@ -226,7 +226,7 @@ def _bar_over(requests: Sequence[Any], what: str, disable: bool) -> Iterable[Any
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """Raises `InvalidRequest` for names that the harness has no task, group or tag for."""
+    """Raise `InvalidRequest` for names that are no task, group or tag of the harness."""
     manager = TaskManager()
     if unknown := [name for name in names if not manager.match_tasks([name])]:
         raise InvalidRequest("lm_eval", f"tasks of lm-evaluation-harness, got {', '.join(unknown)}")
@@ -241,11 +241,14 @@ def evaluate(
     metadata: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Run tasks of the harness and give back what it reports; `options` are those of its `simple_evaluate`.
+    """Run tasks of the harness and return its report; `options` are those of its `simple_evaluate`.
 
-    `limit` counts samples of a task: of one that is made at several lengths, those of the first length come first.
-    `metadata` is what tasks are made from, such as ``{"max_seq_lengths": [4096]}`` for those of RULER, which also get
-    the model's own tokenizer. Raises `KeysiftError` where a task's data cannot be had.
+    Args:
+        limit: samples of a task; if it has several lengths, those of the first length come first.
+        metadata: parameters of tasks, such as ``{"max_seq_lengths": [4096]}`` for RULER; a tokenizer is added.
+
+    Raises:
+        KeysiftError: a task's data is not available.
     """
     lm = KeysiftLM(LLM(**model.model_dump())) if isinstance(model, EngineConfig) else model
     with TemporaryDirectory(prefix="keysift-tokenizer-") as folder:

@@ -1,4 +1,4 @@
-"""How measurements of one thing lie, under the names of vLLM's serving benchmark."""
+"""Mean, median, standard deviation and 99th percentile, under the names of vLLM's serving benchmark."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def percentiles(metric: str, seconds: Sequence[float]) -> dict[str, float | None]:
-    """Mean, median, standard deviation and 99th percentile in milliseconds; None of nothing."""
+    """Mean, median, standard deviation and 99th percentile in milliseconds; None without values."""
     names = [f"{kind}_{metric}_ms" for kind in ("mean", "median", "std", "p99")]
     if not seconds:
         return dict.fromkeys(names)
@@ -16,5 +16,5 @@ def percentiles(metric: str, seconds: Sequence[float]) -> dict[str, float | None
 
 
 def p99(values: Sequence[float]) -> float:
-    """The 99th percentile, linear between the two values that are next to it."""
+    """The 99th percentile, linearly interpolated."""
     return statistics.quantiles(values, n=100, method="inclusive")[98] if len(values) > 1 else values[0]

@@ -1,4 +1,4 @@
-"""Several strategies side by side, each with options of its own."""
+"""Strategies to compare, each with its options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DENSE = "dense"
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """A strategy as it is asked for: ``sift+retrieval`` or ``sift+retrieval,sift.threshold=0.002``."""
+    """A strategy and its options, parsed from a label such as ``sift+retrieval,sift.threshold=0.002``."""
 
     label: str
     name: str
@@ -20,11 +20,16 @@ class Variant:
 
 
 def variants(labels: Iterable[str], common: Iterable[str] = (), *, always_sparse: bool = False) -> tuple[Variant, ...]:
-    """Each of them once, `dense` first whether it is asked for or not: it is what the others are compared with.
+    """Distinct variants of the labels, `dense` first: it is always included, as the others are compared with it.
 
-    An option goes with the name it belongs to, behind a comma. `common` ones go to every strategy that NAME is a part
-    of, ``NAME.FIELD=VALUE``, or that has the field, ``FIELD=VALUE``. With `always_sparse` none of them reads everything
-    where choosing would not pay, unless its options say so. Raises `InvalidRequest` for an option that is nobody's.
+    Options follow a strategy's name after commas.
+
+    Args:
+        common: ``NAME.FIELD=VALUE`` for strategies with the part NAME, ``FIELD=VALUE`` for those that have the field.
+        always_sparse: let strategies choose at every length, unless their options set `dense_below`.
+
+    Raises:
+        InvalidRequest: an option fits none of the strategies.
     """
     names, options = tuple(dict.fromkeys((DENSE, *labels))), tuple(common)
     for option in options:
@@ -47,7 +52,7 @@ def _words(label: str) -> list[str]:
 
 
 def _belongs(option: str, name: str) -> bool:
-    """Whether an option is one of the strategy's."""
+    """True if the strategy has this option."""
     prefix, dot, field = option.partition("=")[0].strip().rpartition(".")
     if dot:
         return prefix in name.split("+")

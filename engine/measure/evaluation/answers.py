@@ -1,4 +1,4 @@
-"""Asks questions behind long contexts: what the model says, and how likely it finds the right answer."""
+"""Questions after long contexts: generated answers, and the likelihood of the right one."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from .reader import Reader, Reading
 from .sample import Sample
 
 ENDING = 32
-"""Tokens at the end of a prompt, where its question is, at which distributions are compared."""
+"""Tokens at the end of a prompt, its question, at which distributions are compared."""
 TAIL = 240
-"""Characters of a prompt's end that are kept to look at."""
+"""Characters of a prompt's end that are stored for the report."""
 
 
 @dataclass(slots=True)
 class Answer:
-    """How one strategy did on one sample."""
+    """Result of one strategy on one sample."""
 
     sample: Sample
     facts: dict[str, Any]
     logs: Tensor
-    """[prompt positions + gold, V], logs of the distributions after the prompt's last tokens and along the answer."""
+    """[prompt positions + gold, V], log-probabilities after the prompt's last tokens and along the right answer."""
 
     @property
     def cut(self) -> int:
-        """How many of them are of the prompt."""
+        """Number of prompt positions."""
         return len(self.logs) - len(self.sample.gold)
 
     @property
     def followers(self) -> Tensor:
-        """[prompt positions + gold], the tokens that these distributions should have found likely."""
+        """[prompt positions + gold], the token that follows each position."""
         prompt = self.sample.prompt
         return torch.tensor([*prompt[len(prompt) - self.cut :], *self.sample.gold])
 
     def row(self, dense: Answer) -> dict[str, Any]:
-        """All that is told of it, with its distance from dense: along the end of the prompt, then along the answer."""
+        """Journal entry: the facts, and the divergence from dense along the prompt's end and along the answer."""
         parts = {"prefill": slice(None, self.cut), "decode": slice(self.cut, None)}
         found = {
             phase: asdict(Divergence.of(dense.logs[part], self.logs[part], self.followers[part]))
@@ -54,13 +54,13 @@ class Answer:
 
 @dataclass(slots=True)
 class Interview:
-    """Samples of one length, asked under one strategy after the other."""
+    """Samples of one length, to be answered under any strategy."""
 
     reader: Reader
     samples: list[Sample]
 
     def ask(self, strategy: Strategy) -> list[Answer]:
-        """Every sample under one strategy: prompts one by one, what follows side by side as far as memory allows."""
+        """Answers under one strategy: prompts are prefilled one by one, answers decoded in batches."""
         return [answer for batch in self._batches() for answer in self._ask(batch, strategy)]
 
     def _batches(self) -> Iterator[list[Sample]]:
@@ -79,41 +79,43 @@ class Interview:
             answers = [self._probe(*pair) for pair in zip(batch, readings, strict=True)]
             begun = time.perf_counter()
             made = dict(zip(map(id, readings), batch, strict=True))
-            self.reader.go_on(readings, lambda reading: self._ended(made[id(reading)], reading))
+            self.reader.generate(readings, lambda reading: self._ended(made[id(reading)], reading))
             each = (time.perf_counter() - begun) / len(batch)
             for answer, reading in zip(answers, readings, strict=True):
-                answer.facts |= self._said(answer.sample, reading)
+                answer.facts |= self._generated(answer.sample, reading)
                 answer.facts["seconds"] += each
         return answers
 
     def _probe(self, sample: Sample, reading: Reading) -> Answer:
-        """Reads the prompt, then the right answer, and forgets the answer again."""
+        """Prefill the prompt, decode the right answer, and rewind to the prompt's end."""
         begun, last = time.perf_counter(), len(sample.prompt) - 1
-        heard: list[Tensor] = []
-        self.reader.read(reading, range(max(last - ENDING + 1, 0), last), lambda position, row: heard.append(row))
-        ahead = reading.ahead
-        rows = logs(torch.cat([*(row[None] for row in heard), self.reader.follow(reading, sample.gold)]))
-        facts = {**_told(sample), **_likelihood(rows[len(heard) :], torch.tensor(sample.gold))}
+        ending: list[Tensor] = []
+        self.reader.read(reading, range(max(last - ENDING + 1, 0), last), lambda at, logits: ending.append(logits))
+        mark = reading.mark()
+        rows = logs(torch.cat([*(row[None] for row in ending), self.reader.follow(reading, sample.gold)]))
+        facts = {**_identity(sample), **_likelihood(rows[len(ending) :], torch.tensor(sample.gold))}
         facts["answer_density"] = reading.decode_density
-        self.reader.forget(reading, ahead)
+        self.reader.rewind(reading, mark)
         return Answer(sample, {**facts, "seconds": time.perf_counter() - begun}, rows)
 
     def _ended(self, sample: Sample, reading: Reading) -> bool:
-        """At the limit, at the model's own end, or once all answers were said: the score can only stay."""
-        said = reading.said
+        """True at the length limit, at an end-of-text token, or once every answer was generated and the score is 1."""
+        tokens = reading.generated
         ends = self.reader.engine.model.eos_token_ids
         return (
-            len(said) >= sample.max_new_tokens or bool(said and said[-1] in ends) or self._score(sample, reading) == 1
+            len(tokens) >= sample.max_new_tokens
+            or bool(tokens and tokens[-1] in ends)
+            or self._score(sample, reading) == 1
         )
 
     def _score(self, sample: Sample, reading: Reading) -> float:
-        return sample.score(self.reader.engine.tokenizer.decode(reading.said))
+        return sample.score(self.reader.engine.tokenizer.decode(reading.generated))
 
-    def _said(self, sample: Sample, reading: Reading) -> dict[str, Any]:
+    def _generated(self, sample: Sample, reading: Reading) -> dict[str, Any]:
         sparsity, decode = reading.sparsity, self.reader.engine.tokenizer.decode
         return {
             "score": self._score(sample, reading),
-            "text": decode(reading.said),
+            "text": decode(reading.generated),
             "prompt_tail": decode(sample.prompt)[-TAIL:],
             "prefill_density": sparsity.prefill_density,
             "decode_density": reading.decode_density,
@@ -126,7 +128,7 @@ def _room(batch: list[Sample]) -> int:
     return max(max(sample.max_new_tokens, len(sample.gold)) for sample in batch)
 
 
-def _told(sample: Sample) -> dict[str, Any]:
+def _identity(sample: Sample) -> dict[str, Any]:
     return {
         "task": sample.task,
         "length": sample.length,
@@ -137,7 +139,7 @@ def _told(sample: Sample) -> dict[str, Any]:
 
 
 def _likelihood(rows: Tensor, gold: Tensor) -> dict[str, Any]:
-    """From logs [n, V] that predict the right answer's tokens gold [n]: how unlikely they were, and their ranks."""
+    """Negative log-likelihood and ranks of the right answer's tokens gold [n], from logs [n, V] that predict them."""
     each = rows[torch.arange(len(gold)), gold]
     ranks = 1 + (rows > each[:, None]).sum(-1)
     return {

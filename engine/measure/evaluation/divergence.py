@@ -1,4 +1,4 @@
-"""How far next-token distributions are from those of dense attention, token by token."""
+"""Divergence of next-token distributions from those of dense attention."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ DIGITS = 6
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """Of some positions; every list has one number for each."""
+    """Divergences at some positions, one list element for each."""
 
     kl: list[float]
     """KL(dense || strategy) in nats."""
     agrees: list[bool]
     """The likeliest token is the same."""
     loss: list[float]
-    """Negative log-likelihood of what really follows, less dense's, in nats."""
+    """Negative log-likelihood of the text's next token, less dense's, in nats."""
 
     @classmethod
     def of(cls, dense: Tensor, sparse: Tensor, followers: Tensor) -> Divergence:
-        """From logs [n, V] of next-token probabilities, of which tokens [n] really follow."""
+        """Divergences between logs [n, V] of next-token probabilities, where tokens [n] follow in the text."""
         kl = (dense.exp() * (dense - sparse)).sum(-1).clamp(min=0)  # rounding can take it below
         rows = torch.arange(len(followers))
         loss = dense[rows, followers] - sparse[rows, followers]
@@ -36,5 +36,5 @@ def logs(logits: Tensor) -> Tensor:
 
 
 def rounded(values: Tensor) -> list[float]:
-    """As many digits as mean anything, so that a file of them stays small."""
+    """Values rounded to `DIGITS` significant digits, to keep files small."""
     return [float(f"{value:.{DIGITS}g}") for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""What an evaluation has found so far, on disk line by line, so that a run that was killed goes on."""
+"""Journal of an evaluation: findings on disk, line by line, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from ...errors import InvalidRequest, KeysiftError
 NAME = "journal.jsonl"
 FIELDS = {"key", "value", "seconds"}
 Key = tuple[str | int, ...]
-"""What a line is about, such as ``("samples", 1024, 0, "dense")``."""
+"""Identity of a finding, such as ``("samples", "built-in", 1024, 0, "dense")``."""
 
 
 @dataclass(slots=True)
 class Journal:
-    """Lines of one run, each a finding that is whole or not there."""
+    """Findings of one run; each line on disk is complete or ignored."""
 
     path: Path
     found: dict[Key, Any] = field(default_factory=dict)
     seconds: dict[Key, float] = field(default_factory=dict)
-    """What each of them took."""
+    """Time that each finding took."""
 
     @classmethod
     def open(cls, folder: Path, identity: dict[str, Any], *, restart: bool) -> Journal:
-        """The folder's journal, made if there is none.
+        """Open or create the folder's journal.
 
-        Raises `InvalidRequest` naming what differs where it is that of another run, or where it cannot be written.
+        Raises:
+            InvalidRequest: it belongs to another run, naming the differences, or cannot be written.
         """
         journal = cls(folder / NAME)
         ready(folder)
@@ -49,7 +50,7 @@ class Journal:
         return journal
 
     def add(self, key: Key, value: Any, seconds: float = 0.0) -> None:
-        """Raises `KeysiftError` where it cannot be written any more."""
+        """Append a finding. Raises `KeysiftError` if it cannot be written."""
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(key, value, seconds))
         self._take(key, value, seconds)
@@ -58,7 +59,7 @@ class Journal:
         self.found[key], self.seconds[key] = value, seconds
 
     def _lines(self) -> Iterator[dict[str, Any]]:
-        """Whatever is no object says nothing: the half line that a kill leaves, and a file that is not ours."""
+        """Parsed lines; {} for one that is no JSON object, such as the partial line of an interrupted write."""
         if not self.path.exists():
             return
         with self.path.open(encoding="utf-8", errors="replace") as file:
@@ -70,7 +71,7 @@ class Journal:
                 yield found if isinstance(found, dict) else {}
 
     def _rewrite(self, identity: dict[str, Any]) -> None:
-        """Without the half line."""
+        """Write the file anew, without incomplete lines."""
         with replacing(self.path) as file:
             file.write(json.dumps({"run": identity}) + "\n")
             file.writelines(_line(key, value, self.seconds[key]) for key, value in self.found.items())
@@ -78,9 +79,9 @@ class Journal:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[TextIO]:
-    """Writes a second file that then takes the place of `path`: a kill loses nothing.
+    """Open a second file that replaces `path` at the end, so that an interruption loses nothing.
 
-    It is written piece by piece, as its text would take as much memory as what it tells once more.
+    Writing in pieces avoids a second copy of the contents in memory.
     """
     unfinished = path.with_suffix(".new")
     with unfinished.open("w", encoding="utf-8") as file:
@@ -90,7 +91,7 @@ def replacing(path: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around writing a file of the output folder: a disk that is full is told as `KeysiftError`."""
+    """Turn an `OSError` while writing into the output folder, such as a full disk, into a `KeysiftError`."""
     try:
         yield
     except OSError as error:
@@ -104,7 +105,7 @@ def _line(key: Key, value: Any, seconds: float) -> str:
 def _compare(old: dict[str, Any], new: dict[str, Any], folder: Path) -> None:
     differing = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     if differing:
-        told = "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in differing)
+        listed = "; ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in differing)
         raise InvalidRequest(
-            "output_dir", f"{folder} holds another run ({told}); name another folder, or --restart begins anew"
+            "output_dir", f"{folder} holds another run ({listed}); name another folder, or --restart begins anew"
         )

@@ -1,4 +1,4 @@
-"""``results.json`` and ``report.html``: written whole or not at all, after every piece of work."""
+"""``results.json`` and ``report.html``, replaced as a whole after every unit of work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEMA = "keysift.eval/1"
 
 
 def results(run: Run) -> dict[str, Any]:
-    """Everything that is known, as one object."""
+    """All findings so far as one JSON object."""
     return {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -31,7 +31,7 @@ def results(run: Run) -> dict[str, Any]:
 
 
 def write_results(run: Run) -> dict[str, Any]:
-    """Writes and returns them."""
+    """Write and return the results."""
     found = results(run)
     path = run.settings.output_dir / "results.json"
     with writing(path), replacing(path) as file:

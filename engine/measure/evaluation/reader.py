@@ -1,4 +1,4 @@
-"""Reads prompts under any strategy and lets them go on: as the model wants to, or as it is told to."""
+"""Step-by-step driver of an engine: prefill prompts, decode greedily or along given tokens, and read every logit."""
 
 from __future__ import annotations
 
@@ -6,39 +6,51 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from keysift.attention import Coverage, Reads, Strategy
+from keysift.attention import Coverage, Locality, Reads, Strategy
 from keysift.kvcache import DeviceTier, Phase, Span
 
-from ...config import EngineConfig
 from ...engine import Engine
-from ...errors import InvalidRequest, ResourceExhausted
+from ...errors import ResourceExhausted
 from ...request import Request, Sparsity
 from ...scheduling.scheduler import Batch
 from ...scheduling.sequence import Sequence
+from ...support import Facts, check
 from .witness import Ledger
 
 AT_ONCE = 64
 """Known tokens of one sequence that are decoded in one step.
 
-All keys of a layer are written before it is read, and no token sees a key behind it, so they are decoded as if one by
-one, and take little longer than one.
+All keys of a layer are written before it is read, and no token sees a later key, so they are decoded as if one by one,
+and take little longer than one.
 """
-Hear = Callable[[int, Tensor], None]
-"""Is told the position of a prompt's token, and logits [V] of what follows it."""
+OnLogits = Callable[[int, Tensor], None]
+"""Receives the position of a prompt's token, and logits [V] of the token after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """State of a reading to return to."""
+
+    prompt: tuple[int, ...]
+    generated: tuple[int, ...]
+    next_logits: Tensor
+    reads: dict[Phase, Reads]
+    coverage: dict[Phase, Coverage]
+    locality: Locality
 
 
 @dataclass(slots=True, eq=False)
 class Reading:
-    """A prompt in the cache, and what is known of how it goes on."""
+    """A prompt in the cache, its generated tokens, and the logits of the next one."""
 
     sequence: Sequence
-    ahead: Tensor = field(default_factory=lambda: torch.empty(0))
-    """[V] fp32, logits of the token that follows the last one."""
+    next_logits: Tensor = field(default_factory=lambda: torch.empty(0))
+    """[V] fp32, logits of the token after the last one; empty before the prompt is read."""
 
     @property
     def handle(self) -> int:
@@ -46,8 +58,8 @@ class Reading:
         return self.sequence.handle
 
     @property
-    def said(self) -> list[int]:
-        """The tokens behind the prompt."""
+    def generated(self) -> list[int]:
+        """The tokens after the prompt."""
         return self.sequence.tokens[self.sequence.prompt_len :]
 
     @property
@@ -56,26 +68,27 @@ class Reading:
 
     @property
     def decode_density(self) -> float | None:
-        """None where nothing was decoded: the first token behind a prompt comes from the prompt."""
+        """Density of the decoded tokens; None before the second, as the first comes from the prompt's own step."""
         reads = self.sequence.reads[Phase.DECODE]
         return reads.density if reads.possible else None
 
-
-def check_ranks(config: EngineConfig) -> None:
-    """Raises `InvalidRequest` for an engine that no `Reader` can drive, which need not be loaded to know it."""
-    if (ranks := config.tensor_parallel_size) > 1:
-        raise InvalidRequest("tensor_parallel_size", f"1 where all heads are looked at by one process, got {ranks}")
+    def mark(self) -> Mark:
+        """The present state, for `Reader.rewind`."""
+        sequence = self.sequence
+        reads, coverage = dict(sequence.reads), dict(sequence.coverage)
+        prompt, generated = sequence.request.prompt, tuple(self.generated)
+        return Mark(prompt, generated, self.next_logits, reads, coverage, sequence.locality)
 
 
 class Reader:
-    """Drives an engine's model and cache step by step, where an `Engine` would serve: it hears every logit.
+    """Drives an engine's model and cache step by step, with access to every logit.
 
-    The steps are those that the engine runs for a request that is alone, so what is said is the same. The engine must
+    The steps are those that the engine runs for a request that is alone, so the tokens are the same. The engine must
     have no requests meanwhile.
     """
 
     def __init__(self, engine: Engine) -> None:
-        check_ranks(engine.config)
+        check(engine.config, Facts(one_process=True))
         self.engine = engine
         self._cache = engine.cache
         self._ledger: Ledger | None = None
@@ -83,13 +96,13 @@ class Reader:
         self._at_once = AT_ONCE if isinstance(engine.cache.tier, DeviceTier) else 1
 
     def fits(self, lengths: SequenceOf[int]) -> bool:
-        """Whether sequences of so many tokens can be open at the same time."""
+        """True if sequences of these lengths can be open at the same time."""
         pages = sum(map(self._cache.spec.pages_for, lengths))
         return len(lengths) <= self.engine.config.max_num_seqs and pages <= self._cache.free_pages
 
     @contextmanager
     def watching(self, ledger: Ledger) -> Iterator[None]:
-        """Have it measured what the steps inside the block really keep; they take longer."""
+        """Record in `ledger` the attention that the steps inside the block really keep; they take longer."""
         self._ledger = ledger
         try:
             yield
@@ -100,11 +113,13 @@ class Reader:
     def open(
         self, prompts: SequenceOf[SequenceOf[int]], strategy: Strategy, room: int, *, also: Iterable[Strategy] = ()
     ) -> Iterator[list[Reading]]:
-        """Unread prompts, with room for so many further tokens of each, as far as the model goes.
+        """Unread prompts, with room for `room` further tokens of each, up to the model's length; releases their pages.
 
-        Their pages come back in any case.
-        `also` are other strategies that will decode behind them: their indexes see the prompts too. Raises
-        `ResourceExhausted` where they do not fit; see `fits`.
+        Args:
+            also: other strategies that will decode after the prompts: their indexes are filled too.
+
+        Raises:
+            ResourceExhausted: the prompts do not fit; see `fits`.
         """
         sizes = [min(len(prompt) + room, self.engine.model.max_model_len) for prompt in prompts]
         if not self.fits(sizes):
@@ -131,11 +146,13 @@ class Reader:
         return Reading(sequence)
 
     def read(
-        self, reading: Reading, positions: SequenceOf[int] = (), hear: Hear = lambda position, logits: None
+        self, reading: Reading, positions: SequenceOf[int] = (), on_logits: OnLogits = lambda position, logits: None
     ) -> None:
-        """Prefill the whole prompt, chunk by chunk; `hear` gets the logits after its tokens at these positions.
+        """Prefill the rest of the prompt, chunk by chunk.
 
-        They ascend.
+        Args:
+            positions: ascending positions of the prompt.
+            on_logits: receives the logits after the tokens at these positions.
         """
         sequence, chunk = reading.sequence, self.engine.config.prefill_chunk
         while sequence.computed < sequence.prompt_len:
@@ -146,13 +163,21 @@ class Reader:
             batch = Batch(Phase.PREFILL, sequence.runs(Phase.PREFILL, length), (sequence,), (span,))
             logits = self._run(batch, torch.tensor(wanted) - span.start)
             for position, row in zip(here, logits, strict=False):
-                hear(position, row)
+                on_logits(position, row)
             sequence.computed = span.stop
-            reading.ahead = logits[-1]
+            reading.next_logits = logits[-1]
+
+    def extend(self, reading: Reading, tokens: SequenceOf[int]) -> None:
+        """Append tokens to a prompt that nothing follows yet; `read` then prefills them."""
+        sequence = reading.sequence
+        assert not reading.generated, "tokens were decoded after the prompt"
+        sequence.request = replace(sequence.request, prompt=(*sequence.request.prompt, *tokens))
+        sequence.max_new_tokens -= len(tokens)
+        sequence.tokens.extend(tokens)
 
     def follow(self, reading: Reading, tokens: SequenceOf[int]) -> Tensor:
-        """Decode tokens [n] whatever the model wants: [n, V] fp32, the logits that predicted each of them."""
-        logits, sequence = [reading.ahead[None]], reading.sequence
+        """Decode given tokens [n]: [n, V] fp32, the logits that predicted each of them."""
+        logits, sequence = [reading.next_logits[None]], reading.sequence
         sequence.tokens.extend(tokens)
         while sequence.remaining:
             strategy, count = self._next(sequence)
@@ -160,27 +185,30 @@ class Reader:
             logits.append(self._run(Batch(Phase.DECODE, strategy, (sequence,) * count, spans), torch.arange(count)))
             sequence.computed += count
         everything = torch.cat(logits)
-        reading.ahead = everything[-1]
+        reading.next_logits = everything[-1]
         return everything[:-1]
 
     def _next(self, sequence: Sequence) -> tuple[Strategy, int]:
-        """What the next known token runs under, and how many of them run under the same."""
+        """Strategy of the next known token, and the number of tokens that one step may run under it."""
         strategy, most = sequence.runs(Phase.DECODE, 1), min(self._at_once, sequence.remaining)
         alike = (sequence.strategy.at(Phase.DECODE, sequence.computed + 1 + i, 1) == strategy for i in range(most))
         return strategy, sum(itertools.takewhile(bool, alike))
 
-    def forget(self, reading: Reading, ahead: Tensor) -> None:
-        """Back to the end of the prompt, behind which `ahead` [V] were the logits, as if nothing had been decoded."""
-        sequence = reading.sequence
-        self._cache.rollback(reading.handle, sequence.prompt_len)
-        self._cache.reserve(reading.handle, sequence.prompt_len + sequence.max_new_tokens)
-        del sequence.tokens[sequence.prompt_len :]
-        sequence.computed = sequence.prompt_len
-        sequence.reads[Phase.DECODE], sequence.coverage[Phase.DECODE] = Reads(), Coverage()
-        reading.ahead = ahead
+    def rewind(self, reading: Reading, mark: Mark) -> None:
+        """Return to a mark, as if nothing had been read or decoded since; decode history is lost."""
+        sequence, length = reading.sequence, len(mark.prompt) + len(mark.generated)
+        size = sequence.prompt_len + sequence.max_new_tokens
+        self._cache.rollback(reading.handle, length)
+        self._cache.reserve(reading.handle, size)
+        sequence.request = replace(sequence.request, prompt=mark.prompt)
+        sequence.max_new_tokens = size - sequence.prompt_len
+        sequence.tokens[:] = (*mark.prompt, *mark.generated)
+        sequence.computed = length
+        sequence.reads, sequence.coverage = dict(mark.reads), dict(mark.coverage)
+        sequence.locality, reading.next_logits = mark.locality, mark.next_logits
 
-    def go_on(self, readings: SequenceOf[Reading], done: Callable[[Reading], bool]) -> None:
-        """Take the likeliest token of every reading until it is `done`, all of them side by side."""
+    def generate(self, readings: SequenceOf[Reading], done: Callable[[Reading], bool]) -> None:
+        """Decode every reading greedily until it is `done`, all of them in one batch."""
         while running := [reading for reading in readings if not self._take(reading, done)]:
             groups: dict[Strategy, list[Reading]] = {}
             for reading in running:
@@ -189,9 +217,9 @@ class Reader:
                 self._decode(strategy, group)
 
     def _take(self, reading: Reading, done: Callable[[Reading], bool]) -> bool:
-        """Say the likeliest token, unless the reading ended before; whether it has ended now."""
+        """Append the likeliest token unless the reading is done; returns True if it is done now."""
         if not done(reading):
-            reading.sequence.tokens.append(int(reading.ahead.argmax()))
+            reading.sequence.tokens.append(int(reading.next_logits.argmax()))
         return done(reading)
 
     def _decode(self, strategy: Strategy, group: list[Reading]) -> None:
@@ -200,10 +228,10 @@ class Reader:
         logits = self._run(Batch(Phase.DECODE, strategy, sequences, spans), torch.arange(len(group)))
         for reading, row in zip(group, logits, strict=True):
             reading.sequence.computed += 1
-            reading.ahead = row
+            reading.next_logits = row
 
     def _run(self, batch: Batch, last: Tensor) -> Tensor:
-        """Logits [B, V] on the host after the tokens at indices last [B]; books what was read."""
+        """Logits [B, V] on the host after the tokens at indices last [B]; adds up the statistics of the step."""
         watched = batch if self._ledger is None else self._ledger.witness(batch)
         logits, telemetry = self.engine.runner.forward(watched, last.to(self._cache.device))
         reads = telemetry.reads()
@@ -213,6 +241,9 @@ class Reader:
         for sequence, read, kept in zip(batch.sequences, reads, covered, strict=True):
             sequence.reads[batch.phase] += read
             sequence.coverage[batch.phase] += kept
+        if batch.phase is Phase.DECODE:
+            for sequence, locality in zip(batch.sequences, telemetry.locality(), strict=True):
+                sequence.locality += locality
         if self._ledger is not None:
-            self._ledger.hear(batch, telemetry)
+            self._ledger.add(batch, telemetry)
         return logits.cpu()

@@ -1,4 +1,4 @@
-"""`report.html` of an evaluation: what each strategy costs in answers, and what it saves, on one page."""
+"""`report.html` of an evaluation: scores, losses and savings of each strategy."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..reports.units import known
 TERMS = (
     (
         "Score",
-        "The share of a sample's answers that the text said contains, letters in any case, as RULER scores; where one "
-        "answer is enough, 0 or 100 %. A score of many samples is their mean, with its 95 % confidence interval. The "
-        "question is part of the sparse phase, and a missing answer scores 0.",
+        "The share of a sample's answers that the generated text contains, letters in any case, as RULER scores; "
+        "where one answer is enough, 0 or 100 %. A score of many samples is their mean, with its 95 % confidence "
+        "interval. The question is part of the sparse phase, and a missing answer scores 0.",
     ),
     (
         "Loss against dense",

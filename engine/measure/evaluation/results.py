@@ -1,4 +1,4 @@
-"""From what a journal holds to the tables of ``results.json``."""
+"""Tables of ``results.json`` from the findings of a journal."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPARSITY = (*DENSITIES, "coverage", "coverage_min")
 
 
 def tables(found: Mapping[Key, Any], labels: Iterable[str]) -> dict[str, list[Row]]:
-    """The findings as `scores`, `summary`, `agreement`, `heads` and `samples`; the worst comes first."""
+    """The tables `scores`, `summary`, `agreement`, `heads` and `samples`; the worst rows come first."""
     order = {label: number for number, label in enumerate(labels)}
     answers = [
         {"group": key[1], "strategy": key[-1], **row}
@@ -89,7 +89,7 @@ def _summed(strategy: str, length: int | None, group: list[Row], answers: list[R
 
 
 def _loss(group: list[Row], dense: dict[Key, Row]) -> float:
-    """By how much dense scores better on the same samples."""
+    """Mean score of dense less that of the strategy, on the same samples."""
     return statistics.fmean(dense[_name(row)]["score"] - row["score"] for row in group)
 
 
@@ -138,7 +138,7 @@ def _kept(group: list[Row]) -> Row:
 def agreement_of_tasks(answers: list[Row]) -> list[Row]:
     """One row for each length, phase and strategy.
 
-    ``prefill`` is along the ends of the prompts, where the questions are, ``decode`` along the right answers.
+    ``prefill`` is along the ends of the prompts, the questions, ``decode`` along the right answers.
     """
     rows = []
     for (length, strategy), group in _groups(answers, "length", "strategy"):
@@ -182,7 +182,7 @@ def heads(along: list[Row]) -> list[Row]:
 
 
 def samples(answers: list[Row]) -> list[Row]:
-    """Every answer, the wrong ones first, those first that lost most against dense."""
+    """Every answer, the wrong ones first, in order of their loss against dense."""
     dense = _dense(answers)
     names = ("task", "length", "index", "strategy", *SAMPLE_FACTS, *SPARSITY, "seconds")
     rows = [{name: row[name] for name in names} for row in answers]
@@ -200,7 +200,7 @@ def _name(row: Row) -> Key:
 
 
 def _groups(rows: list[Row], *names: str) -> list[tuple[tuple[Any, ...], list[Row]]]:
-    """Rows that share these values, in the order of their first."""
+    """Rows grouped by these columns, in order of first appearance."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[name] for name in names), []).append(row)
@@ -208,7 +208,7 @@ def _groups(rows: list[Row], *names: str) -> list[tuple[tuple[Any, ...], list[Ro
 
 
 def _known(error: float) -> float | None:
-    """A standard error, but for that of a single value: JSON has no infinity."""
+    """A standard error; None for that of a single value, as JSON has no infinity."""
     return error if math.isfinite(error) else None
 
 
@@ -217,7 +217,7 @@ def _measured(values: Iterable[float | None]) -> list[float]:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    """None where one of them is unknown, or there is none."""
+    """The mean; None if a value is unknown or there is none."""
     known = list(values)
     if not known or any(value is None for value in known):
         return None

@@ -1,4 +1,4 @@
-"""Runs an evaluation: every sample and text under every strategy, each finding kept as it comes."""
+"""Evaluation run: every sample and text under every strategy, with each finding stored at once."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from .texts import texts
 from .units import Prompts, Questions, Tokens, Unit
 
 Progress = Callable[[int, int, str], None]
-"""Tokens read so far and in all, and what is being read."""
-TOGETHER = 8
-"""Samples of a file that are asked together."""
+"""Receives tokens read so far, tokens in all, and the title of the present unit."""
+GROUP = 8
+"""Samples of a file in one unit of work."""
 NUMERICS = ("page_size", "code_bits", "prefill_chunk", "queries_per_row", "max_model_len", "backend")
-"""Fields of the engine that may change a number."""
+"""Fields of the engine's configuration that may change a number."""
 
 
 @dataclass(slots=True)
 class Run:
-    """One evaluation."""
+    """One evaluation: its units of work and their findings."""
 
     settings: Evaluation
     engine: Engine
@@ -47,16 +47,17 @@ class Run:
 
     @classmethod
     def open(cls, settings: Evaluation, engine: Engine) -> Run:
-        """What there is to do, less what its folder has already.
+        """Plan the work, and load the findings that the output folder has already.
 
-        Raises `InvalidRequest`, `ResourceExhausted` or `Unsupported` naming the field, before anything takes time.
+        Raises:
+            InvalidRequest, ResourceExhausted, Unsupported: naming the field, before any forward pass.
         """
         strategies = {each.label: engine.strategy(each.name, each.args) for each in settings.variants}
         names, _ = _tasks(settings)
         if names or settings.agreement:
             _check_longest(max(settings.lengths), settings, engine)
         units = list(_plan(settings, engine))
-        _check_told(units, settings)
+        _check_plan(units, settings)
         if longest := _longest(units):
             _check_longest(longest, settings, engine)
         journal = Journal.open(settings.output_dir, _identity(settings, engine, strategies), restart=settings.restart)
@@ -68,20 +69,20 @@ class Run:
 
     @property
     def found(self) -> dict[Key, Any]:
-        """What is known of what was asked for: the folder may hold more, of a run with more samples."""
+        """Findings of the planned units; the folder may hold more, from a run with more samples."""
         known = self.journal.found
         return {key: known[key] for key in self._keys() if key in known}
 
     @property
     def seconds(self) -> float:
-        """What finding it has taken, in this process and before."""
+        """Time that the findings took, in this process and before."""
         return sum(self.journal.seconds.get(key, 0.0) for key in self._keys())
 
     def _keys(self) -> Iterator[Key]:
         return (unit.key(label) for unit in self.units for label in self.strategies)
 
     def go(self, progress: Progress, found: Callable[[], object]) -> None:
-        """Do what is missing; `found` is called after every unit of work."""
+        """Run the units that are missing; `found` is called after each of them."""
         reader, total = Reader(self.engine), sum(unit.cost for unit in self.units) * len(self.strategies)
         done = sum(unit.cost * (len(self.strategies) - len(self._missing(unit))) for unit in self.units)
         for unit in self.units:
@@ -91,7 +92,7 @@ class Run:
             found()
 
     def _do(self, unit: Unit, reader: Reader) -> Iterator[int]:
-        """Yields the tokens of each strategy that it has finished."""
+        """Run one unit; yields its cost in tokens for each finished strategy."""
         if not (missing := self._missing(unit)):
             return
         begun = time.perf_counter()
@@ -107,7 +108,7 @@ class Run:
 
 
 def _identity(settings: Evaluation, engine: Engine, strategies: dict[str, Strategy]) -> dict[str, Any]:
-    """What makes two runs comparable, number by number; prose comes from the Python that runs."""
+    """Everything that two runs must share to be comparable; Python's version determines the prose."""
     files = [*_tasks(settings)[1], *settings.texts]
     return {
         **settings.identity(),
@@ -123,7 +124,7 @@ def _identity(settings: Evaluation, engine: Engine, strategies: dict[str, Strate
 
 
 def _check_longest(longest: int, settings: Evaluation, engine: Engine) -> None:
-    """Every strategy takes so many tokens, answer included."""
+    """Check that model, cache and every strategy take sequences of `longest` tokens."""
     if longest > (limit := engine.model.max_model_len):
         raise InvalidRequest("lengths", f"at most {limit} tokens (max_model_len), got {longest}")
     for each in settings.variants:
@@ -131,8 +132,8 @@ def _check_longest(longest: int, settings: Evaluation, engine: Engine) -> None:
         engine.check(Request("longest", (0,) * (longest - 1), tokens, strategy=each.name, strategy_args=each.args))
 
 
-def _check_told(units: list[Unit], settings: Evaluation) -> None:
-    """The plan tells what it was asked for."""
+def _check_plan(units: list[Unit], settings: Evaluation) -> None:
+    """Check that the plan contains what the settings ask for."""
     asked = any(isinstance(unit, Questions) for unit in units)
     if settings.max_loss is not None and not asked:
         raise InvalidRequest("max_loss", "takes a task whose answers are scored, got none")
@@ -143,13 +144,13 @@ def _check_told(units: list[Unit], settings: Evaluation) -> None:
 
 
 def _longest(units: list[Unit]) -> int:
-    """Tokens of the longest question with its answer."""
+    """Tokens of the longest prompt with its answer."""
     samples = (sample for unit in units if isinstance(unit, Questions) for sample in unit.samples)
     return max((len(each.prompt) + max(each.max_new_tokens, len(each.gold)) for each in samples), default=0)
 
 
 def _plan(settings: Evaluation, engine: Engine) -> Iterator[Unit]:
-    """First one question of everything, then texts, then the other questions: a run that is cut short is worth most."""
+    """Units in order of value: one question of each task and length, then texts, then the other questions."""
     names, files = _tasks(settings)
     yield from _questions(settings, engine, names, range(1))
     if settings.agreement:
@@ -160,7 +161,7 @@ def _plan(settings: Evaluation, engine: Engine) -> Iterator[Unit]:
 
 
 def _tasks(settings: Evaluation) -> tuple[list[str], list[Path]]:
-    """Built-in tasks by name, and files. Raises `InvalidRequest` for a name that is neither."""
+    """Names of built-in tasks, and task files. Raises `InvalidRequest` for a name that is neither."""
     files = [Path(name) for name in settings.tasks if name.endswith(".jsonl")]
     words = [name for name in settings.tasks if not name.endswith(".jsonl") and name != "none"]
     names = [task.name for task in find(TASKS if "all" in words else words)]
@@ -186,12 +187,12 @@ def _along_texts(settings: Evaluation, engine: Engine) -> Iterator[Unit]:
 
 
 def _of_file(path: Path, settings: Evaluation, engine: Engine) -> Iterator[Unit]:
-    """In order of their length; each counts as of the next power of two, so that some share a length."""
+    """Units of a task file, in order of length; lengths are rounded up to powers of two, to form groups."""
     samples = load_jsonl(path, engine.tokenizer, settings.chat, engine.model.max_model_len)
     groups: dict[int, list[Sample]] = {}
     for sample in samples:
         length = 1 << (len(sample.prompt) + sample.max_new_tokens - 1).bit_length()
         groups.setdefault(length, []).append(replace(sample, length=length))
     for length, group in sorted(groups.items()):
-        for index, start in enumerate(range(0, len(group), TOGETHER)):
-            yield Questions(path.name, length, index, tuple(group[start : start + TOGETHER]))
+        for index, start in enumerate(range(0, len(group), GROUP)):
+            yield Questions(path.name, length, index, tuple(group[start : start + GROUP]))

@@ -1,4 +1,4 @@
-"""One question behind a long context, and how its answer is scored."""
+"""A question after a long context, and the score of an answer."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ Match = Literal["all", "any"]
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A prompt of tokens with the answers that it has."""
+    """A tokenized prompt and its right answers."""
 
     task: str
     length: int
-    """Tokens that it was made for: the prompt and room for the answer."""
+    """Target length in tokens: the prompt and room for the answer."""
     index: int
-    """Its number among the samples of this task and length."""
+    """Number among the samples of this task and length."""
     prompt: tuple[int, ...]
     """The context, the question last."""
     answers: tuple[str, ...]
     gold: tuple[int, ...]
-    """The right answer as the model would go on to say it."""
+    """The right answer as a continuation of the prompt."""
     max_new_tokens: int
     match: Match = "all"
-    """`all`: the score is the share of the answers that are said; `any`: one of them is enough."""
+    """`all`: the score is the share of answers that the text contains; `any`: one of them is enough."""
 
     def score(self, text: str) -> float:
-        """0 to 1, letters in any case, as RULER scores: answers may stand anywhere in what was said."""
-        said = text.lower()
-        found = [answer.lower() in said for answer in self.answers]
+        """Score from 0 to 1 as in RULER: answers may appear anywhere in the text, in any case."""
+        lowered = text.lower()
+        found = [answer.lower() in lowered for answer in self.answers]
         return sum(found) / len(found) if self.match == "all" else float(any(found))

@@ -1,4 +1,4 @@
-"""What `keysift eval` is asked to find out."""
+"""Settings of `keysift eval`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Length = Annotated[int, Field(ge=64)]
 
 
 class Evaluation(Checked):
-    """Which strategies are compared, on what, and how often."""
+    """Strategies, tasks, lengths and number of samples of an evaluation."""
 
     strategies: tuple[str, ...] = Field(
         ("sift+retrieval",),
         min_length=1,
-        description="NAME or PROMPT+TOKEN to compare with dense, repeatable; options of its own behind commas: "
+        description="NAME or PROMPT+TOKEN to compare with dense, repeatable; its own options after commas: "
         "sift+retrieval,sift.threshold=0.002",
     )
     strategy_args: tuple[str, ...] = Field(
@@ -39,7 +39,7 @@ class Evaluation(Checked):
     )
     samples: int = Field(2, ge=1, description="questions of each task and length")
     texts: tuple[Path, ...] = Field(
-        (), description="text files to compare with dense along, beside CPython's documentation; repeatable"
+        (), description="text files to compare with dense along, in addition to CPython's documentation; repeatable"
     )
     agreement: bool = Field(
         True,
@@ -65,5 +65,5 @@ class Evaluation(Checked):
         return variants(self.strategies, self.strategy_args, always_sparse=self.always_sparse)
 
     def identity(self) -> dict[str, Any]:
-        """What two runs must share to be parts of one."""
+        """Settings that two runs must share to be parts of one."""
         return self.model_dump(mode="json", exclude={"output_dir", "restart", "max_loss", "samples", "lm_eval"})

@@ -1,4 +1,4 @@
-"""How sure a mean is that few samples gave."""
+"""Confidence intervals and standard errors of means over few samples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def interval(scores: Sequence[float], level: float = 0.95) -> tuple[float, float
     """Wilson's interval for the mean of scores [n] between 0 and 1.
 
     Made for scores that are 0 or 1, it holds for all between: with a mean of p their variance is at most p(1-p), that
-    of zeros and ones, so for shares it is rather too wide. It says something where all scores are the same, too.
+    of zeros and ones, so for shares it is rather too wide. It is informative for equal scores, too.
     """
     if not scores:
         raise ValueError("scores: at least one is needed, got none")
@@ -29,7 +29,7 @@ def interval(scores: Sequence[float], level: float = 0.95) -> tuple[float, float
 
 
 def paired(differences: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard error of differences [n] of the same samples; of a single one the error is infinite."""
+    """Mean and standard error of paired differences [n]; the error of a single one is infinite."""
     if not differences:
         raise ValueError("differences: at least one is needed, got none")
     mean = fmean(differences)
@@ -37,7 +37,7 @@ def paired(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def perplexity_change(differences: Sequence[float]) -> tuple[float, float]:
-    """What perplexity rises by, as a share of what it was, and its standard error.
+    """Relative change of perplexity, and its standard error.
 
     From differences [n] in nats, token by token, of negative log-likelihoods. The error is that of their mean times the
     slope of the exponential there, as if tokens were independent.

@@ -1,4 +1,4 @@
-"""Real texts to follow: CPython's documentation, and files of one's own."""
+"""Texts to compare distributions along: CPython's documentation and the user's files."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ DOCUMENTATION = "documentation"
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text in tokens."""
+    """A tokenized text."""
 
     name: str
     tokens: tuple[int, ...]
 
 
 def documentation() -> str:
-    """All topics of CPython's help, which every Python carries."""
+    """All topics of CPython's help, part of every Python."""
     return "\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
 
 
 def texts(files: Sequence[Path], longest: int, tokenizer: Tokenizer) -> list[Text]:
-    """The first `longest` tokens of the documentation, where it has as many or there are no files, and of each file.
+    """The first `longest` tokens of the documentation and of each file.
 
-    Raises `InvalidRequest` for a file that cannot be read, is shorter, or is called as another one is.
+    The documentation is left out if it is shorter and there are files.
+
+    Raises:
+        InvalidRequest: a file cannot be read, is shorter, or has the name of another one.
     """
     names = [DOCUMENTATION, *(path.name for path in files)]
     if double := next((name for name in names if names.count(name) > 1), None):

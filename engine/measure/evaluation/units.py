@@ -1,4 +1,4 @@
-"""The pieces of an evaluation: each asks one thing under every strategy, dense first."""
+"""Units of work of an evaluation, each run under every strategy, dense first."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from .reader import Reader
 from .sample import Sample
 
 Finding = tuple[Key, Any]
-"""What the journal keeps, and under which name."""
+"""Key and value of a journal entry."""
 
 
 class Unit(Protocol):
-    """One piece of work."""
+    """One unit of work."""
 
     @property
     def title(self) -> str: ...
 
     @property
     def cost(self) -> int:
-        """Tokens to read, once for every strategy."""
+        """Tokens to read for each strategy."""
 
     def key(self, label: str) -> Key:
-        """Under which name the finding about one strategy is kept."""
+        """Journal key of the finding about one strategy."""
 
     def run(self, reader: Reader, strategies: Mapping[str, Strategy]) -> Iterator[Finding]:
         """Findings about these strategies, `dense` first among them."""
@@ -89,11 +89,11 @@ class Prompts:
 
 @dataclass(frozen=True, slots=True)
 class Tokens(Prompts):
-    """The end of a text, decoded token by token behind a dense prompt."""
+    """The end of a text, decoded after a dense prompt."""
 
     @property
     def title(self) -> str:
-        return f"{self.name}, {DECODED} tokens behind {len(self.tokens) - DECODED:,}"
+        return f"{self.name}, {DECODED} tokens after {len(self.tokens) - DECODED:,}"
 
     @property
     def cost(self) -> int:

@@ -1,4 +1,4 @@
-"""How much of the attention a strategy's selections really hold, layer by layer and head by head."""
+"""Exact coverage: the attention that a strategy's selections really hold, by layer and head."""
 
 from __future__ import annotations
 
@@ -23,42 +23,43 @@ class Ledger:
     """Attention kept by each layer and query head, and what was read, over some steps of one phase."""
 
     kept: dict[int, Tensor] = field(default_factory=dict)
-    """Of each layer [Hq], sums over queries."""
+    """[Hq] for each layer, sums over queries."""
     queries: dict[int, int] = field(default_factory=dict)
     density: list[tuple[Tensor, float]] = field(default_factory=list)
-    """Of each step [L, H], and the (query, key) pairs that causality allowed it."""
+    """[L, H] for each step, and its causal (query, key) pairs."""
     least: float | None = None
-    """The least that one query kept in one head; None where nobody chose."""
+    """Least share that one query kept in one head; None if no layer chose."""
 
     def witness(self, batch: Batch) -> Batch:
-        """The same step under the same strategy, watched."""
+        """The same step, with the strategy's selections measured."""
         watched = Watched(inner=batch.strategy, ledger=self)
         return Batch(batch.phase, watched, batch.sequences, batch.spans)
 
-    def hear(self, batch: Batch, telemetry: Telemetry) -> None:
+    def add(self, batch: Batch, telemetry: Telemetry) -> None:
+        """Add the densities of a step."""
         pairs = sum(span.length * span.start + span.length * (span.length + 1) / 2 for span in batch.spans)
         self.density.append((telemetry.density(), pairs))
 
     def note(self, layer: int, shares: Tensor) -> None:
-        """shares [T, Hq] of the attention that queries kept."""
+        """Add shares [T, Hq] of the attention that queries kept."""
         self.kept[layer] = self.kept.get(layer, 0) + shares.sum(0).cpu()
         self.queries[layer] = self.queries.get(layer, 0) + len(shares)
         least = float(shares.min())
         self.least = least if self.least is None else min(self.least, least)
 
     def coverage(self) -> Heads:
-        """None for layers that nobody was asked about: they have a window."""
+        """Kept shares; None for layers that did not choose, as they have a window."""
         return self._known([(self.kept[layer] / self.queries[layer]).tolist() for layer in sorted(self.kept)])
 
     def densities(self) -> Heads:
-        """Shares of the pairs; heads that share a selection have the same. None as in `coverage`."""
+        """Shares of the causal pairs; heads that share a selection have the same. None as in `coverage`."""
         width = max((step.shape[1] for step, _ in self.density), default=0)
         possible = sum(pairs for _, pairs in self.density)
         chosen = sum(step.repeat_interleave(width // step.shape[1], 1) * pairs for step, pairs in self.density)
         return self._known((chosen / possible)[sorted(self.kept)].tolist()) if isinstance(chosen, Tensor) else []
 
     def _known(self, rows: list[list[float]]) -> Heads:
-        """The rows of the layers that chose, in order, among those of all layers."""
+        """Rows for all layers, given those of the layers that chose."""
         layers = len(self.density[0][0]) if self.density else 0
         empty: list[float | None] = [None] * (len(rows[0]) if rows else 0)
         each = iter(rows)
@@ -66,28 +67,28 @@ class Ledger:
 
     @property
     def mean(self) -> float | None:
-        """Over layers, heads and queries; None where every layer has a window."""
+        """Mean share over layers, heads and queries; None if every layer has a window."""
         shares = [kept / self.queries[layer] for layer, kept in self.kept.items()]
         return float(torch.cat(shares).mean()) if shares else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Watched(Strategy):
-    """Chooses as another strategy does, and has the attention measured that its choice keeps."""
+    """Wrapper that measures the attention kept by another strategy's selections."""
 
     inner: Strategy
     ledger: Ledger
 
     def __post_init__(self) -> None:
-        """The other one has checked its options."""
+        """Skip the checks of options: `inner` has made them."""
 
     def prefill(self, q: Tensor, context: Context) -> Selection:
-        return self._watch(q, context, self.inner.prefill(q, context))
+        return self._measured(q, context, self.inner.prefill(q, context))
 
     def decode(self, q: Tensor, context: Context) -> Selection:
-        return self._watch(q, context, self.inner.decode(q, context))
+        return self._measured(q, context, self.inner.decode(q, context))
 
-    def _watch(self, q: Tensor, context: Context, selection: Selection) -> Selection:
+    def _measured(self, q: Tensor, context: Context, selection: Selection) -> Selection:
         shares = torch.ones(q.shape[:2]) if selection.complete else kept(q, context, selection)
         self.ledger.note(context.layer, shares)
         return selection

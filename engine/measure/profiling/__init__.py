@@ -1,1 +1,1 @@
-"""Where the time of prompts and tokens goes: latency over strategies, lengths and batch sizes."""
+"""Profiling: latency over strategies, prompt lengths and batch sizes, and its parts."""

@@ -1,4 +1,4 @@
-"""Sums up where steps spend their time."""
+"""Exclusive time of the parts of a step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def _nothing() -> None:
 
 
 class Clock:
-    """`Spans` that sum exclusive seconds by phase and part: what an inner span takes is not the outer one's.
+    """`Spans` that sum exclusive seconds by phase and part: the time of an inner span does not count for the outer one.
 
-    Whatever of a step no span claims is `other`, so the parts of a step sum to its time. On an accelerator `settle`
-    waits for it at every border, which slows the step down: a pass under a clock tells shares, not latencies.
+    Time outside every span is `other`, so the parts of a step sum to its time. On an accelerator `settle` waits for it
+    at every border, which slows the step down: a pass under a clock measures shares, not latencies.
     """
 
     def __init__(self, settle: Callable[[], None] = _nothing, now: Callable[[], float] = time.perf_counter) -> None:
@@ -39,7 +39,7 @@ class Clock:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A whole step of the engine; the phase that it turned out to be of is booked by `book`."""
+        """Time one step of the engine; `book` then assigns it to a phase."""
         self._settle()
         self._step, self._part, self._since = defaultdict(float), "other", self._now()
         try:
@@ -48,18 +48,18 @@ class Clock:
             self._turn_to("other")
 
     def book(self, phase: Stretch) -> None:
-        """Put the last step down to this phase."""
+        """Add the last step to this phase."""
         self.steps[phase] += 1
         for part, seconds in self._step.items():
             self.seconds[phase][part] += seconds
 
     def shares(self) -> dict[Stretch, dict[Part, float]]:
-        """Seconds of each part: those of all prefill steps together, and those of one decode step, a mean."""
+        """Seconds of each part: the sum over all prefill steps, and the mean of a decode step."""
         each: dict[Stretch, int] = {"prefill": 1, "decode": max(self.steps["decode"], 1)}
         return {phase: {part: spent[part] / each[phase] for part in PARTS} for phase, spent in self.seconds.items()}
 
     def _turn_to(self, part: Part) -> Part:
-        """From now on time is this part's; returns whose it was."""
+        """Assign time to this part from now on; returns the previous part."""
         self._settle()
         now = self._now()
         self._step[self._part] += now - self._since

@@ -1,4 +1,4 @@
-"""Running a batch of prompts and noting when what happened."""
+"""Runs of a batch of requests, with the time of every step and token."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ class Stepped:
     phase: Stretch
     seconds: float
     cpu_seconds: float
-    """Of all threads of this process."""
+    """CPU time of all threads of this process."""
     outputs: list[Output]
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A batch of requests that were all added at once. Seconds count from there."""
+    """A batch of requests that were added at the same time, from which seconds count."""
 
     steps: list[Stepped]
     duration: float
     times: list[list[float]]
-    """Of each request, when each of its tokens came."""
+    """Arrival time of each request's tokens."""
     finishes: list[Finish]
 
     @property
@@ -42,12 +42,12 @@ class Run:
 
     @property
     def itls(self) -> list[list[float]]:
-        """Of each request, the gaps between its tokens, which come one by one."""
+        """Gaps between each request's tokens."""
         return [[later - earlier for earlier, later in pairwise(times)] for times in self.times]
 
     @property
     def tpots(self) -> list[float]:
-        """Of each request: (end - first token) / (tokens - 1)."""
+        """Time per output token of each request: (end - first token) / (tokens - 1)."""
         return [(times[-1] - times[0]) / (len(times) - 1) for times in self.times]
 
     @property
@@ -55,12 +55,14 @@ class Run:
         return [times[-1] for times in self.times]
 
     def seconds(self, phase: Stretch) -> list[float]:
-        """Of each step of a phase."""
+        """Duration of each step of a phase."""
         return [step.seconds for step in self.steps if step.phase == phase]
 
 
 @dataclass(slots=True)
-class _Noted:
+class _Collected:
+    """Token times and finishes by request id."""
+
     times: dict[str, list[float]] = field(default_factory=dict)
     finishes: dict[str, Finish] = field(default_factory=dict)
 
@@ -73,28 +75,28 @@ class _Noted:
 
 
 def run(engine: Engine, requests: list[Request], clock: Clock | None = None) -> Run:
-    """Run all requests to their ends, none beside them; a clock, if there is one, hears where their time goes.
+    """Run requests to their ends, on an engine without others; a clock, if given, measures the parts of their time.
 
-    Raises `KeysiftError` where one of them does not end as it should; none of them is left in the engine.
+    Raises `KeysiftError` if one of them does not reach its length; none of them is left in the engine.
     """
-    noted, start, steps = _Noted(), time.perf_counter(), list[Stepped]()
+    collected, start, steps = _Collected(), time.perf_counter(), list[Stepped]()
     for request in requests:
         engine.add(request)
     try:
         for step in stepping(engine, clock):
-            noted.take(step.outputs, time.perf_counter() - start)
+            collected.take(step.outputs, time.perf_counter() - start)
             steps.append(step)
     finally:
         clear(engine, requests)
     duration, names = time.perf_counter() - start, [request.request_id for request in requests]
-    for finish in (finishes := [noted.finishes[name] for name in names]):
+    for finish in (finishes := [collected.finishes[name] for name in names]):
         if finish.reason is not FinishReason.LENGTH:
             raise KeysiftError(finish.error or f"ended by {finish.reason.value} before its length")
-    return Run(steps, duration, [noted.times[name] for name in names], finishes)
+    return Run(steps, duration, [collected.times[name] for name in names], finishes)
 
 
 def stepping(engine: Engine, clock: Clock | None = None) -> Iterator[Stepped]:
-    """The engine's steps until it has no work."""
+    """Steps of the engine until it has no work."""
     while engine.has_work:
         yield _step(engine, clock)
 
@@ -114,12 +116,12 @@ def _step(engine: Engine, clock: Clock | None) -> Stepped:
 
 
 def phase_of(outputs: list[Output]) -> Stretch:
-    """Whose step it was: every chunk of a prompt reports how far it got."""
+    """Phase of a step: every chunk of a prompt reports its progress."""
     return "prefill" if any(isinstance(output, PrefillProgress) for output in outputs) else "decode"
 
 
 def clear(engine: Engine, requests: list[Request]) -> None:
-    """End whatever still runs of these."""
+    """Abort those requests that still run."""
     for request in requests:
         engine.abort(request.request_id)
     while engine.has_work:

@@ -1,4 +1,4 @@
-"""One cell: warm-up, undisturbed runs, and a pass of its own under a clock."""
+"""Measurement of one cell: warm-up, undisturbed runs, and a separate pass under a clock."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from .quiet import Watch, cpu_share, disturbed
 from .settings import Cell, Profile
 from .summary import summary
 
-Tell = Callable[[], None]
+OnPass = Callable[[], None]
+"""Called after each pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A run, and how far the machine was ours meanwhile."""
+    """A run, and the load that other processes put on the machine."""
 
     run: Run
     cpu_share: float
@@ -36,14 +37,14 @@ class Attempt:
 
 
 def settle(devices: Iterable[torch.device]) -> None:
-    """Wait until the accelerators among them have done all that they were given."""
+    """Wait for the accelerators among the devices."""
     for device in devices:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
 
 class Bench:
-    """An engine that nobody else uses, and the prompts to run on it."""
+    """An engine without other requests, and the prompts to run on it."""
 
     def __init__(self, engine: Engine, settings: Profile, prompts: Prompts) -> None:
         self.engine, self.settings, self._prompts = engine, settings, prompts
@@ -58,7 +59,7 @@ class Bench:
         return Request(name, prompt, params, variant.name, variant.args, bypass_prefix_cache=True)
 
     def check(self, cell: Cell) -> None:
-        """Raises `InvalidRequest` or `Unsupported` where it is known beforehand that the cell cannot run."""
+        """Raise `InvalidRequest` or `Unsupported` if the cell cannot run."""
         engine, tokens = self.engine, cell.input_len + self.settings.output_len
         if tokens > (limit := engine.model.max_model_len):
             most = limit - self.settings.output_len
@@ -86,19 +87,19 @@ class Bench:
             raise InvalidRequest("batch_sizes", f"at most max_num_seqs ({most}), got {cell.batch_size}")
 
     def passes(self) -> int:
-        """Runs of a cell if none is disturbed."""
+        """Passes of a cell if no run is disturbed."""
         return self.settings.warmup + self.settings.runs + 1
 
-    def measure(self, cell: Cell, tell: Tell) -> dict[str, Any]:
-        """The cell's row; `tell` is called after each pass. Raises `KeysiftError` where it cannot run to its end."""
+    def measure(self, cell: Cell, on_pass: OnPass) -> dict[str, Any]:
+        """The cell's row. Raises `KeysiftError` if a request does not run to its end."""
         for _ in range(self.settings.warmup):
             run(self.engine, self.requests(cell))
-            tell()
+            on_pass()
         memory = PeakMemory(*dict.fromkeys(self.engine.model.devices))
-        attempts = self._undisturbed(cell, tell)
+        attempts = self._undisturbed(cell, on_pass)
         peak = memory.bytes()
         shares = self._shares(cell)
-        tell()
+        on_pass()
         return {
             "runs": len(attempts),
             "disturbed": any(attempt.disturbed for attempt in attempts),
@@ -111,13 +112,13 @@ class Bench:
             "shares": shares,
         }
 
-    def _undisturbed(self, cell: Cell, tell: Tell) -> list[Attempt]:
-        """As many undisturbed runs as are wanted, filled up with the least disturbed if there were too few."""
+    def _undisturbed(self, cell: Cell, on_pass: OnPass) -> list[Attempt]:
+        """The wanted number of undisturbed runs, completed with the least disturbed if there were too few."""
         wanted, attempts = self.settings.runs, list[Attempt]()
         most = max(wanted, self.settings.attempts)
         while len(attempts) < most and sum(not attempt.disturbed for attempt in attempts) < wanted:
             attempts.append(self._attempt(cell))
-            tell()
+            on_pass()
         return sorted(attempts, key=lambda attempt: (attempt.disturbed, attempt.others - attempt.cpu_share))[:wanted]
 
     def _attempt(self, cell: Cell) -> Attempt:
@@ -128,7 +129,7 @@ class Bench:
         return Attempt(done, share, others, disturbed(share, others, on_cpu=on_cpu))
 
     def _shares(self, cell: Cell) -> dict[Stretch, dict[Part, float]]:
-        """Seconds of each part of the steps, from a pass of its own: watching takes time itself."""
+        """Seconds of each part of the steps, from a separate pass, as tracing takes time itself."""
         devices = dict.fromkeys(self.engine.model.devices)
         clock = Clock(lambda: settle(devices))
         with self.engine.watched(clock):
@@ -136,7 +137,7 @@ class Bench:
         return clock.shares()
 
     def _kv_bytes(self, cell: Cell) -> int:
-        """Of the keys and values of all prompts and of what follows them, in all ranks."""
+        """Bytes of the keys and values of all prompts and generated tokens, over all ranks."""
         spec = self.engine.cache.spec
         return (
             self.engine.model.ranks

@@ -15,9 +15,9 @@ PROCESS = Path("/proc/self")
 
 
 class PeakMemory:
-    """The most memory in use since the start: the devices' in sum on CUDA, else that of the process.
+    """Peak memory since construction: the sum over CUDA devices, otherwise resident memory of the process.
 
-    `scope` tells what it is the peak of: `cell`, since the start; `process`, ever, where the system cannot begin anew.
+    `scope` is `cell`, or `process` on systems that cannot reset the peak of a process.
     """
 
     def __init__(self, *devices: torch.device) -> None:
@@ -35,8 +35,8 @@ class PeakMemory:
 
 
 def _reset() -> bool:
-    """Whether Linux has forgotten the process' peak: 5 is its word for that."""
-    release_heap()  # what was freed before is no part of what comes
+    """Reset the peak of this process (Linux: write 5 to clear_refs); returns True if that worked."""
+    release_heap()  # memory freed before must not count
     with suppress(OSError):
         (PROCESS / "clear_refs").write_text("5")
         return (PROCESS / "status").exists()

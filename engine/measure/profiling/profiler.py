@@ -1,4 +1,4 @@
-"""All cells, one after the other, in a file that is whole after each of them."""
+"""All cells of a profile, one after the other, with the results file replaced after each."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from .settings import Cell, Profile
 SCHEMA = "keysift.profile/1"
 RESULTS, TRACE = "profile.json", "trace.json.gz"
 TOKEN_COST = 25
-"""What a generated token takes, in prompt tokens: only for the time that is left."""
+"""Weight of a generated token in prompt tokens, for the progress estimate."""
 
 Results = dict[str, Any]
 Progress = Callable[[int, int, str], None]
-"""Work done, work in all, and what is being measured."""
+"""Receives work done, work in all, and the title of the present cell."""
 
 
 def make_engine(settings: Profile, config: EngineConfig, report: Callable[[str], None]) -> Engine:
-    """One engine for all cells; what is wrong with the settings need not wait for the model.
+    """One engine for all cells, after a check of the settings.
 
-    Its own strategy is dense: it would keep another one's index up to date in the cells of all others.
+    Its own strategy is dense: the index of another one would be kept up to date in every cell.
     """
     if settings.output_len < 2:
         raise InvalidRequest("output_len", f"at least 2, for a time between two tokens, got {settings.output_len}")
@@ -46,10 +46,10 @@ def make_engine(settings: Profile, config: EngineConfig, report: Callable[[str],
 
 
 class Profiler:
-    """Measures all cells of the settings on one engine and keeps what it has in the output folder."""
+    """Measures all cells of the settings on one engine and stores the results in the output folder."""
 
     def __init__(self, settings: Profile, engine: Engine) -> None:
-        """Raises `InvalidRequest` or `Unsupported` for a cell that cannot run; nothing was started or written."""
+        """Raises `InvalidRequest` or `Unsupported` for a cell that cannot run, before anything is written."""
         self.settings, self.engine = settings, engine
         longest = max(settings.input_lens) * max(settings.batch_sizes)
         prompts = Prompts(engine.tokenizer, read(settings.text), engine.config.seed, longest)
@@ -67,9 +67,9 @@ class Profiler:
         return self.settings.output_dir / TRACE
 
     def go(self, progress: Progress) -> Results:
-        """The table, then the trace. A cell that fails is a row with its error."""
+        """Measure all cells, then record the trace. A cell that fails is a row with its error."""
         self._keep()
-        self.trace_file.unlink(missing_ok=True)  # it would be that of another run
+        self.trace_file.unlink(missing_ok=True)  # of an earlier run
         work = _Work(self.settings.cells(), self.bench.passes(), self.settings.output_len, progress)
         for cell in self.settings.cells():
             self.results["cells"].append(self._row(cell, work))
@@ -95,13 +95,13 @@ class Profiler:
         return row
 
     def _trace(self, work: _Work) -> None:
-        """Of the longest prompt under each strategy that could run it."""
+        """Trace the longest prompt under each strategy without errors."""
         broken = {row["strategy"] for row in self.results["cells"] if "error" in row}
         traces = []
         for variant in self.settings.variants:
             if variant.label not in broken:
                 cell = Cell(variant, max(self.settings.input_lens), 1)
-                work.say(f"trace of {variant.label}")
+                work.report(f"trace of {variant.label}")
                 title = f"{variant.label}, {cell.input_len} tokens"
                 traces.append(trace.record(self.engine, self.bench.requests(cell)[0], title))
         if traces:
@@ -131,7 +131,7 @@ class Profiler:
         }
 
     def _keep(self) -> None:
-        """Write the file, as a whole or not at all."""
+        """Replace the results file as a whole."""
         file = self.results_file
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = file.with_name(f".{file.name}")
@@ -140,7 +140,7 @@ class Profiler:
 
 
 class _Work:
-    """How much of all cells is done, each weighed by its tokens."""
+    """Progress over all cells, weighted by tokens."""
 
     def __init__(self, cells: list[Cell], passes: int, output_len: int, progress: Progress) -> None:
         self._passes, self._output_len, self._progress = passes, output_len, progress
@@ -155,19 +155,19 @@ class _Work:
         self._one = self._pass(cell)
         self._left = self._passes
         count = f" x {cell.batch_size}" if cell.batch_size > 1 else ""
-        self.say(f"{cell.variant.label}, {cell.input_len:,} tokens{count}")
+        self.report(f"{cell.variant.label}, {cell.input_len:,} tokens{count}")
 
     def advance(self) -> None:
-        """One pass is done; runs beyond those that were expected count nothing."""
+        """Count one pass; runs beyond the expected ones count nothing."""
         if self._left > 1:
             self._left -= 1
             self._done += self._one
-        self.say(self._title)
+        self.report(self._title)
 
     def end(self) -> None:
         self._done += self._left * self._one
-        self.say(self._title)
+        self.report(self._title)
 
-    def say(self, title: str) -> None:
+    def report(self, title: str) -> None:
         self._title = title
         self._progress(self._done, self._total, title)

@@ -1,4 +1,4 @@
-"""Prompts of real text: random tokens would make sparse attention look like something that it is not."""
+"""Prompts of real text, as random tokens are no test of sparse attention."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from ...errors import InvalidRequest
 from ...model.tokenizer import Tokenizer
 
 CHARACTERS = 8
-"""Of a token, at most, in text that is not much stranger than English."""
+"""Most characters per token, in text like English."""
 
 
 class Prompts:
-    """Cuts prompts of an exact number of tokens out of one text, which begins anew where it ends."""
+    """Prompts of an exact number of tokens, cut from one text that is repeated at its end."""
 
     def __init__(self, tokenizer: Tokenizer, text: str, seed: int, longest: int) -> None:
-        """`longest`: tokens of the longest batch; more of the text is not looked at."""
-        self._opening = tokenizer.encode("")  # what the model wants before any text
+        """`longest`: tokens of the longest batch, which bounds the text that is tokenized."""
+        self._opening = tokenizer.encode("")  # special tokens before any text
         self._tokens = tokenizer.encode(text[: CHARACTERS * longest])[len(self._opening) :]
         if not self._tokens:
             raise InvalidRequest("text", "some text, got none")
         self._start = random.Random(seed).randrange(len(self._tokens))
 
     def batch(self, count: int, length: int) -> list[tuple[int, ...]]:
-        """So many prompts of so many tokens, each from another place."""
+        """`count` prompts of `length` tokens, from different places."""
         apart = len(self._tokens) // count
         return [self._cut(self._start + i * apart, length) for i in range(count)]
 
@@ -36,7 +36,7 @@ class Prompts:
 
 
 def read(path: Path | None) -> str:
-    """The text of a file; none: CPython's own documentation, which every Python carries."""
+    """The text of a file, by default CPython's documentation, part of every Python."""
     if path is None:
         return "\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
     try:

@@ -1,4 +1,4 @@
-"""Whether the machine was ours during a run."""
+"""Load of other processes on the machine during a run."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ...memory.budget import CGROUP
 from .drive import Run
 
 QUIET = 0.95
-"""Least share of its threads' time that a run must have had, and of the cores' time that nobody else may have had."""
+"""Least share of its threads' time that an undisturbed run has; other processes have at most the rest of the cores."""
 
 
 class Watch:
-    """Started before a run; asked after it."""
+    """CPU time of other processes since construction."""
 
     def __init__(self) -> None:
         self._busy, self._own, self._wall = _busy(), _own(), time.perf_counter()
 
     def others(self) -> float:
-        """Share that other processes have had since the start of the cores that this one may use."""
+        """Share of the usable cores' time that other processes have had."""
         ours = (time.perf_counter() - self._wall) * min(len(usable()), _quota())
         return max(0.0, (_busy() - self._busy - (_own() - self._own)) / ours)
 
 
 def _quota() -> float:
-    """As many cores' time the control group of this process may use; infinite where it has no limit."""
+    """Cores that the control group of this process may use; infinite without a limit."""
     try:
         limit, period = (CGROUP / "cpu.max").read_text().split()
     except OSError:
@@ -39,7 +39,7 @@ def _quota() -> float:
 
 
 def _busy() -> float:
-    """CPU seconds that all processes have used on these cores; under a quota those that share it, wherever they ran."""
+    """CPU seconds of all processes on the usable cores; under a quota, of those that share it, on any core."""
     if _quota() < len(cores := usable()):
         lines = (CGROUP / "cpu.stat").read_text().splitlines()
         return 1e-6 * int(next(line for line in lines if line.startswith("usage_usec")).split()[1])
@@ -48,22 +48,22 @@ def _busy() -> float:
 
 
 def _own() -> float:
-    """Those of this process and of the ranks of its team, which are its children."""
+    """CPU seconds of this process and of its children, which are ranks of its group."""
     spent = time.process_time()
     for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has ended meanwhile
+        with suppress(psutil.Error):  # the child has ended
             times = child.cpu_times()
             spent += float(times.user + times.system)
     return spent
 
 
 def cpu_share(run: Run) -> float:
-    """CPU time of this process against wall time x threads, over the steps of the prompts."""
+    """CPU time of this process divided by wall time x threads, over the prefill steps."""
     prefill = [step for step in run.steps if step.phase == "prefill"]
     wall = sum(step.seconds for step in prefill)
     return sum(step.cpu_seconds for step in prefill) / (wall * num_threads())
 
 
 def disturbed(share: float, others: float, *, on_cpu: bool) -> bool:
-    """The share of the threads' time tells nothing where an accelerator computes."""
+    """True if other processes had too much of the machine; the share of threads counts on a CPU only."""
     return others > 1 - QUIET or (on_cpu and share < QUIET)

@@ -1,4 +1,4 @@
-"""`report.html` of a profile: latency, memory and where the time goes; and the page that compares two profiles."""
+"""`report.html` of a profile: latency, memory and parts of the time; and the page that compares two profiles."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def write_report(results: Mapping[str, Any], path: Path) -> None:
 
 
 def write_comparison(before: Mapping[str, Any], after: Mapping[str, Any], path: Path) -> None:
-    """Write the page that sets two `profile.json` against each other."""
+    """Write the page that compares two `profile.json`."""
     strategies = strategies_of(after, rows_of(after, "cells"), rows_of(before, "cells"))
     styles = style_of(strategies)
     page = Page(

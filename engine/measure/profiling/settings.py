@@ -1,4 +1,4 @@
-"""What `keysift profile` is asked to measure."""
+"""Settings of `keysift profile`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Cell(NamedTuple):
 
 
 class Profile(Checked):
-    """The cells, and how each of them is measured."""
+    """The cells of a profile, and the runs of each."""
 
     strategies: tuple[str, ...] = Field(
         (DENSE, DEFAULT),
         min_length=1,
-        description="NAME or PROMPT+TOKEN, repeatable; options of its own behind commas: "
+        description="NAME or PROMPT+TOKEN, repeatable; its own options after commas: "
         "sift+retrieval,sift.threshold=0.002",
     )
     strategy_args: tuple[str, ...] = Field(
@@ -51,10 +51,10 @@ class Profile(Checked):
 
     @property
     def variants(self) -> list[Variant]:
-        """Of the strategies, `dense` first if it is among them."""
+        """Variants of the strategies, `dense` first if it is among them."""
         return [each for each in variants(self.strategies, self.strategy_args) if each.label in self.strategies]
 
     def cells(self) -> list[Cell]:
-        """Short ones first, so that there is soon something to see; the strategies beside each other."""
+        """Cells in order of length and batch size, for early results; strategies follow each other."""
         sizes = product(sorted(self.input_lens), sorted(self.batch_sizes), self.variants)
         return [Cell(variant, length, count) for length, count, variant in sizes]

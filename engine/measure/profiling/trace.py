@@ -1,4 +1,4 @@
-"""A trace of a few steps that opens in Perfetto: what runs inside of a step, layer by layer."""
+"""Trace of a few steps for Perfetto, with the parts of a step layer by layer."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from .drive import clear, stepping
 
 Trace = dict[str, Any]
 DECODE_STEPS = 4
-"""Steps of a trace after the prompt's last chunk; more of them would say the same and make the file larger."""
+"""Steps of a trace after the prompt's last chunk."""
 LABELS = {"linear": "model", "transfer": "fetch"}
-"""Parts that are called otherwise in a trace: there the model contains its attention."""
+"""Labels of parts in a trace, where the model's range contains its attention."""
 
 
 @contextmanager
 def ranges(name: Part | Stretch, layer: int | None = None) -> Iterator[None]:
-    """`Spans` that the torch profiler shows: `prefill` and `decode` for whole steps, `layer 3 selection` within."""
+    """`Spans` as ranges of the torch profiler: `prefill` and `decode` for steps, `layer 3 selection` within."""
     label = LABELS.get(name, name)
     with record_function(label if layer is None else f"layer {layer} {label}"):
         yield
 
 
 def record(engine: Engine, request: Request, title: str) -> Trace:
-    """Of the prompt's last chunk and of the first tokens after it, all within a range called `title`."""
+    """Trace the prompt's last chunk and the first tokens after it, within a range called `title`."""
     try:
         engine.add(request)
         _skip_to_last_chunk(engine, len(request.prompt))
@@ -50,7 +50,7 @@ def record(engine: Engine, request: Request, title: str) -> Trace:
 
 
 def write(traces: Sequence[Trace], path: Path) -> None:
-    """All of them in one file, as they were one after the other. Fails as a whole or not at all."""
+    """Write all traces into one file, replaced as a whole."""
     whole = {**traces[0], "traceEvents": [event for trace in traces for event in trace["traceEvents"]]}
     unfinished = path.with_name(f".{path.name}")
     with gzip.open(unfinished, "wt", encoding="utf-8", compresslevel=6) as file:
@@ -61,8 +61,8 @@ def write(traces: Sequence[Trace], path: Path) -> None:
 def _skip_to_last_chunk(engine: Engine, length: int) -> None:
     chunk, processed = engine.config.prefill_chunk, 0
     while length - processed > chunk:
-        told = (o.processed for o in engine.step() if isinstance(o, PrefillProgress))
-        processed = max(told, default=length)  # it failed: there is nothing to skip to
+        reported = (o.processed for o in engine.step() if isinstance(o, PrefillProgress))
+        processed = max(reported, default=length)  # no report: the request has failed
 
 
 def _activities(device: torch.device) -> list[ProfilerActivity]:

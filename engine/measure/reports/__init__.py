@@ -1,1 +1,1 @@
-"""Self-contained HTML pages of results: charts that need no script and no network."""
+"""Self-contained HTML reports, with charts as inline SVG and no network access."""

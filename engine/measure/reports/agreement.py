@@ -1,4 +1,4 @@
-"""How closely a strategy follows dense attention: distances of its distributions, and what its heads still see."""
+"""Report sections on agreement with dense attention: divergence of distributions, coverage of heads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PHASES = ("prefill", "decode")
 KLS = ("kl_mean", "kl_median", "kl_p99")
 SOURCES = {"text": "real text", "tasks": "the tasks"}
 LEAST_KL = 1e-7
-"""A logarithmic axis has no zero: nearer ones are drawn here."""
+"""Least KL on a logarithmic axis; smaller ones are drawn there."""
 COLUMNS = (
     "strategy",
     "read",
@@ -45,13 +45,13 @@ def agreement(results: Json, strategies: Sequence[str], styles: Styles) -> Secti
 
 
 def _whole(rows: Sequence[Json]) -> list[Json]:
-    """The rows over all names where there are some, otherwise each name's own; only what has a KL."""
+    """Rows over all names if there are any, otherwise those of each name; without rows that lack a KL."""
     rows = [row for row in rows if known(row.get("kl_mean")) is not None]
     return [row for row in rows if row.get("name") == "all"] or rows
 
 
 def _ranges(rows: Sequence[Json], styles: Styles) -> list[Chart]:
-    """For each source and phase: the mean KL of each strategy, from its median to its 99th percentile."""
+    """Charts of the KL by source and phase: mean of each strategy, with a bar from median to 99th percentile."""
     charts = []
     drawn = [row for row in _whole(rows) if row["strategy"] in styles]
     ends = [_drawn(value) for row in drawn for key in KLS if (value := known(row.get(key))) is not None]
@@ -82,7 +82,7 @@ def _drawn(kl: float) -> float:
 
 
 def _curves(rows: Sequence[Json], styles: Styles) -> list[Chart]:
-    """The mean KL against length, where there are two lengths or more."""
+    """Charts of the mean KL against length, for two lengths or more."""
     charts = []
     for phase in PHASES:
         found = [row for row in rows if row["phase"] == phase and row.get("source", "text") == "text"]
@@ -104,7 +104,7 @@ def _curve(rows: Sequence[Json], style: Style) -> Line:
 
 
 def _ordered(rows: Sequence[Json], strategies: Sequence[str]) -> list[Json]:
-    """By strategy, then the whole before its parts, the longest first."""
+    """Rows by strategy, those over all names first, the longest first."""
     place = {name: number for number, name in enumerate(strategies)}
     return sorted(
         rows,
@@ -139,7 +139,7 @@ def _row(row: Json, styles: Styles) -> list[Cell]:
 
 
 def heads(results: Json, strategies: Sequence[str]) -> Section:
-    """Maps of layers and heads: the attention that a selection kept, beside what it cost."""
+    """Maps of layers and heads: coverage and density."""
     rows = [row for row in rows_of(results, "heads") if row.get("coverage") or row.get("density")]
     rows = [row for name in strategies for row in rows if row["strategy"] == name and name != "dense"]
     if not rows:
@@ -191,7 +191,7 @@ def _map(row: Json, key: str, low: float, high: float) -> Chart | None:
 
 
 def _lowest(rows: Sequence[Json], most: int = 12) -> Table:
-    """The heads that lose most, by name."""
+    """Table of the heads with the least coverage."""
     found = [
         (value, layer, head, row)
         for row in rows

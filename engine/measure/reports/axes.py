@@ -1,4 +1,4 @@
-"""Where the marks of an axis go, and how a long name fits beside it."""
+"""Positions of axis marks, and line breaks of long names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 NAME_CHARS, NAME_LINES = 21, 3
-"""PaddedShape for a strategy's name beside a chart."""
+"""Characters per line and lines of a strategy's name next to a chart."""
 
 
 def marks_between(low: float, high: float) -> list[float]:
@@ -31,7 +31,7 @@ def even_steps(low: float, high: float) -> list[float]:
 
 
 def apart(values: Sequence[float], most: float = 11.0) -> list[float]:
-    """The values whose marks do not run into each other on a log axis: one in an eleventh of its length."""
+    """Values whose marks do not overlap on a log axis: at most one in an eleventh of its length."""
     if not values:
         return []
     least = (values[-1] / values[0]) ** (1 / most)
@@ -43,7 +43,7 @@ def apart(values: Sequence[float], most: float = 11.0) -> list[float]:
 
 
 def wrapped(name: str) -> str:
-    """A name in at most three lines, broken after a sign where it can be."""
+    """A name in at most three lines, preferably broken after a sign."""
     out = [""]
     for part in pieces(name):
         if out[-1] and len(out[-1]) + len(part) > NAME_CHARS:
@@ -54,7 +54,7 @@ def wrapped(name: str) -> str:
 
 
 def pieces(name: str) -> list[str]:
-    """`a+b c=1` -> `a+`, `b `, `c=1`; what is longer than a line is cut."""
+    """`a+b c=1` -> `a+`, `b `, `c=1`; longer parts are cut to a line."""
     parts, start = [], 0
     for place, sign in enumerate(name, 1):
         if sign in "+ ,(" or place - start >= NAME_CHARS:

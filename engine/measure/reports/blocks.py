@@ -1,4 +1,4 @@
-"""What a page is made of: sections of notes, tables, charts, definitions and samples. `page.html` shows each kind."""
+"""Blocks of a page: sections of notes, tables, charts, definitions and samples. `page.html` renders each kind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Cell:
     below: str = ""
     """A second, quieter line."""
     value: float | None = None
-    """What the column is sorted by; a cell without one is sorted as text."""
+    """Sort key of the column; a cell without one is sorted as text."""
     tone: str = ""
     """`good`, `bad` or nothing."""
     heat: float | None = None
@@ -33,7 +33,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of cells under their columns; `wide` ones scroll sideways by themselves."""
+    """Rows of cells under column headings; wide tables scroll sideways."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -51,7 +51,7 @@ class Chart:
 
 @dataclass(frozen=True, slots=True)
 class Ramp:
-    """What the colours of a map mean: the ends of its scale."""
+    """Colour scale of a map: the values at its ends."""
 
     label: str
     low: str
@@ -65,7 +65,7 @@ class Gallery:
     charts: Sequence[Chart]
     legend: Styles = field(default_factory=dict)
     swatch: bool = False
-    """The legend shows areas, not lines."""
+    """True if the legend shows areas, not lines."""
     ramps: Sequence[Ramp] = ()
     kind: ClassVar[str] = "gallery"
 
@@ -89,7 +89,7 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Words and what they mean here."""
+    """Definitions of terms."""
 
     terms: Sequence[tuple[str, str]]
     kind: ClassVar[str] = "terms"
@@ -97,7 +97,7 @@ class Terms:
 
 @dataclass(frozen=True, slots=True)
 class Folded:
-    """A block that is shown on request."""
+    """A block that is folded until it is opened."""
 
     summary: str
     block: Block
@@ -106,18 +106,18 @@ class Folded:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One sample as one strategy answered it."""
+    """One strategy's answer to one sample."""
 
     cells: Sequence[Cell]
     wrong: bool
     answers: Sequence[str]
-    said: str
+    generated: str
     prompt_tail: str
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """A table of samples, each with its texts to unfold."""
+    """A table of answers, each with its texts to unfold."""
 
     columns: Sequence[str]
     rows: Sequence[Answer]
@@ -141,7 +141,7 @@ def text(value: object) -> Cell:
 
 
 def number(value: object, write: units.Format, *, below: str = "", tone: str = "", heat: float | None = None) -> Cell:
-    """A number as a cell, or a dash where there is none."""
+    """A number as a cell; a dash for None."""
     return Cell(units.shown(value, write), below, units.known(value), tone, heat)
 
 

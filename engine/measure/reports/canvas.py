@@ -1,4 +1,4 @@
-"""A chart as inline SVG: drawn by matplotlib in stand-in colours, then coloured by the page's style sheet."""
+"""Charts as inline SVG: drawn by matplotlib in placeholder colours, which the style sheet replaces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 WIDTH = 380
-"""Pixels that a chart is laid out for: near a phone's width, so that its text stays readable there."""
+"""Width of a chart in pixels, near a phone's, so that its text stays readable there."""
 HEIGHT = 260
 STYLE: dict[str, object] = {
     "svg.fonttype": "none",
@@ -51,7 +51,7 @@ LINK = re.compile(r"url\(#([^)]+)\)")
 
 
 def draw(paint: Callable[[Axes], None], label: str, height: int = HEIGHT) -> str:
-    """`paint`ed axes as one `<svg>` element, `WIDTH` by `height`, that screen readers call `label`.
+    """Axes drawn by `paint` as one `<svg>` element, `WIDTH` by `height`, labelled for screen readers.
 
     The user's own matplotlib settings have no say, no global figure is made, and the same data give the same text.
     """
@@ -68,7 +68,7 @@ def draw(paint: Callable[[Axes], None], label: str, height: int = HEIGHT) -> str
 
 
 def inline(svg: str, label: str) -> str:
-    """matplotlib's file as an element of a page: no namespaces, no style rules, no ids that another chart has too."""
+    """matplotlib's SVG as an element of a page: without namespaces and style rules, with unique ids."""
     root = ElementTree.fromstring(svg)
     for element in root.iter():
         bare(element)
@@ -80,7 +80,7 @@ def inline(svg: str, label: str) -> str:
 
 
 def bare(element: ElementTree.Element) -> None:
-    """Without namespaces, in the page's colours and font, coordinates to the tenth of a pixel."""
+    """Strip namespaces, use the page's colours and font, round coordinates to a tenth of a pixel."""
     element.tag = element.tag.rpartition("}")[2]
     element.attrib = {name.rpartition("}")[2]: value for name, value in element.attrib.items()}
     for name, value in element.attrib.items():
@@ -95,7 +95,7 @@ def bare(element: ElementTree.Element) -> None:
 
 
 def coloured(style: str) -> str:
-    """A style attribute with variables for the stand-in colours and the font left to the page."""
+    """A style attribute with variables for placeholder colours and without fonts."""
     rules = (rule.strip() for rule in style.split(";"))
     kept = "; ".join(rule for rule in rules if rule and not rule.startswith(("font-family", "stroke-dashoffset")))
     return re.sub("#0f0e[0-9a-f]{2}", lambda mark: ROLE_OF[mark[0]], kept)
@@ -113,7 +113,7 @@ def drop(root: ElementTree.Element, tags: set[str]) -> None:
 
 
 def rename(root: ElementTree.Element) -> None:
-    """Ids that nothing refers to go, the others get names that follow from the drawing."""
+    """Remove unreferenced ids; rename the others after a hash of the drawing."""
     used = {name for element in root.iter() for name in references(element)}
     names: dict[str, str] = {}
     stem = "c" + hashlib.sha256(drawing(root).encode()).hexdigest()[:10]
@@ -135,7 +135,7 @@ def references(element: ElementTree.Element) -> list[str]:
 
 
 def drawing(root: ElementTree.Element) -> str:
-    """All that is drawn but for its ids, which are random."""
+    """The drawing as text, without its ids, which are random."""
     keep = (
         [element.tag, element.text or "", *(v for k, v in sorted(element.attrib.items()) if "#" not in v and k != "id")]
         for element in root.iter()

@@ -1,4 +1,4 @@
-"""The kinds of chart that the pages are made of, each one a function from numbers to inline SVG."""
+"""Kinds of charts, each a function from numbers to inline SVG."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ Number = float | None
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One axis: what it shows, with its unit."""
+    """One axis: label with unit, scale and range."""
 
     label: str
     scale: Scale = "linear"
     write: units.Format = units.short
     low: Number = None
     high: Number = None
-    """Ends of a linear axis, the data's own where None; values that a log axis shows in any case."""
+    """Ends of a linear axis, by default the data's; values that a log axis always contains."""
     rule: Number = None
     """A value with a line through the chart."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One series: points [n] in order, the bounds of each [n] where known; hollow points are doubtful ones."""
+    """One series: points [n] in order, their bounds [n] if known; doubtful points are hollow."""
 
     style: Style
     xs: Sequence[float]
@@ -73,7 +73,7 @@ Mark = tuple[Style, float]
 def lines(
     series: Sequence[Line], x: Axis, y: Axis, label: str, *, spread: Spread = "none", markers: bool = True
 ) -> str:
-    """Lines through points, with a band or error bars where bounds are known."""
+    """Lines through points, with a band or error bars for known bounds."""
 
     def paint(axes: Axes) -> None:
         for line in series:
@@ -130,7 +130,7 @@ def spans(rows: Sequence[Span], x: Axis, label: str) -> str:
 
 
 def marks(rows: Sequence[tuple[str, Sequence[Mark]]], x: Axis, label: str) -> str:
-    """Several marks in each named row, the first row on top, one a little under the other so that all are seen."""
+    """Several marks in each named row, the first row on top, with a vertical offset between marks."""
 
     def paint(axes: Axes) -> None:
         for place, (_, found) in enumerate(rows):
@@ -144,7 +144,7 @@ def marks(rows: Sequence[tuple[str, Sequence[Mark]]], x: Axis, label: str) -> st
 
 
 def stacks(bars: Sequence[Stack], x: Axis, label: str) -> str:
-    """Horizontal stacked bars, a part's share written in it where there is room."""
+    """Horizontal stacked bars, with the share written into each part that is wide enough."""
     longest = max((sum(value for _, value in bar.parts) for bar in bars), default=0.0) or 1.0
 
     def paint(axes: Axes) -> None:
@@ -167,7 +167,7 @@ def _bar(axes: Axes, place: int, bar: Stack, longest: float) -> None:
 
 
 def heat(values: Sequence[Sequence[Number]], low: float, high: float, label: str) -> str:
-    """values [layers][heads] from `low` to `high` as colours, the first layer on top; empty where there is none."""
+    """values [layers][heads] from `low` to `high` as colours, the first layer on top; None stays empty."""
     rows, columns = len(values), max(map(len, values))
     filled = [
         [math.nan if cell is None else cell for cell in row] + [math.nan] * (columns - len(row)) for row in values
@@ -188,7 +188,7 @@ def heat(values: Sequence[Sequence[Number]], low: float, high: float, label: str
 
 
 def steps(series: Sequence[tuple[Style, Sequence[float]]], x: Axis, label: str) -> str:
-    """The share of values at or below x, one line for each series of values, with marks at the half and at 99 %."""
+    """Cumulative shares: one line for each series, with marks at the median and at 99 %."""
 
     def paint(axes: Axes) -> None:
         for style, values in series:
@@ -203,7 +203,7 @@ def steps(series: Sequence[tuple[Style, Sequence[float]]], x: Axis, label: str) 
 
 
 def _cumulative(values: Sequence[float], most: int = 400) -> tuple[list[float], list[float]]:
-    """Sorted values [n] -> at most `most` of them with the share that is not above each."""
+    """Sorted values [n] -> at most `most` of them, each with the share of values up to it."""
     picked = sorted({round(place * (len(values) - 1) / (most - 1)) for place in range(most)})
     return [values[place] for place in picked], [(place + 1) / len(values) for place in picked]
 

@@ -1,4 +1,4 @@
-"""Two profiles beside each other: the ratio of every cell that both have, and what else was not the same."""
+"""Comparison of two profiles: the ratio of every common cell, and differing settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _key(cell: Json) -> Key:
 
 
 def differences(before: Json, after: Json) -> Section:
-    """What differs between the runs beside the code; times are comparable only where the machine is the same."""
+    """Differences between the runs other than the code; times are comparable only on the same machine."""
     rows = [
         [Cell(title), Cell(key.replace("_", " ")), Cell(fact(key, old.get(key))), Cell(fact(key, new.get(key)))]
         for group, title in GROUPS
@@ -79,12 +79,12 @@ def _left_out(before: Json, after: Json, pairs: dict[Key, Pair]) -> list[Block]:
 
 def _row(key: Key, pair: Pair, styles: Styles) -> list[Cell]:
     strategy, length, _, batch = key
-    told = Cell(
+    name = Cell(
         strategy,
         "disturbed" if any(cell.get("disturbed") for cell in pair) else "",
         style=styles.get(strategy),
     )
-    cells = [told, number(length, units.tokens), number(batch, units.count)]
+    cells = [name, number(length, units.tokens), number(batch, units.count)]
     return cells + [_ratio(pair, read, write) for _, read, write in MEASURES]
 
 
@@ -95,7 +95,7 @@ def _ratio(pair: Pair, read: Measure, write: units.Format) -> Cell:
 
 
 def _gallery(pairs: dict[Key, Pair]) -> list[Block]:
-    """A chart of all ratios for each prompt length, a row for each strategy."""
+    """A chart of all ratios for each prompt length, with a row for each strategy."""
     looks = parts_of(name for name, _, _ in MEASURES)
     charts = []
     ends = [value for pair in pairs.values() for _, value in _marks(pair, looks)]

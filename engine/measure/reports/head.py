@@ -1,4 +1,4 @@
-"""The head that every report shares: what was run, on what, with which settings, and whether it came to its end."""
+"""Head of every report: model, machine, settings, and a warning for an unfinished run."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ LENGTHS = {"lengths", "input_lens", "max_model_len"}
 
 
 def rows_of(results: Json, key: str) -> list[Json]:
-    """The list under `key`, empty where it is missing or null."""
+    """The list under `key`; empty if it is missing or null."""
     return list(results.get(key) or [])
 
 
 def strategies_of(results: Json, *rows: Iterable[Json]) -> list[str]:
-    """Every strategy that the settings or a row names, dense first."""
+    """Strategies named by the settings or by rows, dense first."""
     names = list((results.get("settings") or {}).get("strategies") or [])
     names += [row["strategy"] for part in rows for row in part if row.get("strategy")]
     return sorted(dict.fromkeys(names), key=lambda name: name != "dense")
 
 
 def what_was_run(results: Json, total: float | None = None) -> Section:
-    """Model, machine and settings, as the results name them."""
+    """Section on model, machine and settings."""
     groups = [(title, facts(results.get(key) or {})) for key, title in GROUPS]
     when = [("created", str(results["created"]))] if results.get("created") else []
     took = [("took", units.seconds(total))] if total is not None else []
@@ -78,7 +78,7 @@ def subtitle(results: Json, strategies: list[str]) -> str:
 
 
 def unfinished(results: Json, again: str) -> list[Note]:
-    """A warning where it is so; `again` tells what the same command would do."""
+    """A warning for an unfinished run; `again` is what the same command would do next."""
     if results.get("finished", True):
         return []
     text = f"This run did not come to its end: what is shown is what was done by then. The same command {again}."

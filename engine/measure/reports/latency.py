@@ -1,4 +1,4 @@
-"""Where the time of prompts and tokens goes: every cell of a profile as a table row, and charts over the lengths."""
+"""Report sections on latency: a table of all cells, and charts over prompt lengths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COLUMNS = (
 MEASURES = ("output (tokens/s)", "peak memory", "KV cache", "prefill density", "decode density", "coverage")
 MOVES = ("KV read", "KV moved", "CPU share", "runs")
 EVEN = 0.03
-"""A ratio this near to 1 is neither good nor bad."""
+"""Ratios this near to 1 are neither good nor bad."""
 Place = tuple[int, int]
 """Prompt length, batch size."""
 Reading = Callable[[Json], tuple[float | None, float | None, float | None]]
@@ -55,7 +55,7 @@ def tpot(cell: Json) -> float | None:
 
 
 def _of_runs(cell: Json, metric: str) -> float | None:
-    """The median of the runs, each the median of its requests; where it is not told, that of all requests, ms."""
+    """The median of the runs, each the median of its requests; without them that of all requests, ms."""
     given = known((cell.get(f"{metric}_ms") or {}).get("median"))
     return known(cell.get(f"median_{metric}_ms")) if given is None else given
 
@@ -169,7 +169,7 @@ def _s(ms: float | None) -> float | None:
 
 
 def _series(cells: Sequence[Json], styles: Styles, read: Reading) -> list[Line]:
-    """One line over the lengths for each strategy that has values."""
+    """A line over the lengths for each strategy with values."""
     out = []
     for name, style in styles.items():
         mine = sorted((cell for cell in cells if cell["strategy"] == name), key=place)
@@ -223,7 +223,7 @@ def _gib(value: object) -> float | None:
 
 
 def _batches(cells: Sequence[Json], styles: Styles) -> list[Chart]:
-    """Throughput against the batch size at the longest prompts, where there are two sizes or more."""
+    """Chart of throughput against batch size at the longest prompts, for two sizes or more."""
     length = max((cell["input_len"] for cell in cells), default=0)
     cells = [{**cell, "input_len": place(cell)[1]} for cell in cells if cell["input_len"] == length]
     series = _series(cells, styles, _only("output_throughput"))
@@ -235,7 +235,7 @@ def _batches(cells: Sequence[Json], styles: Styles) -> list[Chart]:
 
 
 def _timeline(cells: Sequence[Json], styles: Styles) -> list[Chart]:
-    """The wait for each token of the longest prompts: the median of the sequences, between the least and the most."""
+    """Chart of the wait for each token after the longest prompts: median, least and most over sequences."""
     length = max((cell["input_len"] for cell in cells if cell.get("itls")), default=0)
     found = [cell for cell in least_batch(cells) if cell["input_len"] == length]
     series = [_waits(cell, styles) for cell in found if any(cell.get("itls") or [])]

@@ -1,4 +1,4 @@
-"""A server under load: what came through, and how long its clients waited."""
+"""Report section on a server under load: completed requests and waiting times."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COUNTS = (
     ("completed", "completed", units.count),
     ("failed", "failed", units.count),
     ("duration", "duration", units.seconds),
-    ("request_rate", "asked (requests/s)", units.significant),
+    ("request_rate", "offered (requests/s)", units.significant),
     ("request_throughput", "served (requests/s)", units.significant),
     ("request_goodput", "goodput (requests/s)", units.significant),
     ("output_throughput", "output (tokens/s)", units.significant),
@@ -79,10 +79,10 @@ def _chart(
 
 
 def _errors(runs: Sequence[Json]) -> list[Block]:
-    """What failed, and how often; `errors` may have an empty text for each request that did not."""
+    """Errors with their counts; `errors` may contain empty texts for requests without one."""
     counts = Counter(str(error) for run in runs for error in run.get("errors") or [] if error)
     if not counts:
         return []
-    told = "; ".join(f"{error} ({number} times)" if number > 1 else error for error, number in counts.most_common(5))
+    listed = "; ".join(f"{error} ({number} times)" if number > 1 else error for error, number in counts.most_common(5))
     rest = f"; and {len(counts) - 5} other errors" if len(counts) > 5 else ""
-    return [Note(f"Requests failed: {told}{rest}", warning=True)]
+    return [Note(f"Requests failed: {listed}{rest}", warning=True)]

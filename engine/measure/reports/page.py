@@ -1,4 +1,4 @@
-"""One HTML file that opens anywhere: style, script and charts are inside, and it asks the network nothing."""
+"""A single HTML file with style, script and charts inside, without network access."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Page:
     warnings: Sequence[Note] = ()
 
     def write(self, path: Path) -> None:
-        """Write the page to `path`, whole or not at all."""
+        """Replace the file at `path` by the page, as a whole."""
         replace(path, self.html())
 
     def html(self) -> str:
@@ -46,7 +46,7 @@ class Page:
 
 @functools.cache
 def environment() -> Environment:
-    """jinja2 with everything escaped but what `safe` names: the style, the script and the charts made here."""
+    """jinja2 environment that escapes everything not marked `safe`: style, script and charts."""
     import jinja2
 
     made = jinja2.Environment(
@@ -62,7 +62,7 @@ def environment() -> Environment:
 
 
 def breakable(name: str) -> Markup:
-    """A name that may go on in the next line after a sign, not within a word."""
+    """A name with line break opportunities after signs."""
     from markupsafe import Markup, escape
 
     return Markup(re.sub(r"([+,(])", r"\1<wbr>", str(escape(visible(name)))))
@@ -78,12 +78,12 @@ def part(name: str) -> str:
 
 
 def fingerprint(script: str) -> str:
-    """What the page's policy knows its one script by: any other script, however it got in, does not run."""
+    """Hash of the page's script for its content security policy, which blocks all other scripts."""
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def replace(path: Path, html: str) -> None:
-    """Put the text in the place of `path` in one move: a reader never meets half a page."""
+    """Replace the file at `path` atomically, so that readers never see a partial page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     draft.write_text(html, encoding="utf-8", errors="replace")

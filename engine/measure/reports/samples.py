@@ -1,4 +1,4 @@
-"""Single samples, the wrong ones first, with what was asked and what was said."""
+"""Report section on single samples, the wrong ones first, with prompt and generated text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .series import Styles
 from .units import known
 
 MOST = 400
-"""Rows on a page: more of them make it slow, and they are in the results' file."""
+"""Most rows on a page, as more make it slow; all of them are in the results' file."""
 COLUMNS = ("task", "strategy", "score", "loss of NLL (nats)", "density")
 Sample = tuple[str, int, int]
 """Task, length, index."""
@@ -37,7 +37,7 @@ def _wrong(row: Json) -> bool:
 
 
 def _loss(row: Json, dense: dict[Sample, Json]) -> float | None:
-    """How much less likely the answer is than under dense attention, nats."""
+    """Negative log-likelihood of the answer less that under dense attention, nats."""
     given = known(row.get("answer_nll_loss"))
     mine, theirs = known(row.get("answer_nll")), known(dense.get(_sample(row), {}).get("answer_nll"))
     if given is not None or mine is None or theirs is None:
@@ -73,5 +73,5 @@ def _answer(row: Json, dense: dict[Sample, Json], styles: Styles) -> Answer:
             below="" if decode is None else f"decode {units.percent(decode)}",
         ),
     ]
-    said, tail = str(row.get("text") or ""), str(row.get("prompt_tail") or "")
-    return Answer(cells, _wrong(row), [str(answer) for answer in row.get("answers") or []], said, tail)
+    generated, tail = str(row.get("text") or ""), str(row.get("prompt_tail") or "")
+    return Answer(cells, _wrong(row), [str(answer) for answer in row.get("answers") or []], generated, tail)

@@ -1,4 +1,4 @@
-"""What the strategies score: a verdict for each, and charts against length and density."""
+"""Report sections on scores: a verdict for each strategy, and charts against length and density."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .series import Styles
 from .units import known
 
 WEAK = 0.5
-"""Under this score of dense attention, a task says more about the model than about a strategy."""
+"""Score of dense attention below which a task measures the model rather than a strategy."""
 FULL_HEAT = 0.5
-"""A loss of so much is coloured fully."""
+"""Loss with the strongest colour."""
 DENSITY = Axis("prefill density (%), log scale", "log", units.percent, low=0.1)
 
 Key = tuple[str, int, str]
@@ -27,14 +27,14 @@ def by_key(scores: Iterable[Json]) -> dict[Key, Json]:
 
 
 def mean(rows: Sequence[Json], key: str) -> float | None:
-    """The mean over rows that have it, each weighted by its samples."""
+    """Mean over rows with the key, weighted by their samples."""
     found = [(value, row.get("samples") or 1) for row in rows if (value := known(row.get(key))) is not None]
     weight = sum(samples for _, samples in found)
     return sum(value * samples for value, samples in found) / weight if weight else None
 
 
 def totals(results: Json, strategies: Sequence[str], length: int | None) -> dict[str, Json]:
-    """The summary of each strategy at a length, or over all where None; from its scores where there is no summary."""
+    """Summary of each strategy at a length, or over all if None; computed from its scores if it has none."""
     found = {row["strategy"]: row for row in rows_of(results, "summary") if row.get("length") == length}
     for name in strategies:
         rows = [row for row in rows_of(results, "scores") if row["strategy"] == name]
@@ -51,7 +51,7 @@ def lengths_of(results: Json) -> list[int]:
 
 
 def verdict(results: Json, strategies: Sequence[str], styles: Styles) -> Section:
-    """One row for each strategy: what it costs and what it saves."""
+    """Table with the loss and the savings of each strategy."""
     summary, scores = totals(results, strategies, None), by_key(rows_of(results, "scores"))
     columns = ["strategy", "score", "loss against dense (points)", "worst task", "samples lost / won against dense"]
     columns += ["KL, prefill (nats)", "KL, decode (nats)", "prefill density", "decode density", "time against dense"]
@@ -83,7 +83,7 @@ def interval(row: Json) -> str:
 
 
 def losses(name: str, scores: dict[Key, Json]) -> dict[tuple[str, int], float]:
-    """How much less than dense a strategy scores on each task and length."""
+    """Score of dense less that of a strategy, for each task and length."""
     out = {}
     for (task, length, strategy), row in scores.items():
         mine, dense = known(row.get("score")), known(scores.get((task, length, "dense"), {}).get("score"))
@@ -93,7 +93,7 @@ def losses(name: str, scores: dict[Key, Json]) -> dict[tuple[str, int], float]:
 
 
 def worst(name: str, scores: dict[Key, Json]) -> Cell:
-    """The task that a strategy loses most on; for dense, the one that the model itself does worst."""
+    """Task with the greatest loss of a strategy; for dense, the task with the least score."""
     if name == "dense":
         own = [(known(row.get("score")), task, length) for (task, length, of), row in scores.items() if of == name]
         found = [(score, task, length) for score, task, length in own if score is not None]
@@ -108,7 +108,7 @@ def worst(name: str, scores: dict[Key, Json]) -> Cell:
 
 
 def _swings(name: str, results: Json) -> Cell:
-    """Samples that dense scores higher on and samples that it scores lower on: noise has as many of both."""
+    """Numbers of samples on which dense scores higher and lower; noise has about as many of both."""
     scored = {(row["task"], row["length"], row["index"], row["strategy"]): row for row in rows_of(results, "samples")}
     lost = won = seen = 0
     for (task, length, index, strategy), row in scored.items():
@@ -134,7 +134,7 @@ def _cost(name: str, summary: dict[str, Json], results: Json) -> list[Cell]:
 
 
 def kl_of(results: Json, strategy: str, phase: str) -> float | None:
-    """The mean KL on real text, or on the tasks where no text was read, over its lengths."""
+    """Mean KL over lengths, along texts, or along tasks if there are no texts."""
     rows = [row for row in rows_of(results, "agreement") if (row["strategy"], row["phase"]) == (strategy, phase)]
     for source in ("text", "tasks"):
         found = [row for row in rows if row.get("source") == source]
@@ -145,7 +145,7 @@ def kl_of(results: Json, strategy: str, phase: str) -> float | None:
 
 
 def curves(results: Json, strategies: Sequence[str], styles: Styles) -> Section:
-    """Score against length, score against density, and the likelihood of the answer against density."""
+    """Charts of score against length and density, and of the answer's likelihood against density."""
     lengths = lengths_of(results)
     at = {length: totals(results, strategies, length) for length in lengths}
     charts = [_by_length(at, strategies, styles), _by_density(at, strategies, styles)]

@@ -1,4 +1,4 @@
-"""How a strategy looks in every chart of a page: its colour, its marker and its dashes, all three of them telling."""
+"""Colour, marker and dashes of each strategy, the same in every chart of a page."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 INK, MUTED, GRID, GROUND = "ink", "muted", "grid", "ground"
 COLOURS = 8
-"""As many `--s1`, `--s2` ... as `page.css` defines, for light and for dark ground."""
+"""Number of colours `--s1`, `--s2` ... in `page.css`."""
 ROLES = (INK, MUTED, GRID, GROUND, *(f"s{number + 1}" for number in range(COLOURS)))
 MARKS = {role: f"#0f0e{number:02x}" for number, role in enumerate(ROLES)}
-"""The colour that stands for a role while a chart is drawn; `canvas` puts the style sheet's variable in its place."""
+"""Placeholder colour of each role; `canvas` replaces it by the style sheet's variable."""
 
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 MARKERS = {
@@ -24,12 +24,12 @@ MARKERS = {
     ">": "M4 0L-3.2 4V-4z",
     "<": "M-4 0L3.2 4V-4z",
 }
-"""matplotlib's marker -> the same as a path around (0, 0), for the legend."""
+"""SVG path around (0, 0) of each matplotlib marker, for the legend."""
 
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """How one series is drawn."""
+    """Colour, marker and dashes of one series."""
 
     role: str
     """The colour: `ink` or `s1` to `s8`."""
@@ -61,7 +61,7 @@ def style_of(strategies: Iterable[str]) -> Styles:
 
 
 def parts_of(names: Iterable[str]) -> Styles:
-    """The same for parts of a whole, or for several measures of one thing."""
+    """Styles for parts of a total, or for several measures of one thing."""
     marks = list(MARKERS)
     unique = enumerate(dict.fromkeys(names))
     return {name: Style(f"s{number % COLOURS + 1}", marks[number % len(marks)]) for number, name in unique}

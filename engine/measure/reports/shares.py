@@ -1,4 +1,4 @@
-"""Where the time goes: linear layers, selection, attention and the rest, as stacked bars and as a table."""
+"""Report section on the parts of the time: linear layers, selection, attention and others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTS = ("linear", "selection", "attention", "index", "transfer", "sampling", "o
 
 
 def shares(results: Json, styles: Styles) -> Section:
-    """One chart for each phase and length, a bar for each strategy; the smallest batch."""
+    """A chart for each phase and length, with a bar for each strategy, at the smallest batch size."""
     cells = least_batch([cell for cell in rows_of(results, "cells") if cell.get("shares")])
     found = {part for cell in cells for phase in PHASES for part in _parts(cell, phase)}
     parts = parts_of([part for part in PARTS if part in found] + sorted(found - set(PARTS)))

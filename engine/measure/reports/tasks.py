@@ -1,4 +1,4 @@
-"""Every task at every length under every strategy, the greatest loss first."""
+"""Report section on tasks: scores by task, length and strategy, the greatest loss first."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tasks(results: Json, strategies: Sequence[str], styles: Styles) -> Section:
 
 
 def _weak(scores: dict[Key, Json]) -> list[Block]:
-    """Says where dense attention itself fails: a strategy cannot lose there what the model never had."""
+    """A note on tasks that dense attention fails at, which cannot measure a strategy."""
     places: dict[str, list[int]] = {}
     for (task, length, strategy), row in sorted(scores.items()):
         score = known(row.get("score"))

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them: short, with their unit; `–` for what was not measured."""
+"""Formats of numbers with their units; `–` for None."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ Format = Callable[[float], str]
 
 
 def known(value: object) -> float | None:
-    """The number in `value`; None for anything else, not-a-number included."""
+    """`value` if it is a finite number, otherwise None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return float(value) if math.isfinite(value) else None
 
 
 def shown(value: object, write: Format) -> str:
-    """`value` written, or `–` where there is none."""
+    """`value` formatted by `write`; `–` for None."""
     number = known(value)
     return NOTHING if number is None else write(number)
 
@@ -33,7 +33,7 @@ def significant(value: float, digits: int = 3) -> str:
 
 
 def short(value: float) -> str:
-    """As `significant`, without the zeros at its end: for the marks of an axis."""
+    """As `significant`, without trailing zeros, for axis marks."""
     text = significant(value)
     return _power(text) if "e" in text else short_zeros(text)
 
@@ -61,7 +61,7 @@ def signed(value: float, digits: int = 3) -> str:
 
 
 def percent(share: float) -> str:
-    """A share of 1: `93.8 %`, with more digits where little is left of it."""
+    """A share of 1: `93.8 %`, with more digits for small shares."""
     hundred = share * 100
     return f"{minus(short_zeros(f'{hundred:.1f}')) if abs(hundred) >= 1 else short(float(f'{hundred:.2g}'))} %"
 
@@ -108,7 +108,7 @@ def seconds(value: float) -> str:
 
 
 def time_mark(value: float) -> str:
-    """As `seconds`, without the zeros at its end."""
+    """As `seconds`, without trailing zeros."""
     number, _, unit = seconds(value).partition(" ")
     return f"{short_zeros(number)} {unit}"
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from keysift.engine import Engine, Request, SamplingParams, TokenOutput
 from keysift.engine.measure import likelihood
 from keysift.engine.measure.evaluation.reader import Reader
-from keysift.engine.measure.likelihood import Likelihood, judge
+from keysift.engine.measure.likelihood import Likelihood, score
 from tests.engine.driver import Make
 
 Truth = Callable[[list[int], int], tuple[float, bool]]
@@ -126,6 +126,6 @@ def test_a_strategy_counts_in_both_halves(make: Make, truth: Truth) -> None:
 def test_judging() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0], [3.0, 0.0, 0.0]])
     logs = logits.double().log_softmax(-1)
-    assert judge(logits, [2, 0]) == Likelihood(pytest.approx(float(logs[0, 2] + logs[1, 0])), True)
-    assert judge(logits, [2, 1]) == Likelihood(pytest.approx(float(logs[0, 2] + logs[1, 1])), False)
+    assert score(logits, [2, 0]) == Likelihood(pytest.approx(float(logs[0, 2] + logs[1, 0])), True)
+    assert score(logits, [2, 1]) == Likelihood(pytest.approx(float(logs[0, 2] + logs[1, 1])), False)
     assert Likelihood(-1.0, True) + Likelihood(-2.0, False) == Likelihood(-3.0, False)

@@ -1,4 +1,4 @@
-"""Long-context tasks that download nothing, made to an exact length with the model's own tokenizer."""
+"""Long-context tasks, generated to an exact length with the model's own tokenizer; no downloads."""
 
 from __future__ import annotations
 

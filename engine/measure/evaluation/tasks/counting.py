@@ -17,8 +17,9 @@ LIST_HEAD += " Memorize the ones that appear most often.\n"
 LIST_QUESTION = "\nQuestion: What are the 10 most common words in the above list?"
 LIST_PREFIX = " Answer: The top 10 words that appear most often in the list are:"
 LISTS = (((40, 10, 3), (30, 3)), ((20, 3, 1), (6, 1)), (None, (3, 1)))
-"""Words of the solved example and how often common and other ones come in it and in the list, RULER's from 4096 tokens
-on, RULER's below, and one for less than that has room for: the first that fits."""
+"""(words, counts of common and of other ones) of the solved example, and those counts in the list; the first that fits.
+
+RULER's from 4,096 tokens on, RULER's below, and one without an example."""
 CODED_HEAD = "Read the following coded text and track the frequency of each coded word."
 CODED_HEAD += " Find the three most frequently appeared coded words."
 CODED_QUESTION = "\nQuestion: Do not provide any explanation. Please ignore the dots '....'."
@@ -29,13 +30,13 @@ ZETA = math.pi**2 / 6
 """Riemann's at 2."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 PER_WORD = 50
-"""Tokens of the context for every coded word that there is."""
+"""Tokens of the context per distinct coded word."""
 CLEAR = (1, 2, 3, 4)
 """Ranks whose counts must differ: the three answers and the next; rank 0 is dots."""
 
 
 def common_words(dice: Random, pieces: Pieces) -> Puzzle:
-    """A numbered list with ten words that come ten times as often as the others."""
+    """A numbered list with ten words that occur ten times as often as the others."""
     pool = dice.sample(words(), len(words()))
     common, others, spare = pool[:COMMON], pool[COMMON:-40], pool[-40:]
 
@@ -62,8 +63,10 @@ def solved(dice: Random, spare: list[str], many: int, often: int, seldom: int) -
 def listing(
     room: int, often: int, seldom: int, common: list[str], others: list[str], dice: Random, pieces: Pieces
 ) -> Tokens:
-    """A list of exactly `room` tokens. Where no further word fits as often as the others, words come once; what no word
-    at all fits in is filled with blank lines before the list. Where the words run out, all come more often.
+    """A list of exactly `room` tokens.
+
+    When no further word fits at full count, words come once, and blank lines before the list fill what is left. When
+    the words run out, all counts are raised.
     """
     factor = 1
     while (many := fitting(room, often * factor, seldom * factor, common, others, pieces)) == len(others):
@@ -83,7 +86,7 @@ def listing(
 
 
 def fitting(room: int, often: int, seldom: int, common: list[str], others: list[str], pieces: Pieces) -> int:
-    """How many other words fit beside the common ones."""
+    """Number of other words that fit in with the common ones."""
     entries = enumerated(common * often + [word for word in others for _ in range(seldom)], pieces)
     spent, many = sum(map(len, islice(entries, len(common) * often))), 0
     while spent <= room and many < len(others):
@@ -93,7 +96,7 @@ def fitting(room: int, often: int, seldom: int, common: list[str], others: list[
 
 
 def enumerated(entries: list[str], pieces: Pieces) -> Iterator[Tokens]:
-    """Tokens of `1. first`, ` 2. second` and so on: a number costs the same whichever word it stands before."""
+    """Tokens of `1. first`, ` 2. second` and so on; numbers and words are tokenized separately."""
     written: dict[str, Tokens] = {}
     for place, word in enumerate(entries, 1):
         if word not in written:
@@ -135,10 +138,10 @@ def coded(dice: Random, many: int, taken: Sequence[str]) -> list[str]:
 
 
 def occurrences(total: int, ranks: int) -> list[int]:
-    """How often each rank comes among about so many words: Zipf's law with an exponent of 2."""
+    """Count of each rank among about `total` words: Zipf's law with an exponent of 2."""
     return [int(total / (rank * rank) / ZETA) for rank in range(1, ranks + 1)]
 
 
 def priced(total: int, costs: Sequence[int]) -> int:
-    """Tokens of a text of about so many words."""
+    """Tokens of a text of about `total` words."""
     return sum(cost * often for cost, often in zip(costs, occurrences(total, len(costs)), strict=True))

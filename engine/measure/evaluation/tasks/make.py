@@ -1,4 +1,4 @@
-"""One sample of a task, to the token as long as asked for."""
+"""Samples of a task with an exact number of tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from ....model.tokenizer import Tokenizer
 
 STEP = 32
-"""Tokens between the lengths that are tried when one is too short."""
+"""Tokens between the lengths that are tried to find the least possible one."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What stands around a prompt: the model's chat template, or nothing but the tokens that a text begins with."""
+    """Tokens and text around a prompt: the model's chat template, or only the tokens that begin a text."""
 
     opening: Tokens
     closing: str
@@ -35,7 +35,7 @@ class Frame:
         return cls(pieces.alone(around[0]), around[1], True)
 
     def ending(self, question: str, prefix: str) -> str:
-        """The end of the prompt. Behind a template the answer is a new text, behind a bracket of one a new word."""
+        """The end of the prompt: after a template the answer begins a text; after a template's bracket, a word."""
         if self.chat:
             prefix = prefix.lstrip("\n" if self.closing.endswith("]") else None)
         return question + self.closing + prefix
@@ -46,8 +46,8 @@ def make(
 ) -> Sample:
     """Sample number `index` of a task: prompt and room for the answer are exactly `length` tokens.
 
-    The same arguments give the same tokens everywhere, but for prose, which is that of the running Python. `chat` puts
-    the prompt into the model's template where it has one. Raises `InvalidRequest` where `length` is too short.
+    The same arguments give the same tokens everywhere, except for prose, which comes from the running Python. `chat`
+    puts the prompt into the model's template if it has one. Raises `InvalidRequest` if `length` is too short.
     """
     task = find([task])[0] if isinstance(task, str) else task
     try:
@@ -58,7 +58,7 @@ def make(
 
 
 def dice_of(task: str, length: int, index: int, seed: int) -> Random:
-    """The dice of one sample, which no other sample's draws move."""
+    """Random generator of one sample, independent of other samples."""
     digest = hashlib.sha256(f"{seed}/{task}/{length}/{index}".encode()).digest()
     return Random(int.from_bytes(digest, "big"))
 

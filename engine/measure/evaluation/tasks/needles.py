@@ -31,7 +31,7 @@ EIGHT = ("harbour", "lantern", "meadow", "orchard", "compass", "thimble", "grani
 
 @dataclass(frozen=True, slots=True)
 class Needles:
-    """What RULER's settings of a task say."""
+    """Settings of one of RULER's tasks."""
 
     haystack: Haystack
     keys: int = 1
@@ -69,21 +69,21 @@ class Needles:
         return (self.write(pieces, self.needle(fresh(self.key), fresh(self.value))) for _ in repeat(None))
 
     def write(self, pieces: Pieces, sentence: str) -> Tokens:
-        """A sentence among its like: in one paragraph where it is prose, else on a line of its own."""
+        """A sentence of the haystack: within a paragraph of prose, otherwise on its own line."""
         return pieces(f" {sentence}" if self.haystack == "prose" else f"{sentence}\n")
 
     def needle(self, key: str, value: str) -> str:
         return NEEDLE.format(kind=self.value, key=key, value=value)
 
     def forms(self, asked: list[str], answers: int) -> dict[str, str]:
-        """The words that change where there is one answer."""
+        """Words that depend on the number of answers."""
         query = ", ".join(asked[:-1]) + ", and " + asked[-1] if len(asked) > 1 else asked[0]
         single = answers == 1
         return (SINGLE if single else SEVERAL) | {"kind": self.value[:-1] if single else self.value, "query": query}
 
 
 class Fresh:
-    """Keys and values of one sample, none of them twice."""
+    """Distinct random keys and values for one sample."""
 
     def __init__(self, dice: Random) -> None:
         self.dice = dice
@@ -97,7 +97,7 @@ class Fresh:
 
 
 def eight(dice: Random, pieces: Pieces) -> Puzzle:
-    """Eight names in prose with six digits each; the answer begins with the very words of the needle."""
+    """Eight names in prose with six digits each; the answer begins with the words of the needle."""
     values = distinct(dice, 8, 6)
     lines = [NEEDLE.format(kind="numbers", key=key, value=value) for key, value in zip(EIGHT, values, strict=True)]
     dice.shuffle(lines)
@@ -118,7 +118,7 @@ def eight(dice: Random, pieces: Pieces) -> Puzzle:
 
 
 def passkey(dice: Random, pieces: Pieces) -> Puzzle:
-    """One number, said twice, in noise."""
+    """One number, stated twice, in noise."""
     key = number(dice, 5)
     head = "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it."
     head += " I will quiz you about the important information there.\n"
@@ -131,7 +131,7 @@ def passkey(dice: Random, pieces: Pieces) -> Puzzle:
 
 
 def copy(dice: Random, pieces: Pieces) -> Puzzle:
-    """A marked passage of about 32 tokens, to be said again; every four words of it are an answer, or a few more."""
+    """A marked passage of about 32 tokens to repeat; each group of four words, or a few more, is an answer."""
     passage = some_words(dice, pieces, 32)
     head = "One passage of the following text stands between <passage> and </passage>. Make sure to memorize it."
     head += " I will ask you to repeat it afterwards.\n"

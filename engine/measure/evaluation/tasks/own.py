@@ -1,4 +1,4 @@
-"""Questions of one's own: a file of JSON lines, each a prompt or a conversation with its answers."""
+"""The user's tasks: a file of JSON lines, each a prompt or a conversation with its answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ....model.tokenizer import Tokenizer
 
 ROOM = 64
-"""Tokens for an answer where a line does not say, if its answers are not longer."""
+"""Default room for an answer in tokens, unless its answers are longer."""
 Text = Annotated[str, StringConstraints(min_length=1)]
 Answer = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
@@ -28,7 +28,7 @@ def _listed(value: Any) -> Any:
 
 
 class Message(BaseModel):
-    """One turn of a conversation; `name` and the like are not the template's business."""
+    """One turn of a conversation; fields such as `name` are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
     role: Text
@@ -36,7 +36,7 @@ class Message(BaseModel):
 
 
 class Line(BaseModel):
-    """What one line holds."""
+    """Fields of one line."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     prompt: Text | None = None
@@ -55,10 +55,10 @@ class Line(BaseModel):
 
 
 def load_jsonl(path: Path, tokenizer: Tokenizer, chat: bool, limit: int) -> list[Sample]:
-    """The questions of a file of JSON lines; the task is called as the file is, without its ending.
+    """The samples of a file of JSON lines; the task has the file's name without its suffix.
 
-    `chat` puts plain prompts into the model's template where it has one; conversations always are. `limit` is the
-    model's length in tokens. Raises `InvalidRequest` that names file, line and field of the first thing wrong.
+    `chat` puts plain prompts into the model's template if it has one; conversations always use it. `limit` is the
+    model's length in tokens. Raises `InvalidRequest` with file, line and field of the first error.
     """
     samples: list[Sample] = []
     seen: set[int | str] = set()
@@ -75,7 +75,7 @@ def load_jsonl(path: Path, tokenizer: Tokenizer, chat: bool, limit: int) -> list
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, with their numbers from 1."""
+    """Lines that are not blank, numbered from 1."""
     try:
         raw = path.read_bytes()
     except OSError as error:
@@ -119,16 +119,16 @@ def _sample(where: str, task: str, index: int, line: Line, tokenizer: Tokenizer,
 
 
 def _tokens(where: str, line: Line, tokenizer: Tokenizer, chat: bool) -> tuple[list[int], list[int]]:
-    """Of the prompt, and of the answer behind it; after plain text the answer is a new word."""
-    pieces, said = Pieces(tokenizer), ", ".join(line.answer) if line.match == "all" else line.answer[0]
+    """Tokens of the prompt and of the answer after it; after plain text the answer begins a word."""
+    pieces, answer = Pieces(tokenizer), ", ".join(line.answer) if line.match == "all" else line.answer[0]
     messages = [message.model_dump() for message in line.messages or ()]
     if line.prompt is not None and chat and tokenizer.around() is not None:
         messages = [{"role": "user", "content": line.prompt}]
     if not messages:
         assert line.prompt is not None
         space = "" if line.prompt[-1].isspace() else " "
-        return tokenizer.encode(line.prompt), pieces(space + said, line.prompt[-1])
+        return tokenizer.encode(line.prompt), pieces(space + answer, line.prompt[-1])
     try:
-        return tokenizer.chat(messages), pieces(said)
+        return tokenizer.chat(messages), pieces(answer)
     except InvalidRequest as error:
         raise InvalidRequest("tasks", f"{where}: messages: {error.problem}") from error

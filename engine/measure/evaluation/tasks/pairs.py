@@ -1,4 +1,4 @@
-"""Key-value retrieval as in InfiniteBench: a JSON object of random names, one of which is asked for."""
+"""Key-value retrieval as in InfiniteBench: one value of a JSON object of random names."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ PREFIX = "\nThe value associated with the specified key is:"
 
 
 def pairs(dice: Random, pieces: Pieces) -> Puzzle:
-    """One pair of random names among as many as there is room for."""
+    """One pair of random names among as many as fit."""
     key, value = random_uuid(dice), random_uuid(dice)
 
     def context(room: int) -> Tokens:
         head, asked = pieces(HEAD + "{"), written(key, value, pieces)
-        before, behind = pieces(f'"{random_uuid(dice)}": "'), pieces('"}', "0")
-        left = room - sum(map(len, (head, asked, before, behind)))
+        before, after = pieces(f'"{random_uuid(dice)}": "'), pieces('"}', "0")
+        left = room - sum(map(len, (head, asked, before, after)))
         if left < 0:
             raise TooShort
         made = others(left, dice, pieces)
         rest = left - sum(map(len, made))
         made.insert(dice.randrange(len(made) + 1), asked)
-        return [*head, *chain.from_iterable(made), *before, *digits(rest, dice, pieces), *behind]
+        return [*head, *chain.from_iterable(made), *before, *digits(rest, dice, pieces), *after]
 
     return Puzzle(context, QUESTION.format(key=key), PREFIX, (value,), f" {value}")
 
 
 def others(room: int, dice: Random, pieces: Pieces) -> list[Tokens]:
-    """Pairs as long as there is room for another one."""
+    """As many pairs as fit."""
     made: list[Tokens] = []
     while room >= len(pair := written(random_uuid(dice), random_uuid(dice), pieces)):
         made.append(pair)
@@ -45,7 +45,7 @@ def written(key: str, value: str, pieces: Pieces) -> Tokens:
 
 
 def digits(count: int, dice: Random, pieces: Pieces) -> Tokens:
-    """So many tokens for the last value, which takes what no whole pair fits in: the object stays readable JSON."""
+    """`count` tokens for the last value, which fills the rest, so that the object stays valid JSON."""
     found: Tokens = []
     while len(found) < count:
         found += pieces(f"-{random_uuid(dice)}", "0")

@@ -1,4 +1,4 @@
-"""Prompts of an exact number of tokens, put together from pieces that are tokenized one by one."""
+"""Prompts of an exact number of tokens, assembled from pieces that are tokenized one by one."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ if TYPE_CHECKING:
 
 Tokens = list[int]
 DEPTHS = 40
-"""Depths, evenly spaced from the first to the last sentence, among which RULER draws its needles' places."""
+"""Number of evenly spaced depths among which RULER draws the places of its needles."""
 
 
 class TooShort(Exception):
-    """There is less room for a context than the least that a task needs."""
+    """The room for a context is less than the least that a task needs."""
 
 
 class Pieces:
-    """Tokenizes parts of a text as they would stand in the whole; pieces begin where a line or a word does."""
+    """Tokenizer of parts of a text; pieces begin at a line or a word."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._backend = tokenizer.backend
 
-    def __call__(self, text: str, behind: str = "\n") -> Tokens:
-        """Tokens of `text` where `behind` goes before it: a tokenizer may treat the start of a whole text differently.
+    def __call__(self, text: str, before: str = "\n") -> Tokens:
+        """Tokens of `text` after the text `before`, as a tokenizer may treat the start of a text differently.
 
-        Where the border itself would become one token, `text` is taken alone.
+        If one token would span the border, `text` is tokenized alone.
         """
-        before, whole = self.alone(behind), self.alone(behind + text)
-        return whole[len(before) :] if whole[: len(before)] == before else self.alone(text)
+        head, both = self.alone(before), self.alone(before + text)
+        return both[len(head) :] if both[: len(head)] == head else self.alone(text)
 
     def alone(self, text: str) -> Tokens:
-        """Tokens of `text`, without those that the model expects around a whole one."""
+        """Tokens of `text`, without special tokens around it."""
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def opening(self) -> Tokens:
-        """The special tokens that a whole text begins with."""
+        """The special tokens that begin a text."""
         plain, whole = self.alone("x"), list(self._backend.encode("x").ids)
         starts = range(len(whole) - len(plain) + 1)
         return whole[: next((at for at in starts if whole[at : at + len(plain)] == plain), 0)]
@@ -48,17 +48,17 @@ class Pieces:
 
 @dataclass(frozen=True, slots=True)
 class Puzzle:
-    """What a task makes of its dice: everything but the filling, which depends on the room there is."""
+    """A question, its answers, and a context that fills the room."""
 
     context: Callable[[int], Tokens]
-    """Tokens of the context, exactly as many as asked for; raises `TooShort`."""
+    """Returns a context of exactly the given number of tokens; raises `TooShort`."""
     question: str
-    """What goes behind the context, from the line break on where the context does not end with one."""
+    """Text after the context; it begins with a line break unless the context ends with one."""
     prefix: str
-    """How the answer begins; it is given to the model."""
+    """Beginning of the answer, part of the prompt."""
     answers: tuple[str, ...]
     gold: str
-    """The answer as it goes on behind the prefix."""
+    """The answer as a continuation of the prefix."""
     match: Match = "all"
 
 
@@ -66,9 +66,9 @@ Build = Callable[[Random, Pieces], Puzzle]
 
 
 def fill(room: int, head: Tokens, hay: Iterator[Tokens], needles: Sequence[Tokens], dice: Random) -> Tokens:
-    """`room` tokens: the head, then as much hay as there is room for, with the needles in their order at random depths.
+    """`room` tokens: the head, then as much hay as fits, with the needles in order at random depths.
 
-    Only the first piece of hay is cut, at its front, so that no needle and no sentence behind it is.
+    Only the first piece of hay is cut, at its front; needles and all other pieces are complete.
     """
     missing = room - len(head) - sum(map(len, needles))
     if missing < 0:
@@ -93,6 +93,6 @@ def stack(count: int, hay: Iterator[Tokens]) -> list[Tokens]:
 
 
 def places(pieces: int, needles: int, dice: Random) -> list[int]:
-    """Before which pieces the needles go, in rising order; never before the first, which may be half a sentence."""
+    """Ascending indices of the pieces that needles precede; never the first, which may be half a sentence."""
     depths = sorted(dice.sample(range(DEPTHS), needles))
     return [min(max(round(pieces * depth / (DEPTHS - 1)), 1), pieces) for depth in depths]

@@ -1,4 +1,4 @@
-"""The names of the built-in tasks."""
+"""Registry of the built-in tasks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .tracking import tracking
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A kind of question that is made for any length."""
+    """A task that generates samples of any length."""
 
     name: str
     summary: str
     max_new_tokens: int
-    """PaddedShape for the answer; the length of a sample counts it."""
+    """Room for the answer, part of a sample's length."""
     build: Build
 
 
@@ -42,14 +42,14 @@ _ALL = (
     Task("niah_multivalue", "the four numbers of one key in prose", 128, Needles("prose", values=4).build),
     Task("niah_single_1", "one number in noise", 128, Needles("noise").build),
     Task("niah_single_2", "one number in prose", 128, Needles("prose").build),
-    Task("passkey", "one number, said twice, in noise", 32, passkey),
+    Task("passkey", "one number, stated twice, in noise", 32, passkey),
     Task("vt", "the variables along a chain of assignments in noise", 30, tracking),
 )
 TASKS = {task.name: task for task in sorted(_ALL, key=lambda task: task.name)}
 
 
 def find(names: Iterable[str]) -> list[Task]:
-    """The tasks of these names, in their order. Raises `InvalidRequest` where one is unknown."""
+    """The tasks of these names, in their order. Raises `InvalidRequest` for an unknown one."""
     chosen = list(dict.fromkeys(names))
     if unknown := [name for name in chosen if name not in TASKS]:
         raise InvalidRequest("tasks", f"{', '.join(unknown)}: unknown; there are {', '.join(TASKS)}")

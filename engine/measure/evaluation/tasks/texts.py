@@ -1,4 +1,4 @@
-"""What prompts are made of: a noise that says nothing, English prose and words, numbers and names."""
+"""Material of prompts: noise, English prose and words, numbers and names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from itertools import count
 from random import Random
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-"""RULER's haystack that distracts nobody."""
+"""RULER's haystack of repeated sentences."""
 _BLANK = re.compile(r"\n\s*\n")
 _SENTENCE = re.compile(r"(?<=[.!?]) (?=[A-Z])")
 _NOT_PROSE = re.compile(r"::=|>>>|\*\*\*|===|---|\|")
@@ -20,7 +20,7 @@ _WORD = re.compile(r"(?<![\w.'`])[a-z]{4,10}(?![\w.'`(=])")
 
 @cache
 def sentences() -> tuple[str, ...]:
-    """The sentences of CPython's own documentation, which every Python carries: no two alike, no code, no tables."""
+    """Distinct sentences of CPython's documentation, part of every Python, without code and tables."""
     paragraphs = (" ".join(part.split()) for topic in _topics() for part in _BLANK.split(topic))
     return tuple(dict.fromkeys(line for text in paragraphs if _is_prose(text) for line in _SENTENCE.split(text)))
 
@@ -32,7 +32,7 @@ def words() -> tuple[str, ...]:
 
 
 def prose(dice: Random) -> Iterator[str]:
-    """Sentences as they follow each other from a random place on, round and round."""
+    """Consecutive sentences from a random place on, endlessly."""
     first, lines = dice.randrange(len(sentences())), sentences()
     return (lines[number % len(lines)] for number in count(first))
 
@@ -42,7 +42,7 @@ def number(dice: Random, digits: int) -> str:
 
 
 def pair_of_words(dice: Random) -> str:
-    """A name that no text holds by chance."""
+    """A name that no text contains by chance."""
     return "-".join(dice.sample(words(), 2))
 
 

@@ -1,4 +1,4 @@
-"""RULER's variable tracking: which names hold a value, along a chain of assignments."""
+"""RULER's variable tracking: the names that hold a value, along a chain of assignments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .texts import NOISE, capitals, number
 
 HOPS = 4
 EXAMPLE_NOISES = (10, 5, 2)
-"""Lines of noise in the solved example, RULER's number first; fewer where that does not fit."""
+"""Lines of noise in the solved example: RULER's number, then fewer for shorter prompts."""
 HEAD = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 QUESTION = "Question: Find all variables that are assigned the value {value} in the text above."
 PREFIX = " Answer: According to the chain(s) of variable assignment in the text above, {count} variables are assigned"
@@ -18,7 +18,7 @@ PREFIX += " the value {value}, they are:"
 
 
 def tracking(dice: Random, pieces: Pieces) -> Puzzle:
-    """One chain of four hops in noise, behind a small solved example."""
+    """One chain of four hops in noise, after a small solved example."""
     example_value, value = distinct_values(dice)
     example, names = distinct_names(dice, 3), distinct_names(dice, 5)
 
@@ -49,8 +49,8 @@ def solved(dice: Random, names: list[str], value: str, noises: int) -> str:
     for at, line in reversed([*zip(places, assignments(names, value), strict=True)]):
         lines.insert(at, line)
     asked = {"value": value, "count": len(names)}
-    said = f"{PREFIX.format(**asked)} {' '.join(names)}\n\n"
-    return HEAD + "".join(lines) + QUESTION.format(**asked) + said
+    answer = f"{PREFIX.format(**asked)} {' '.join(names)}\n\n"
+    return HEAD + "".join(lines) + QUESTION.format(**asked) + answer
 
 
 def distinct_names(dice: Random, letters: int) -> list[str]:

@@ -29,7 +29,7 @@ Evaluate = Callable[..., Run]
 
 @pytest.fixture(autouse=True)
 def _wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.BUILT_IN, WRONG, "tests.engine.evaluation.wrong:Wrong")
+    monkeypatch.setitem(registry.BUILT_IN, WRONG, "tests.engine.measure.evaluation.wrong:Wrong")
 
 
 def quiet(*_: Any) -> None:
@@ -45,7 +45,7 @@ def evaluated(engine: Engine, folder: Path, **fields: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def embedded_results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(registry.BUILT_IN, WRONG, "tests.engine.evaluation.wrong:Wrong")
+        patch.setitem(registry.BUILT_IN, WRONG, "tests.engine.measure.evaluation.wrong:Wrong")
         engine = Engine(EngineConfig(dtype="float32", kv_memory=2**28))
         fields = {"strategies": (WRONG, "sift+retrieval"), "tasks": TASKS, "lengths": (LENGTH,), "samples": 1}
         return evaluated(engine, tmp_path_factory.mktemp("embedded"), always_sparse=True, **fields)

@@ -41,8 +41,8 @@ def test_goes_on_as_the_engine_does(make: Make, name: str) -> None:
     with reader.open(PROMPTS, engine.strategy(name, SPARSE[name]), 20) as readings:
         for reading in readings:
             reader.read(reading)
-        reader.go_on(readings, lambda reading: len(reading.said) == 20)
-        assert [reading.said for reading in readings] == expected
+        reader.generate(readings, lambda reading: len(reading.generated) == 20)
+        assert [reading.generated for reading in readings] == expected
 
 
 @pytest.mark.parametrize("name", sorted(SPARSE))
@@ -52,14 +52,14 @@ def test_follows_what_it_would_have_said_with_the_same_logits(make: Make, name: 
     reader, strategy = Reader(engine), engine.strategy(name, SPARSE[name])
     with reader.open(PROMPTS[:1], strategy, 80) as (reading,):
         reader.read(reading)
-        ahead = reading.ahead
-        reader.go_on([reading], lambda reading: len(reading.said) == 80)
-        answer, density = reading.said, reading.sparsity.decode_density
-        reader.forget(reading, ahead)
+        mark = reading.mark()
+        reader.generate([reading], lambda reading: len(reading.generated) == 80)
+        answer, density = reading.generated, reading.sparsity.decode_density
+        reader.rewind(reading, mark)
         together = reader.follow(reading, answer)
         assert together.argmax(-1).tolist() == answer
         assert reading.sparsity.decode_density == pytest.approx(density, abs=0.01)
-        reader.forget(reading, ahead)
+        reader.rewind(reading, mark)
         alone = torch.cat([reader.follow(reading, [token]) for token in answer])
     torch.testing.assert_close(together, alone, **CLOSE)
     assert engine.cache.free_pages == engine.cache.allocator.total

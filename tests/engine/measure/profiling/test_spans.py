@@ -17,7 +17,7 @@ from keysift.engine.measure.profiling.clock import Clock
 from keysift.engine.measure.profiling.drive import run
 from keysift.kvcache import Frames, Selection, Step
 from tests.engine.driver import Make, drain, greedy, said, tokens
-from tests.engine.test_offload import ARGS, NOSA, PAIR, home
+from tests.engine.test_offload import ARGS, NOSA, PAIR, offloaded
 
 
 class Ticks:
@@ -143,9 +143,9 @@ def test_a_span_that_nobody_hears_costs_next_to_nothing() -> None:
     assert time.process_time() - begun < 0.02
 
 
-def test_a_home_shows_its_transfers(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_offloaded_cache_shows_its_transfers(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two layers that each wait for 2 ms before anything is computed."""
-    engine, clock = home(make, tmp_path, 0.5), Clock()
+    engine, clock = offloaded(make, tmp_path, 0.5), Clock()
     tier = engine.cache.tier
     bring = tier.parts
 
