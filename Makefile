@@ -18,7 +18,7 @@ install:
 
 # Renew requirements/: `make lock` keeps what pyproject.toml still allows, `make lock UPGRADE=--upgrade` takes the newest.
 lock: install
-	$(BIN)/python tools/lock.py $(UPGRADE)
+	$(BIN)/python -m tools.lock $(UPGRADE)
 
 demo: install
 	$(BIN)/python -m benchmarks.demo
