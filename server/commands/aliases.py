@@ -13,7 +13,7 @@ FORMER_FLAGS = {f"--{old}".replace("_", "-"): f"--{new}".replace("_", "-") for n
 
 def current(arguments: list[str]) -> list[str]:
     """Arguments of the command line in the current spelling, with one line on standard error for each former one."""
-    match [_flag(argument) for argument in arguments]:
+    match [_current_flag(argument) for argument in arguments]:
         case ["doctor", *rest] if "--forget" in rest:
             return _renamed("keysift doctor --forget", "keysift calibrate --forget", ["calibrate", *_forget(rest)])
         case ["doctor", *rest] if "--calibrate" in rest:
@@ -24,8 +24,8 @@ def current(arguments: list[str]) -> list[str]:
             return flags
 
 
-def _flag(argument: str) -> str:
-    """One argument, with the current name of a former flag."""
+def _current_flag(argument: str) -> str:
+    """Argument with the current name in place of a former flag."""
     name, equals, value = argument.partition("=")
     if name not in FORMER_FLAGS:
         return argument
@@ -39,7 +39,7 @@ def _renamed(old: str, new: str, arguments: list[str]) -> list[str]:
 
 
 def _calibrate(arguments: list[str]) -> list[str]:
-    """Without ``--calibrate``; the value of ``--model`` is the command's argument."""
+    """Arguments of `calibrate`: without ``--calibrate``, and with the value of ``--model`` alone."""
     kept = (argument.removeprefix("--model=") for argument in arguments)
     return [argument for argument in kept if argument not in ("--calibrate", "--model")]
 

@@ -61,6 +61,6 @@ def calibrate(
 
 
 def _refuse_fields(context: typer.Context) -> None:
-    """Raises `InvalidRequest` for ``keysift calibrate ./my-model --forget``, which would delete other models' too."""
+    """Refuse ``keysift calibrate ./my-model --forget``, which would delete the calibrations of other models too."""
     if names := given(context, FIELDS):
         raise InvalidRequest("forget", f"deletes the calibrations of all models, got --forget and {', '.join(names)}")

@@ -52,7 +52,7 @@ def from_fields(*, skip: Collection[str] = (), **models: type[BaseModel]) -> Cal
 
 
 def _refuse_empty_secrets(model: type[BaseModel], values: Mapping[str, Any]) -> None:
-    """Raises `InvalidRequest` for an empty variable of a secret: read as not set, it would serve without the secret."""
+    """Refuse an empty variable of a secret, which would count as not set and leave the server open."""
     for name, value in values.items():
         secret = SecretStr in get_args(model.model_fields[name].annotation)
         if secret and value is None and os.environ.get(PREFIX + name.upper()) == "":
@@ -60,7 +60,7 @@ def _refuse_empty_secrets(model: type[BaseModel], values: Mapping[str, Any]) -> 
 
 
 def _set_signature(command: Command, parameters: list[inspect.Parameter]) -> None:
-    """Parameters of the command for typer, which reads both attributes instead of the code."""
+    """Set the parameters that typer sees instead of those of the code, in the two attributes that it reads."""
     command.__dict__["__signature__"] = inspect.Signature(parameters)
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 

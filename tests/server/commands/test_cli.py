@@ -222,7 +222,7 @@ EXAMPLES = {
     "profile": r"keysift profile \./my-model --batch-sizes 1,4 --runs 5 --compare keysift-profile/profile\.json",
     "load": r"keysift load localhost:50051 --request-rate 0\.5 --num-prompts 40 --goodput ttft:2000",
     "calibrate": r"keysift calibrate \./my-model --dtype bfloat16 --max-model-len 16384",
-    "strategies": r"--json\s.*print one JSON object",
+    "strategies": r"keysift strategies sift",
     "doctor": r"--json\s.*print one JSON object",
 }
 
