@@ -88,11 +88,11 @@ BAD_FIELDS = {
 }
 
 
-@pytest.mark.parametrize(("message", "field", "told"), BAD_FIELDS.values(), ids=BAD_FIELDS.keys())
-def test_a_bad_field_is_named(running: Running, message: pb.GenerateRequest, field: str, told: str) -> None:
+@pytest.mark.parametrize(("message", "field", "named"), BAD_FIELDS.values(), ids=BAD_FIELDS.keys())
+def test_a_bad_field_is_named(running: Running, message: pb.GenerateRequest, field: str, named: str) -> None:
     error = failure(running, message)
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert told in error.details()
+    assert named in error.details()
     (detail,) = rpc_status.from_call(error).details
     bad = BadRequest()
     assert detail.Unpack(bad)

@@ -99,3 +99,10 @@ def test_options_of_the_strategy_follow_its_name(run: Run, running: Running, tmp
     assert found["settings"]["strategy_args"] == ["streaming.window=16", "streaming.sink=16"]
     assert found["load"]["input_lens"] == [40, 50]
     assert "streaming" in found["load"]["strategy"]
+
+
+def test_an_address_of_the_environment(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KEYSIFT_ADDRESS", "127.0.0.1:1")
+    status, _, err = run("load", "--output-dir", tmp_path / "out")
+    assert status == 1
+    assert "127.0.0.1:1" in err

@@ -91,3 +91,13 @@ def test_a_profile_takes_no_flags_of_a_load(run: Run, model_folder: Path, tmp_pa
     assert (status, out) == (2, "")
     assert f"No such option: {flag}" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_address_of_the_environment_makes_no_load(
+    run: Run, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load may have single tokens; the error is that of a profile in this process."""
+    monkeypatch.setenv("KEYSIFT_ADDRESS", "127.0.0.1:1")
+    status, _, err = run("profile", model_folder, "--output-len", "1", "--output-dir", tmp_path / "out")
+    assert status == 2
+    assert "keysift: output_len: " in err.splitlines()[-1]
