@@ -109,7 +109,7 @@ class Strategy:
 
     @property
     def rows_at_the_end(self) -> int:
-        """Rows at the end of a prompt that are chosen for differently; inside a longer prompt they would read less."""
+        """Rows at the end of a prompt with a selection of their own; inside a longer prompt they would read less."""
         return 0
 
     def at(self, phase: Phase, context_len: int, queries: int) -> Strategy:

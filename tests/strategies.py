@@ -6,9 +6,10 @@ engine. `tests/attention/test_strategies.py` fails for a registered strategy wit
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
-from keysift.attention import Dense, Strategy, make
+from keysift.attention import Dense, Strategy, known, make
 from keysift.attention.prompt import PromptStrategy
 from keysift.kvcache import Phase
 
@@ -25,7 +26,7 @@ class Row:
     spec: dict[str, object] = field(default_factory=dict)
     """Fields of the `CacheSpec` that it needs."""
     blind: bool = False
-    """Its selection depends on no query, so it finds nothing that a prompt hides."""
+    """Its selection depends on no query, so planted structure is not found."""
 
     def __str__(self) -> str:
         return " ".join([self.name, *map(str, self.sparse.values())])
@@ -98,3 +99,10 @@ IDS = list(map(str, ROWS))
 def prompt_rows(page: int = 4) -> list[Row]:
     """Strategies with the options that all prompt strategies share."""
     return [row for row in rows(page) if isinstance(row.make(), PromptStrategy)]
+
+
+def unnamed(strategies: Iterable[str], page: int) -> list[str]:
+    """Strategies that a list spelt ``name option=value ...`` leaves out and that run on any model, spelt like these."""
+    names = {each.split()[0] for each in strategies}
+    left = [row for row in rows(page) if row.name in known() and row.name not in names and not row.spec]
+    return [" ".join([row.name, *row.arguments(dense_below=0)]) for row in left]

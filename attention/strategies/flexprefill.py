@@ -59,7 +59,7 @@ class FlexPrefill(PromptStrategy):
         return patterns.cover(mass, self.gamma, -(-self.min_budget // step.page_size), unit)
 
     def _divergence(self, representative: Tensor, evidence: Probe, context: Context) -> Tensor:
-        """[Hq], of the representatives' attention to full pages from its estimate by their mean, [1, Hq, D]."""
+        """[Hq], between the representatives' attention to full pages and its estimate by their mean [1, Hq, D]."""
         step = context.step
         guess = patterns.estimate(representative, step.positions[-1:], context, queries_per_probe=1).mass[0]  # [Hq, F]
         full = (patterns.pages(step) + 1) * step.page_size <= step.lasts[-1] + 1

@@ -15,7 +15,7 @@ from ..token import TokenStrategy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quest(TokenStrategy):
-    """Ranks pages by the greatest score that a key between their least and greatest could have.
+    """The pages with the greatest score that a key between their least and greatest could have.
 
     As published: a budget of 1,024, the first two layers dense, neither sinks nor a window but the row's own page. Here
     both zones are options, and the heads of a group share a list.

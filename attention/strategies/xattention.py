@@ -69,7 +69,7 @@ def _keys(context: Context) -> tuple[Tensor, Tensor]:
 
 
 def _antidiagonals(q: Tensor, k: Tensor, stride: int) -> Tensor:
-    """[Hq, n, m]: of q [n * stride, Hq, D] and k [Hkv, m * stride, D], products summed along each tile's antidiagonal.
+    """[Hq, n, m], for q [n * stride, Hq, D] and k [Hkv, m * stride, D], products summed along each tile's antidiagonal.
 
     Query i of a group meets key ``stride - 1 - i``: one matrix product of groups as long vectors, one of them reversed.
     """

@@ -32,7 +32,7 @@ def describe(name: str, strategy: type[Strategy]) -> dict[str, Any]:
 
 
 def print_json(name: str | None) -> None:
-    print(json.dumps({each: describe(each, strategy) for each, strategy in _asked(name).items()}, default=str))
+    print(json.dumps({each: describe(each, strategy) for each, strategy in _selected(name).items()}, default=str))
 
 
 def print_table(name: str | None) -> None:
@@ -40,11 +40,11 @@ def print_table(name: str | None) -> None:
     if name is None:
         console.print(_overview(), "\nkeysift strategies NAME explains one with its options.")
         return
-    for each, strategy in _asked(name).items():
+    for each, strategy in _selected(name).items():
         _explain(console, each, strategy)
 
 
-def _asked(name: str | None) -> dict[str, type[Strategy]]:
+def _selected(name: str | None) -> dict[str, type[Strategy]]:
     """All strategies by name, or those of a pair. Raises `InvalidRequest` for an unknown one."""
     if name is None:
         return dict(sorted(known().items()))
@@ -56,7 +56,7 @@ def _asked(name: str | None) -> dict[str, type[Strategy]]:
 
 def _overview() -> Table:
     table = Table("strategy", "what it does", "options", box=None, pad_edge=False)
-    for name, strategy in _asked(None).items():
+    for name, strategy in _selected(None).items():
         listed = " ".join(f"{name}.{option.name}={_text(option.default)}" for option in options(strategy))
         table.add_row(name, _description(strategy).partition("\n")[0], listed)
     return table

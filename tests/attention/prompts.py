@@ -1,4 +1,4 @@
-"""Prompts whose selections are known, and what a strategy selects for them."""
+"""Random prompts, and the selections of strategies for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .selection_oracles import Prompt
 def random_prompt(
     tokens: int, chunk: int, *, page: int, row: int, heads: tuple[int, int] = (4, 2), scale: float = 0.35, seed: int = 0
 ) -> Prompt:
-    """Peaky random attention: a sink, a few keys that everyone reads, and neighbours that resemble each other."""
+    """Peaky random attention: a sink, a few keys that all queries read, and neighbours that resemble each other."""
     generator = torch.Generator().manual_seed(seed)
     num_heads, num_kv_heads = heads
     drift = torch.randn(tokens, num_kv_heads, 8, generator=generator).cumsum(0) / 3
@@ -29,8 +29,8 @@ def random_prompt(
     return Prompt(q.double(), k.double(), page, row, scale)
 
 
-def select(strategy: Strategy, prompt: Prompt, poison: float = float("nan"), behind: int = 0) -> Selection:
-    """What the strategy selects for the prompt's last chunk, in frames scattered among those of another sequence."""
+def select(strategy: Strategy, prompt: Prompt, poison: float = float("nan"), tokens_left: int = 0) -> Selection:
+    """The selection for the prompt's last chunk, in frames scattered among those of another sequence."""
     spec = CacheSpec(
         num_layers=1,
         num_kv_heads=prompt.k.shape[1],
@@ -50,13 +50,13 @@ def select(strategy: Strategy, prompt: Prompt, poison: float = float("nan"), beh
         cache.append(
             0, k[: prompt.start], k[: prompt.start], cache.prefill(Span(sequence, 0, prompt.start), prompt.row)
         )
-    step = cache.prefill(Span(sequence, prompt.start, len(q)), prompt.row, behind)
+    step = cache.prefill(Span(sequence, prompt.start, len(q)), prompt.row, tokens_left)
     cache.append(0, k[prompt.start :], k[prompt.start :], step)
     return strategy.prefill(q, cache.context(0, step))
 
 
 def mask(strategy: Strategy, prompt: Prompt, **surroundings: float) -> Tensor:
-    """[R, Hq, F] bool"""
+    """[R, Hq, F] bool, the pages that `select` returns."""
     return select(strategy, prompt, **surroundings).mask(prompt.num_pages)  # type: ignore[arg-type]
 
 

@@ -1,7 +1,7 @@
-"""What strategies should choose: the papers' steps in float64, one head, row and page at a time.
+"""Oracles of prompt strategies: the papers' steps in float64, one head, row and page at a time.
 
-Every oracle returns a mask [R, Hq, F]. `slack` widens each threshold a little, or narrows it where it is negative: what
-float32 chooses lies between the two.
+Every oracle returns a mask [R, Hq, F]. `slack` widens each threshold a little, or narrows it where it is negative: a
+selection in float32 lies between the two.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Prompt:
 
     @cached_property
     def scores(self) -> Tensor:
-        """[Hq, Nq, Nk], of the future too."""
+        """[Hq, Nq, Nk], without a causal mask."""
         keys = self.k.repeat_interleave(self.q.shape[1] // self.k.shape[1], 1)
         return torch.einsum("qhd,khd->hqk", self.q, keys) * self.scale
 
@@ -122,7 +122,7 @@ def diagonals(prompt: Prompt, head: int, queries: Iterable[int]) -> list[float]:
 
 
 def last_queries(prompt: Prompt, count: int) -> list[int]:
-    """Of the chunk; a last row that is shorter is joined by the row before it."""
+    """The chunk's last queries; a last row that is shorter is joined by the row before it."""
     count = min(count, prompt.row)
     final = prompt.rows[-1]
     before = prompt.rows[-2][-count:] if len(final) < count and len(prompt.rows) > 1 else range(0)
@@ -160,7 +160,7 @@ def filled(prompt: Prompt, row: range) -> list[int]:
 
 
 def query_aware(prompt: Prompt, head: int, tau: float, reps: list[int]) -> bool:
-    """Whether the representatives' estimate agrees with their attention to full pages."""
+    """True if the representatives' estimate agrees with their attention to full pages."""
     full = len(prompt.k) // prompt.page
     true = columns(prompt, head, reps)[:full]
     guess = pooled(prompt, head, reps, len(prompt.k) - 1)[:full]

@@ -195,7 +195,7 @@ def prepare(cache: PagedCache, t: Text, n: int) -> int:
 
 
 def blocks(strategy: BlockStrategy, q: Tensor, cache: PagedCache, step: Step) -> list[Lists]:
-    """Of each row, the blocks of its lists, of which every page that the row may see must be there."""
+    """The blocks of each row's lists; asserts that each is there with all pages that the row may see."""
     selection, size, rows = strategy.decode(q, cache.context(0, step)), strategy.block_size, []
     for row, last in enumerate(step.last_pages.tolist()):
         lists = []
@@ -380,20 +380,20 @@ REFUSED: list[tuple[str, dict[str, object], str]] = [
 
 
 @pytest.mark.parametrize(("name", "options", "message"), REFUSED)
-def test_options_that_do_not_fit(name: str, options: dict[str, object], message: str) -> None:
+def test_options_that_do_not_go_together_are_refused(name: str, options: dict[str, object], message: str) -> None:
     with pytest.raises(StrategyError, match=message):
         make(name, **options)
 
 
 @pytest.mark.parametrize("page_size", [3, 5, 32, 64])
 @pytest.mark.parametrize("name", ["nosa-trained", "infllmv2", "sift+infllmv2"])
-def test_pages_that_windows_are_not_made_of(name: str, page_size: int) -> None:
+def test_page_sizes_that_do_not_divide_a_window_are_refused(name: str, page_size: int) -> None:
     spec = CacheSpec(1, 2, 32, page_size, bias_channels=16)
     with pytest.raises(ValueError, match=f"page_size: a divisor of kernel_stride .16.*got {page_size}"):
         make(name).check(spec)
 
 
-def test_a_model_without_biases() -> None:
+def test_a_model_without_biases_is_refused() -> None:
     with pytest.raises(ValueError, match="no learned bias"):
         make("nosa-trained").check(CacheSpec(1, 2, 32))
     make("infllmv2").check(CacheSpec(1, 2, 32))

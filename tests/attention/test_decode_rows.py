@@ -1,4 +1,4 @@
-"""Consecutive tokens of one sequence in one decode step: what they read and what comes out is as if one by one."""
+"""Consecutive tokens of one sequence in one decode step: same pages and same output as one by one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def strategies() -> list[Strategy]:
 
 
 def choices(name: str) -> list[list[tuple[str, str]]]:
-    """Of each option that takes a word, the option with each of its words."""
+    """For each option that takes a word, the pairs of the option and a word."""
     return [
         [(each.name, word) for word in each.bounds["enum"]] for each in options(find(name)) if "enum" in each.bounds
     ]
@@ -56,7 +56,7 @@ def test_tokens_decoded_at_once_are_those_decoded_one_by_one(strategy: Strategy)
 
 
 def make_qkv() -> list[Tensor]:
-    """Of each layer the packed [T, Hq + 2 Hkv, D], with queries that some keys stand out for."""
+    """For each layer packed [T, Hq + 2 Hkv, D], with queries that some keys stand out for."""
     packed = torch.randn(LAYERS, PROMPT + TOKENS, HEADS + 2 * KV_HEADS, DIM)
     packed[:, :, :HEADS] *= 2
     return list(packed)
@@ -85,7 +85,7 @@ def attend(strategy: Strategy, cache: PagedCache, spans: list[Span], qkv: list[T
 
 
 class Noted(Telemetry):
-    """Keeps the chosen pages too."""
+    """Telemetry that keeps the selections too."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -1,4 +1,4 @@
-"""Tokens that read what the last one read, but for a little: against the words of the method, token by token."""
+"""NOSA's bound on selections from token to token, against the method written out token by token."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def drifting(seed: int = 0, tokens: int = PROMPT + TOKENS) -> Tokens:
 
 @dataclass(slots=True)
 class Watch:
-    """A strategy's selections, one by one."""
+    """Records the selections of a strategy, one by one."""
 
     inner: Strategy
     seen: list[Selection] = field(default_factory=list)
@@ -72,13 +72,13 @@ def decoded(strategy: Strategy, cache: PagedCache, data: Tokens) -> Iterator[tup
 
 
 def pages_of(selection: Selection, pages: Tensor | None = None) -> list[set[int]]:
-    """Of each list of the first row."""
+    """The pages of each list of the first row, as sets."""
     lists = (selection.pages if pages is None else pages)[0].tolist()
     return [{page for page in row if page >= 0} for row in lists]
 
 
 def true_shares(data: Tokens, position: int) -> Tensor:
-    """[Hq, F] fp64, of one token."""
+    """[Hq, F] fp64, each page's share of one token's attention."""
     q, k = data[0][position].double(), data[1][: position + 1].double().repeat_interleave(HEADS // KV_HEADS, 1)
     weights = (torch.einsum("hd,jhd->hj", q, k) * DIM**-0.5).softmax(-1)
     return torch.nn.functional.pad(weights, (0, -(position + 1) % PAGE)).view(HEADS, -1, PAGE).sum(-1)
@@ -95,7 +95,7 @@ def true_shares(data: Tokens, position: int) -> Tensor:
     ],
     ids=str,
 )
-def test_every_token_reads_what_the_description_says(options: dict[str, object]) -> None:
+def test_every_token_follows_the_description(options: dict[str, object]) -> None:
     """Written out in fp64 from the first token to the last, its own sets and averages carried along."""
     strategy, data = make("nosa", **SMALL | options), drifting()
     sizes = {name: getattr(strategy, name) // PAGE for name in ("budget", "queried")}
@@ -103,7 +103,7 @@ def test_every_token_reads_what_the_description_says(options: dict[str, object])
     case = Case((), 0, sinks=SINK // PAGE, factor=math.exp(strategy.delta), **sizes, **rest)  # type: ignore[attr-defined]
     before: list[set[int] | None] = [None] * KV_HEADS
     averages: list[list[float]] = [[]] * KV_HEADS
-    opened_valves = changed = 0
+    exceeded = changed = 0
     for position, (selection, _, _) in enumerate(decoded(strategy, cache_of(), data), PROMPT):
         score = true_shares(data, position).view(KV_HEADS, -1, position // PAGE + 1).mean(1).tolist()
         assert selection.estimated is not None
@@ -117,9 +117,9 @@ def test_every_token_reads_what_the_description_says(options: dict[str, object])
             assert bool(selection.evidence.bound_exceeded[0, head]) == want.bound_exceeded
             changed += before[head] is not None and not chosen <= (before[head] or set())
             before[head], averages[head] = want.chosen, want.averages
-            opened_valves += want.bound_exceeded
+            exceeded += want.bound_exceeded
     assert changed > 5, "or nothing was tested"
-    assert (opened_valves > 0) == (options["epsilon"] != 1.0)
+    assert (exceeded > 0) == (options["epsilon"] != 1.0)
 
 
 @pytest.mark.parametrize("index", ["flat", "codes", "summary", "bound"])
@@ -146,7 +146,7 @@ def test_no_more_changes_than_is_allowed(index: str, most: int) -> None:
 
 
 @pytest.mark.parametrize("index", ["flat", "codes"])
-def test_without_bound_and_comparison_it_reads_what_the_heaviest_are(index: str) -> None:
+def test_without_bound_and_comparison_it_reads_the_heaviest_pages(index: str) -> None:
     free = make("nosa", **SMALL | {"index": index, "m_max": -1, "delta": -math.inf, "queried": 1000})
     zones = {"sink": SINK, "window": WINDOW, "budget": 40}
     top = make("retrieval", index=index, epsilon=0.0, **zones)
@@ -208,7 +208,7 @@ def test_a_sequence_that_was_rolled_back_begins_anew() -> None:
 
 
 def parts(selection: Selection, head: int, position: int) -> tuple[set[int], set[int], set[int]]:
-    """Pages that are read, that stand in by their means, and the others."""
+    """Pages that are read, pages estimated by their means, and the others."""
     chosen = pages_of(selection)[head]
     means = set() if selection.estimated is None else pages_of(selection, selection.estimated)[head]
     return chosen, means, set(range(position // PAGE + 1)) - chosen - means
@@ -247,7 +247,7 @@ def test_refused_pages_stand_in_by_their_means_and_others_are_dropped(refused: s
         assert covered.estimated_share == pytest.approx(float(shares[:, 1].mean()), abs=1e-4)
 
 
-def test_what_an_index_cannot_tell_stays_unknown() -> None:
+def test_an_index_of_bounds_reports_no_coverage() -> None:
     strategy = make("nosa", **SMALL | {"index": "bound", "m_max": 0, "epsilon": 1.0})
     *_, (selection, _, telemetry) = decoded(strategy, cache_of(), drifting())
     (covered,) = telemetry.coverage(telemetry.reads())
@@ -290,7 +290,7 @@ def test_options_have_bounds(options: dict[str, object]) -> None:
 
 
 def test_a_trained_model_chooses_as_it_was_trained_to() -> None:
-    """Which reads 64 blocks of 64 tokens: all of these, and more than the options ask for."""
+    """It reads 64 blocks of 64 tokens: all of these, and more than the options ask for."""
     biased: dict[str, object] = {"bias_channels": 8, "scale": DIM**-0.5}
     data, pages = drifting(), {}
     for name, options in (("nosa-trained", {}), ("nosa", SMALL), ("nosa", {**SMALL, "trained": False})):

@@ -1,4 +1,4 @@
-"""Selection maths against what their docstrings say, counted one by one."""
+"""Selection maths, against their docstrings counted out one by one."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_cover_is_the_fewest_entries_the_crossing_one_included_and_the_earlier_o
     assert true(patterns.cover(torch.tensor(masses) / 16, eighths / 8, least)) == expected
 
 
-def test_cover_of_everything_holds_what_rounding_would_lose() -> None:
+def test_cover_of_everything_loses_nothing_to_rounding() -> None:
     mass = torch.tensor([[1.0, 1e-30, 0.0], [0.0, 0.0, 0.0]])
     assert patterns.cover(mass, 1.0).all()
     assert patterns.cover(mass, 0.9999).tolist() == [[True, False, False], [False, False, False]]
@@ -121,7 +121,7 @@ def test_strides_count_from_the_start_of_the_prompt(step: Step, every: int) -> N
 
 
 @given(aligned, st.lists(st.booleans(), min_size=8, max_size=8))
-def test_a_probe_speaks_for_the_rows_up_to_its_own(step: Step, probed: list[bool]) -> None:
+def test_a_probe_stands_for_the_rows_up_to_its_own(step: Step, probed: list[bool]) -> None:
     chosen = [r for r in range(step.num_rows) if probed[r] or r == step.num_rows - 1]
     nothing = torch.zeros(len(chosen), 1, step.max_pages)
     each = probe.Probe(nothing, nothing, None, rows=torch.tensor(chosen), counts=torch.ones(len(chosen)).long())

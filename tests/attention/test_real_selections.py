@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec(embedded.PACKAGE) is No
 
 
 class Enough(Exception):
-    """The layers behind are not needed."""
+    """The later layers are not needed."""
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def share(part: Tensor, whole: Tensor) -> float:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_sift_finds_nearly_what_every_query_would_point_at(prompts: dict[int, Prompt], layer: int) -> None:
+def test_sift_finds_most_pages_of_the_oracle(prompts: dict[int, Prompt], layer: int) -> None:
     prompt = prompts[layer]
     wanted = mask(make("oracle", sink=0, local=0, last_rows_dense=0), prompt)
     chosen = mask(make("sift", threshold=0.006, coverage=0.0, last_rows_dense=0), prompt)
@@ -74,7 +74,7 @@ def test_flexprefill_keeps_its_gamma(prompts: dict[int, Prompt], layer: int) -> 
     assert selection.evidence.coverage is not None
     assert (selection.evidence.coverage.amin(0) > 0.95 - 1e-4).all()  # of its representatives
     exact = kept(prompt, selection.mask(prompt.num_pages))
-    assert exact.mean(1).min() > 0.94  # of everyone, mean of each head
+    assert exact.mean(1).min() > 0.94  # of all queries, mean of each head
     more = select(make("flexprefill", gamma=0.99, min_budget=64, last_rows_dense=0), prompt)
     assert kept(prompt, more.mask(prompt.num_pages)).mean() > exact.mean()
 

@@ -112,11 +112,11 @@ def test_the_models_scale_is_the_selections_scale(choice: Choice) -> None:
 
 
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
-def test_logits_of_any_size_are_chosen_by(choice: Choice) -> None:
+def test_logits_of_any_size_give_the_oracles_selection(choice: Choice) -> None:
     prompt = scaled(PROMPTS["continued"], 1e4)
     chosen = choice.chosen(prompt)
     sure, possible = choice.expected(prompt, -0.02), choice.expected(prompt, 0.02)
-    if not choice.options.get("min_budget"):  # which of the masses that float32 cannot tell from 0 are the greatest?
+    if not choice.options.get("min_budget"):  # float32 cannot order masses that it rounds to 0
         assert (sure <= chosen).all()
         assert (chosen <= possible).all()
     selection = select(make(choice.name, **choice.options), prompt)
@@ -176,5 +176,5 @@ def test_the_last_rows_of_the_prompt_are_dense_and_only_they(row: Row) -> None:
     chosen = mask(dense, prompt)
     assert torch.equal(chosen[-2:], full[-2:, None].expand_as(chosen[-2:]))
     sparse = mask(row.make(last_rows_dense=0, sink=0, local=0), prompt)
-    assert torch.equal(mask(dense, prompt, behind=prompt.row)[:-1], sparse[:-1])
-    assert torch.equal(mask(dense, prompt, behind=2 * prompt.row), sparse)
+    assert torch.equal(mask(dense, prompt, tokens_left=prompt.row)[:-1], sparse[:-1])
+    assert torch.equal(mask(dense, prompt, tokens_left=2 * prompt.row), sparse)

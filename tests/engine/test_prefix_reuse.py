@@ -103,7 +103,7 @@ def test_a_sparse_prompt_holds_and_says_the_same_with_a_prefix_hit(
         assert warm.finish.usage.cached_tokens == pair.cached[some_dense], name
         assert cold.finish.sparsity.prefill_density < 0.99, name
         assert torch.equal(warm.held, cold.held), name
-        assert warm.spoken == cold.spoken, name
+        assert warm.output == cold.output, name
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Witness:
     finish: Finish
     held: Tensor
     """Keys and values of the prompt."""
-    spoken: list[object]
+    output: list[object]
     """Tokens, and the log probabilities of the likeliest."""
 
 
@@ -122,8 +122,8 @@ def witness(engine: Engine, request: Request) -> Witness:
         outputs += engine.step()
     held = keys_and_values(engine, request.request_id)
     outputs += drain(engine)
-    spoken: list[object] = [(each.token_ids, each.logprobs) for each in outputs if isinstance(each, TokenOutput)]
-    return Witness(finish_of(outputs, request.request_id), held, spoken)
+    output: list[object] = [(each.token_ids, each.logprobs) for each in outputs if isinstance(each, TokenOutput)]
+    return Witness(finish_of(outputs, request.request_id), held, output)
 
 
 def test_pairs_share_the_prefixes_of_their_prompt_strategy(make: Make) -> None:

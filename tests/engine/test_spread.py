@@ -21,6 +21,7 @@ from keysift.kvcache import CacheSpec, MultiDeviceTier, Step
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 from tests.engine.execution.test_graphs import arguments
 from tests.models import llama
+from tests.strategies import unnamed
 from tests.virtual import device_of, put_all, virtual_devices
 
 FIRST, SECOND = torch.device("cpu:0"), torch.device("cpu:1")
@@ -44,6 +45,7 @@ STRATEGIES = [
     "topk top_k=5 sink=8 window=24",
     "infllmv2 topk=3 window_size=16 block_size=16 kernel_size=8 kernel_stride=8 dense_below=0",
 ]
+STRATEGIES += unnamed(STRATEGIES, 16)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, PreTrainedConfig, Qwen3Config, masking_utils
 
-from keysift.attention import Strategy
+from keysift.attention import Strategy, find
 from keysift.engine import Engine, InvalidRequest, Output, Request, TokenOutput
 from keysift.engine.execution import graphs
 from keysift.engine.execution.forward import ForwardInput
@@ -25,6 +25,7 @@ from keysift.kvcache import Context, DeviceTier, Phase, Selection, Span
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 from tests.models import llama
 from tests.replaying import Recorder
+from tests.strategies import unnamed
 
 STRATEGIES = [
     "dense",
@@ -40,6 +41,7 @@ STRATEGIES = [
     "nosa budget=32 queried=16 sink=8 window=24 m_max=1 dense_below=0",
     "nosa budget=32 queried=16 sink=8 window=24 epsilon=1 refused=drop index=summary dense_below=60 dense_layers=1",
 ]
+STRATEGIES += [each for each in unnamed(STRATEGIES, 8) if find(each.split()[0]).replayable]
 PROMPTS = [50, 131, 64, 9, 83]
 """Lengths; one ends with a page, so that the first token begins one."""
 
@@ -272,7 +274,7 @@ class Waiting(Strategy):
     replayable = True
 
     def decode(self, q: Tensor, context: Context) -> Selection:
-        return context.zones(sink=0, window=int(context.num_pages.max()))
+        return context.zones(sink=0, window=int(context.step.positions.max()))
 
 
 def test_a_strategy_that_waits_is_left_to_itself(make: Make, caplog: pytest.LogCaptureFixture) -> None:
