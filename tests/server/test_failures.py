@@ -29,7 +29,7 @@ from tests.engine.faults import KINDS, Act, install
 
 from .conftest import Run, Running
 
-LENGTHS = {77: "home full", 78: "home broken", 79: "memory"}
+LENGTHS = {77: "store full", 78: "store broken", 79: "memory"}
 """Prompt length in tokens -> fault that ends the request after a few tokens."""
 
 
