@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -115,3 +115,11 @@ def nearly(masses: Tensor, selection: Selection, context: Context) -> Tensor:
     return Selection.from_mask(
         torch.zeros_like(shares, dtype=torch.bool).scatter(2, best.indices, best.values > 0)
     ).pages[..., :count]
+
+
+def check_index_options(strategy: Strategy, index: str, acts_with: Mapping[str, str]) -> None:
+    """Raises `ValueError` for an option that was set and acts with another index only; `acts_with` names that."""
+    for field in fields(strategy):
+        needed, value = acts_with.get(field.name, index), getattr(strategy, field.name)
+        if needed != index and value != field.default:
+            raise ValueError(f"{field.name}: acts with index={needed} only, got {value!r} with index={index}")

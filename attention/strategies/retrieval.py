@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 from torch import Tensor
@@ -11,7 +11,7 @@ from keysift.kvcache import Context
 from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, Graph, IndexSpec, Ivf, MeanIndex
 
 from ..strategy import Few, Positive, option
-from ..token import TokenStrategy
+from ..token import TokenStrategy, check_index_options
 
 ACTS_WITH = {"candidates": "codes", "nprobe": "ivf", "beam": "graph", "top_k": "graph", "wait": "graph"}
 """Index that each of these options belongs to; with any other it would do nothing."""
@@ -39,10 +39,7 @@ class Retrieval(TokenStrategy):
     def __post_init__(self) -> None:
         """Raises `ValueError` for an option of another index than the chosen one."""
         TokenStrategy.__post_init__(self)
-        defaults = {field.name: field.default for field in fields(self)}
-        for name, index in ACTS_WITH.items():
-            if self.index != index and (value := getattr(self, name)) != defaults[name]:
-                raise ValueError(f"{name}: acts with index={index} only, got {value!r} with index={self.index}")
+        check_index_options(self, self.index, ACTS_WITH)
 
     def index_spec(self) -> IndexSpec:
         specs: dict[str, IndexSpec] = {

@@ -142,3 +142,9 @@ def test_options_of_another_index_are_refused(index: str, argument: str) -> None
         return
     with pytest.raises(StrategyError, match=rf"{option}: acts with index=\w+ only, got .* with index={index}"):
         parse("retrieval", [f"index={index}", argument])
+
+
+def test_candidates_of_nosa_are_of_codes() -> None:
+    assert parse("nosa", ["candidates=99"]) != make("nosa")
+    with pytest.raises(StrategyError, match="candidates: acts with index=codes only, got 99 with index=flat"):
+        parse("nosa", ["candidates=99", "index=flat"])
