@@ -1,8 +1,8 @@
 """The main job, end to end: a long document goes to a server over gRPC, the answer streams back.
 
 Starts `keysift serve` on a free loopback port, asks the same question under each strategy, prints a table and stops the
-server; then profiles the same strategies on short prompts and says where its report is. Exit status 0 only when every
-answer came over the wire and the report was written.
+server; then profiles the same strategies on short prompts and prints the path of its report. The exit status is 0 only
+if every answer came over the wire and the report was written.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ STRATEGIES = ("dense", "sift+retrieval")
 DOCUMENT = ("assignment", "import", "naming", "class")
 ABOUT = "assert"
 CHARACTERS = 28_000
-"""Of the other topics, which Python's versions tell at different length: about 6,500 tokens."""
+"""Length of the other topics, about 6,500 tokens; it differs between Python versions."""
 QUESTION = "According to the text above, what does the assert statement do?"
 LEAST_TOKENS = 6000
 START_SECONDS = 300
 KEPT = ("KEYSIFT_CACHE",)
-"""Of the user's settings, which the demo's own server hears."""
+"""The user's settings that the demo's server takes."""
 REPORT = Path("keysift-demo")
 PROFILE = ("--input-lens", "1000,3000", "--output-len", "12", "--runs", "1", "--warmup", "0", "--attempts", "1")
-"""Half a minute: one run of each length, and of each a second one that tells where the time goes."""
+"""Half a minute: one run of each length, and a second one for the parts of the time."""
 console = Console()
 
 
@@ -58,7 +58,7 @@ def main() -> int:
 
 
 def profile() -> bool:
-    """A small `keysift profile` of the same strategies; whether it wrote its report."""
+    """A small `keysift profile` of the same strategies; returns True if it wrote its report."""
     console.rule("keysift profile: where the time goes")
     strategies = [part for name in STRATEGIES for part in ("--strategy", name)]
     command = [str(keysift()), "profile", *strategies, *PROFILE, "--output-dir", str(REPORT)]
@@ -95,7 +95,7 @@ def keysift() -> Path:
 
 
 def own_environment() -> dict[str, str]:
-    """Without the user's settings, but for those that are about the machine."""
+    """The environment without the user's settings, except those of `KEPT`."""
     return {name: value for name, value in os.environ.items() if not name.startswith("KEYSIFT_") or name in KEPT}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 import venv
 from pathlib import Path
@@ -29,6 +30,18 @@ def run():
     count += 1
     return [count + at * asked["step"] for at in range(asked["new"])], asked["prompt"][:asked["new"]]
 serve(run, "made here")
+"""
+LLAMA_CPP = """
+def llama_print_system_info():
+    return b"made here"
+class Llama:
+    def __init__(self, **settings):
+        self.tokens = []
+    reset = __init__
+    def eval(self, tokens):
+        self.tokens += tokens
+    def sample(self, temp):
+        return len(self.tokens)
 """
 BROKEN = "import sys\nprint('out of luck', file=sys.stderr)\nsys.exit(3)\n"
 
@@ -146,3 +159,17 @@ def test_an_answer_is_one_line_of_json() -> None:
     with peers.Side("good", {"prompt": [4, 5], "new": 2, "step": 1}) as peer:
         assert peer.once().tokens == [4, 5]
         assert json.loads(json.dumps(peer.last))["times"] == [1, 2]
+
+
+def test_a_peers_module_imports_the_library_of_its_own_name(tmp_path: Path) -> None:
+    (tmp_path / "llama_cpp.py").write_text(LLAMA_CPP)
+    question = {"model": "a", "prompt": [7, 7, 7], "new": 2, "threads": 1, "batch": 4, "flash": False}
+    command = [sys.executable, "-m", peers.MODULES["llama.cpp"]]
+    environment = {**peers.plain_environment(), "PYTHONPATH": str(tmp_path)}
+    lines = f"{json.dumps(question)}\nrun\n"
+    done = subprocess.run(
+        command, input=lines, cwd=peers.ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    about, answer = map(json.loads, done.stdout.splitlines())
+    assert about == {"about": "made here"}
+    assert answer["tokens"] == [3, 4]

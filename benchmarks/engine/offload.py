@@ -38,7 +38,7 @@ from ..lib.timing import QUIET, machine
 
 
 class Side(NamedTuple):
-    """How a request is run."""
+    """Strategy and placement of one side."""
 
     strategy: str
     arguments: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[8000, 32000], help="prompt tokens")
     parser.add_argument("--new", type=int, default=80, help="tokens to generate")
     parser.add_argument("--share", type=float, default=0.125, help="pool, as a share of the request's keys and values")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="where the home's file lies")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()), help="folder of the backing file")
     parser.add_argument("--sides", nargs="+", default=list(SIDES)[:-1], choices=SIDES, metavar="SIDE")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--side", help=argparse.SUPPRESS)
@@ -133,15 +133,15 @@ def open_engine(side: Side, length: int, options: argparse.Namespace) -> Engine:
 
 
 def evictor(engine: Engine) -> Callable[[], None]:
-    """Writes the home's file out and drops it from the page cache."""
+    """Write the backing file out and drop it from the page cache."""
     tier = engine.cache.tier
     assert isinstance(tier, OffloadTier)
-    home = tier.pages.store
-    assert isinstance(home, FileStore)
+    store = tier.pages.store
+    assert isinstance(store, FileStore)
 
     def evict() -> None:
-        os.fdatasync(home.fileno())
-        os.posix_fadvise(home.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.fdatasync(store.fileno())
+        os.posix_fadvise(store.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
     return evict
 

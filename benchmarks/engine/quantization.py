@@ -1,6 +1,6 @@
-"""What weights in 8 bits lose: next-token distributions along real texts, against the embedded model's own weights.
+"""Losses of weights in 8 bits: next-token distributions along texts, against the embedded model's own weights.
 
-Dense attention, a text as a prompt and its last tokens decoded, in float32; and bfloat16 beside it, for scale.
+Dense attention, a text as a prompt and its last tokens decoded, in float32; and bfloat16 for scale.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def rows(kinds: list[str], length: int) -> Iterator[Row]:
 
 
 def distributions(engine: Engine, kind: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logs [positions, V] along the prompt, and along the tokens that are decoded behind its first part."""
-    tokens, reader, heard = encoded(engine, kind, length), Reader(engine), list[torch.Tensor]()
+    """Logs [positions, V] along the prompt, and along the tokens that are decoded after its first part."""
+    tokens, reader, rows = encoded(engine, kind, length), Reader(engine), list[torch.Tensor]()
     with reader.open([tokens], engine.strategy("dense"), 0) as (reading,):
-        reader.read(reading, positions(length), lambda position, row: heard.append(row))
+        reader.read(reading, positions(length), lambda position, logits: rows.append(logits))
     with reader.open([tokens[:-DECODED]], engine.strategy("dense"), DECODED) as (reading,):
         reader.read(reading)
-        return logs(torch.stack(heard)), logs(reader.follow(reading, tokens[-DECODED:]))
+        return logs(torch.stack(rows)), logs(reader.follow(reading, tokens[-DECODED:]))
 
 
 def compared(

@@ -1,10 +1,10 @@
-"""Everything that is to be known of a GPU, in one run: are the kernels right, and how fast are they and their peers.
+"""Checks and tables for a GPU in one run: correctness of the kernels, and their speed against peers.
 
-It checks every op against float64, prints the tables that are asked for, each with its aims under it, and writes one
-JSON file, again after every row. What fails is told in its row, and the others go on; a table that fails altogether
-takes no other with it, as each runs in a process of its own. Times are medians of events on the device, choosing and
-writing included; density has the causal denominator. ``--smoke`` runs all of it on the CPU with tiny sizes, where its
-numbers mean nothing but that the script works.
+It checks every op against float64, prints the chosen tables, each followed by its aims, and writes one JSON file, again
+after every row. A failure is reported in its row, and the others continue; each table runs in a process of its own, so
+that a crash ends no other. Times are medians of events on the device, choosing and writing included; density has the
+causal denominator. ``--smoke`` runs all of it on the CPU with tiny sizes, where its numbers mean nothing but that the
+script works.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def parse() -> argparse.Namespace:
     parser = cli.parser("benchmarks.gpu", __doc__)
     parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=TABLES, metavar="TABLE")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"), help="where the JSON goes")
-    parser.add_argument(
-        "--lengths", nargs="+", type=int, help="tokens, of prompts and of what tokens are decoded behind"
-    )
+    parser.add_argument("--lengths", nargs="+", type=int, help="tokens of prompts, and of contexts of decoded tokens")
     parser.add_argument("--context", type=int, help="tokens of the offloaded request and of the whole model's")
     parser.add_argument("--chunk", type=int, help="prompt tokens of one step")
     parser.add_argument("--runs", type=int, help="runs to take the median of; none: 5, of small sizes 1")
@@ -88,7 +86,7 @@ def settings(options: argparse.Namespace) -> Settings:
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
-    """What a number needs beside it to mean something."""
+    """Metadata of the report."""
     on_gpu = not options.smoke
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -102,7 +100,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Of the source tree, with a + behind it where it was changed; else the package's version."""
+    """Commit of the source tree, with a + after local changes; outside a checkout the package's version."""
     git = ("git", "-C", str(process.ROOT))
     try:
         head = _output(*git, "rev-parse", "HEAD")
@@ -189,7 +187,9 @@ def run_apart(options: argparse.Namespace, report: dict[str, Any]) -> None:
     """Each table in a process of its own: a kernel that reads where it must not takes the whole process with it."""
     Console(width=200).print(heading(report), highlight=False)
     for name in options.tables:
-        part = options.out.with_name(f"{options.out.stem}.{name}.json")  # beside the other: it stays if this is cut off
+        part = options.out.with_name(
+            f"{options.out.stem}.{name}.json"
+        )  # in the same folder, where it survives an interruption
         part.unlink(missing_ok=True)
         code = subprocess.run(command(options, name, part), cwd=process.ROOT).returncode
         report["tables"][name] = read(part, name, code)
@@ -198,7 +198,7 @@ def run_apart(options: argparse.Namespace, report: dict[str, Any]) -> None:
 
 
 def command(options: argparse.Namespace, table: str, out: Path) -> list[str]:
-    """This script again, for one table."""
+    """The command line of this module for one table."""
     words = process.command("benchmarks.gpu", "--tables", table, "--out", out.resolve(), "--part", "--no-apart")
     for name in ("context", "chunk", "runs", "seed"):
         if (value := getattr(options, name)) is not None:
@@ -208,7 +208,7 @@ def command(options: argparse.Namespace, table: str, out: Path) -> list[str]:
 
 
 def read(part: Path, name: str, code: int) -> dict[str, Any]:
-    """What another process has written of its table, and a row more if it came to a bad end."""
+    """The table that another process has written, with an error row if the process failed."""
     kept = json.loads(part.read_text())["tables"].get(name) if part.exists() else None
     table: dict[str, Any] = kept or {"rows": [], "aims": []}
     if kept is None or code not in (0, 1):
@@ -217,14 +217,14 @@ def read(part: Path, name: str, code: int) -> dict[str, Any]:
 
 
 def write(report: dict[str, Any], file: Path) -> None:
-    """At once, so that whoever reads it meanwhile never sees half of it."""
+    """Replace the file atomically, so that readers never see a partial one."""
     fresh = file.with_name(file.name + ".new")
     fresh.write_text(json.dumps(plain(report), indent=1, allow_nan=False) + "\n")
     fresh.replace(file)
 
 
 def plain(value: Any) -> Any:
-    """The same with words for numbers that JSON has none for."""
+    """The value with strings for numbers that JSON does not have."""
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -233,7 +233,7 @@ def plain(value: Any) -> Any:
 
 
 def failed(report: dict[str, Any]) -> bool:
-    """Whether a check of correctness did not pass, or could not be made."""
+    """True if a check of correctness failed or could not run."""
     rows = report["tables"].get("correctness", {"rows": []})["rows"]
     return any(not row.get("passed", False) for row in rows)
 

@@ -1,4 +1,4 @@
-"""Seconds on a GPU by its own events, and on a CPU as everywhere else; how fast memory is copied, in the same run."""
+"""Timing by events on a GPU and by `measure` on a CPU; bandwidth of memory copies."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Clock:
     """Works with little memory, and takes any run."""
 
     def seconds(self, work: Work, *, cold: bool = False) -> float:
-        """Of one call; `cold`: before each call the caches are filled with something else, which is not counted."""
+        """Seconds of one call; `cold`: caches are evicted before each call, which is not timed."""
         if self.device.type != "cuda":
             patience = {"least": 0.0, "attempts": self.runs} if self.brief else {"least": LEAST}
             return measure(work, before=self._evict if cold else None, runs=self.runs, **patience).seconds  # type: ignore[arg-type]
@@ -43,12 +43,12 @@ class Clock:
         return statistics.median(self._run(work, calls, cold) for _ in range(self.runs))
 
     def captured(self, work: Work, *, cold: bool = False) -> float:
-        """Of one call that is recorded once in a CUDA graph and replayed: without the host's share of it."""
+        """Seconds of one call that is recorded in a CUDA graph and replayed, without host time."""
         _, replay = CudaRecorder(self.device)(work)
         return self.seconds(replay, cold=cold)
 
     def single(self, work: Work) -> float:
-        """Of this very call, which cannot be repeated."""
+        """Seconds of a single call that cannot be repeated."""
         self._evict()
         if self.device.type == "cuda":
             return self._run(work, 1, False)
@@ -57,7 +57,7 @@ class Clock:
         return time.perf_counter() - start
 
     def wait(self) -> None:
-        """Until the device has done all that it was given."""
+        """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -109,12 +109,12 @@ def _event() -> torch.cuda.Event:
 
 
 def gb_per_s(size: float, seconds: float) -> float:
-    """Of so many bytes; a GB is 10^9."""
+    """Bandwidth in GB (10^9 bytes) per second."""
     return size / seconds / 1e9
 
 
 def tflop_per_s(pairs: float, dim: int, seconds: float) -> float:
-    """Of attention over so many pairs of a query and a key, all query heads counted: two products of `dim` for each."""
+    """Rate of attention over (query, key) pairs of all query heads, with two products of `dim` for each pair."""
     return 4.0 * pairs * dim / seconds / 1e12
 
 

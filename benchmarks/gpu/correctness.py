@@ -1,7 +1,7 @@
-"""Every op with a kernel for the GPU against float64 (few codes: fp32): how far off it is, and whether that is too far.
+"""Errors of every op with a GPU kernel against float64 (few codes: fp32), and their limits.
 
-The problems are random sequences of several lengths in scattered frames; what nobody may read is NaN. Where a result
-is a list or a copy, it has to be the same; an error is relative to numbers above 1.
+The problems are random sequences of several lengths in scattered frames; unused memory is NaN. Results
+that are lists or copies must be equal; errors are relative to numbers above 1.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from .rows import Aim, Row, Settings, fallback, guarded
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FINE = 2e-4
-"""Of results that are summed up and kept in fp32."""
+"""Limit for results that are accumulated and kept in fp32."""
 COARSE = {torch.bfloat16: 2e-2, torch.float16: 5e-3, torch.float32: 2e-4}
-"""Of results in the cache's own dtype, or that are multiplied in it."""
+"""Limits for results in the cache's dtype, or multiplied in it."""
 Found = tuple[float, float]
-"""The worst error and the most that it may be."""
+"""The worst error and its limit."""
 Check = Callable[[Pages], Found]
 
 
@@ -113,7 +113,7 @@ def check_columns(pages: Pages) -> Found:
 
 
 def check_masses(pages: Pages) -> Found:
-    """Only their shares count."""
+    """Error of the shares of page masses."""
     found = page_masses(pages.q, pages.k, pages.frames, pages.lasts, scale=pages.scale)
     return worst(found.double().log_softmax(-1), exact_masses(pages).log_softmax(-1)), FINE
 
@@ -150,9 +150,9 @@ def check_bounds(pages: Pages) -> Found:
 
 
 def check_top_pages(pages: Pages, times: int = 1) -> Found:
-    """Lists that differ in any page from those that float64 gives, as a share, and the error of what they keep.
+    """Share of lists that differ from those in float64, and the error of the mass that they keep.
 
-    Among so many times the problem's pages.
+    The problem has `times` as many pages.
     """
     masses = torch.randn(*pages.q.shape[:2], pages.frames.shape[2] * times, device=pages.q.device) * 3
     lasts = pages.lasts // SIZE * times
@@ -168,10 +168,9 @@ def check_top_pages(pages: Pages, times: int = 1) -> Found:
 
 
 def check_steady_pages(pages: Pages, times: int = 1) -> Found:
-    """Lists that differ in any page from the reference's, as a share, and the error of everything else.
+    """Share of lists that differ from the reference's, and the error of the other results.
 
-    Three tokens, each behind what the one before it has left; nothing is known before the first. Among so many times
-    the problem's pages.
+    Three tokens, each with the history of the one before; the first has none. The problem has `times` as many pages.
     """
     (rows, query_heads), lasts = pages.q.shape[:2], pages.lasts // SIZE * times
     lists = (rows, heads := pages.k.shape[1], pages.frames.shape[2] * times)
@@ -189,15 +188,15 @@ def check_steady_pages(pages: Pages, times: int = 1) -> Found:
             (getattr(found, name), getattr(expected, name)) for name in ("pages", "refused", "read", "bound_exceeded")
         ]
         errors += [float((one != other).reshape(rows, heads, -1).any(-1).double().mean()) for one, other in named]
-        told = [(getattr(found, name), getattr(expected, name)) for name in ("kept", "averages", "overlap")]
-        errors += [worst(one.nan_to_num(-1.0), other.nan_to_num(-1.0)) for one, other in told]
+        values = [(getattr(found, name), getattr(expected, name)) for name in ("kept", "averages", "overlap")]
+        errors += [worst(one.nan_to_num(-1.0), other.nan_to_num(-1.0)) for one, other in values]
         known, read, averages = torch.ones_like(known), expected.read, expected.averages
         masses = masses + torch.randn_like(masses)
     return max(errors), FINE
 
 
 def check_store(pages: Pages) -> Found:
-    """Every number where it belongs, and no other touched."""
+    """Error of the written slots; all others must be unchanged."""
     cache_k, cache_v, tokens = pages.k.clone(), pages.v.clone(), 37
     slots = torch.randperm(len(cache_k) * SIZE, device=cache_k.device)[:tokens]
     k, v = (torch.randn(tokens, *pages.k.shape[1::2], device=slots.device).to(pages.k.dtype) for _ in range(2))
@@ -218,7 +217,7 @@ def check_summarize(pages: Pages) -> Found:
 
 
 def check_encode(pages: Pages) -> Found:
-    """How far keys are from what their codes stand for, as a share of what rounding cells and bounds allows."""
+    """Error of decoded keys, as a share of the error that rounding of cells and bounds allows."""
     summaries, _ = pages.described()
     codes, full = empty_codes(pages.k), pages.full
     encode(pages.k, summaries, full, codes)
@@ -230,7 +229,7 @@ def check_encode(pages: Pages) -> Found:
 
 
 def check_admit(pages: Pages) -> Found:
-    """Lists and tables that differ from the reference's, as a share: three tokens and a guess, in a pool too small."""
+    """Share of list and table entries that differ from the reference's: three tokens and a prefetch in a small pool."""
     heads, count, device = pages.k.shape[1], len(pages.k), pages.k.device
     empty = partial(torch.full, fill_value=-1, dtype=torch.int32, device=device)
     ours, theirs = (Residents(empty((heads, count)), *empty((2, heads, 24)).unbind()) for _ in range(2))
@@ -246,11 +245,11 @@ def check_admit(pages: Pages) -> Found:
 
 
 def check_fetch(pages: Pages) -> Found:
-    """Single heads of pages from host memory into a pool, and no other slot touched."""
+    """Error of single heads of pages fetched from host memory; other slots must be unchanged."""
     device, (_, kv_heads, _, dim) = pages.k.device, pages.k.shape
     shape = (2, 64, kv_heads, 2, SIZE, dim)
-    home = [torch.randn(shape).to(pages.k.dtype) for _ in range(2)]
-    extents = [extent.pin_memory() for extent in home] if device.type == "cuda" else home
+    stored = [torch.randn(shape).to(pages.k.dtype) for _ in range(2)]
+    extents = [extent.pin_memory() for extent in stored] if device.type == "cuda" else stored
     pool = torch.zeros(24, *shape[2:], dtype=pages.k.dtype, device=device)
     loads = torch.stack([torch.randperm(128)[:20].sort().values for _ in range(kv_heads)]).int()
     slots = torch.stack([torch.randperm(24)[:20] for _ in range(kv_heads)]).int()
@@ -259,7 +258,7 @@ def check_fetch(pages: Pages) -> Found:
     expected = torch.zeros_like(pool, device="cpu")
     for head, place in itertools.product(range(kv_heads), range(17)):
         frame = int(loads[head, place])
-        expected[slots[head, place], head] = home[frame // 64][1, frame % 64, head]
+        expected[slots[head, place], head] = stored[frame // 64][1, frame % 64, head]
     return worst(pool.cpu(), expected), 0.0
 
 

@@ -1,7 +1,7 @@
 """Attention of one layer over long caches, one new token of each sequence: torch's best dense, ours dense and sparse.
 
-What a call of ours does is what the engine does in a layer: it writes the token's key and value, chooses and attends.
-The token that is timed is the second behind the prompt, so that `nosa` finds what the one before it has left.
+Our calls do all that the engine does in a layer: write the token's key and value, choose and attend.
+The token that is timed is the second after the prompt, so that `nosa` has a history.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ STRATEGIES: dict[str, dict[str, object]] = {
     "retrieval": {"epsilon": 0.0},
     "nosa": {},
 }
-"""Their options; an `epsilon` of 0 reads the whole budget. What `nosa` calls so is something else."""
+"""Options by strategy; an `epsilon` of 0 reads the whole budget, except for `nosa`, where it means something else."""
 OF_COPY, FASTER = 0.8, 8.0
 """Aims: share of the copy bandwidth of dense decoding, and how many times faster sparse decoding is at 128k."""
 FAR, MANY = 1 << 17, 16
 KINDS = {"": "", "graph ": " from a CUDA graph"}
 PAGE, NEW = 16, 2
 SPARE = 0.85
-"""Of the free memory, the most that the caches of a row may take."""
+"""Greatest share of the free memory that the caches of a row may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +73,9 @@ def _context(settings: Settings, context: int, copied: float) -> Iterator[Row]:
 
 
 def shared(settings: Settings, context: int, batch: int) -> bool:
-    """Whether the sequences' keys and values, in pages and once more in a row for torch, are too many for the device.
+    """True if the sequences' keys and values, in pages and contiguous for torch, exceed the device's memory.
 
-    They share the pages of one then, and rows say so: caches that hold what several sequences read flatter both sides.
+    They share the pages of one then, and rows record that, as caches speed up both sides.
     """
     if settings.device.type != "cuda" or batch == 1:
         return False
@@ -130,7 +130,7 @@ def _whole(layer: Layer, strategy: Strategy) -> Callable[[], object]:
 
 
 def _torch(case: Case, layer: Layer) -> Row:
-    """The fastest of torch's kernels, each asked in two ways: heads of a group by name, or as queries of one head."""
+    """The fastest of torch's kernels, each in two layouts: heads of a group by `enable_gqa` or as queries."""
     k, v = _in_a_row(layer, case.shared)
     single = layer.q[:, :, None]  # [B, Hq, 1, D]
     grouped = torch.unflatten(layer.q, 1, (k.shape[1], -1))  # [B, Hkv, G, D]
@@ -167,13 +167,13 @@ def _in_a_row(layer: Layer, shared: bool) -> tuple[Tensor, Tensor]:
 
 
 def _rates(size: int, seconds: float, copied: float) -> Row:
-    """Of a call that reads so many bytes of keys and values; what choosing reads besides does not count."""
+    """Time and bandwidth of a call that reads `size` bytes of keys and values, without those read to choose."""
     rate = gb_per_s(size, seconds)
     return {"us": 1e6 * seconds, "GB/s": rate, "of copy": rate / copied}
 
 
 def aims(rows: Sequence[Row]) -> list[Aim]:
-    """As the engine runs a layer, and beside it replayed from a CUDA graph, where the host takes no time."""
+    """Aims for a layer as the engine runs it, and replayed from a CUDA graph, without host time."""
     sparse = dict.fromkeys((row["what"], row["batch"]) for row in rows if _sparse(row))
     return [aim for kind, words in KINDS.items() for aim in _aims(rows, sparse, kind, words)]
 

@@ -1,4 +1,4 @@
-"""FlexAttention over the pages that a selection names: the nearest that torch itself has to paged attention."""
+"""FlexAttention over selected pages: torch's nearest equivalent of paged attention."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Flex:
     ) -> tuple[BlockMask, float]:
         """The blocks that hold what was chosen, and how many pairs they keep, all query heads counted.
 
-        Blocks that all queries stand behind are full, the others are masked: those of the queries' own tokens. Block
+        Blocks before all queries are full, the others are masked: those of the queries' own tokens. Block
         sizes divide the prompt, those of keys divide those of queries.
         """
         tokens, heads, _ = prompt.q.shape

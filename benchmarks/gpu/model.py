@@ -1,7 +1,7 @@
 """A whole model with random weights, shaped as Llama 3.1 8B, under the engine's own scheduler, runner and cache.
 
 The weights are made on the device, by transformers, from a configuration alone; the seam, the cache, the scheduler,
-the runner and the sampler are the engine's. What `engine.model.load` does besides (files, tokenizer, CPU kernels) is
+the runner and the sampler are the engine's. The rest of `engine.model.load` (files, tokenizer, CPU kernels) is
 left out. Random weights attend to everything alike, so a strategy with a target for coverage reads more of a prompt
 than it does of a real one: its density is in its row.
 """
@@ -38,8 +38,8 @@ from .rows import Aim, Row, Settings, attempt, free
 
 MOST_RUNS = 3
 """A prompt of 128k tokens is long enough to be measured few times."""
-BEHIND = 64
-"""Tokens of the context that are not the prompt's."""
+RESERVED = 64
+"""Tokens of the context after the prompt."""
 LLAMA = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
@@ -56,9 +56,9 @@ class Times(NamedTuple):
 
     first: float
     between: float
-    """Median over the tokens behind the first."""
+    """Median over the tokens after the first."""
     densities: tuple[float, float]
-    """Of the prompt and of the generated tokens."""
+    """Densities of the prompt and of the generated tokens."""
 
 
 def rows(settings: Settings) -> Iterator[Row]:
@@ -78,7 +78,7 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 
 def _config(settings: Settings, model: LoadedModel) -> EngineConfig:
-    """With room for one request of the full length."""
+    """Configuration with room for one request of the full length."""
     fields = {"max_model_len": settings.long, "max_num_seqs": 1, "prefix_cache": False, "seed": settings.seed}
     spec = cache_spec(EngineConfig(**fields), model)
     pages = spec.pages_for(settings.long)
@@ -86,7 +86,7 @@ def _config(settings: Settings, model: LoadedModel) -> EngineConfig:
 
 
 def random_model(settings: Settings) -> LoadedModel:
-    """As `engine.model.load` would give it back, but for the tokenizer, which nothing here asks for."""
+    """A model as `engine.model.load` returns it, without a tokenizer."""
     seam.register()
     torch.manual_seed(settings.seed)
     shape = SMALL if settings.small else LLAMA
@@ -114,15 +114,15 @@ def _row(
     settings: Settings, config: EngineConfig, runner: Runner, model: LoadedModel, cache: PagedCache, name: str
 ) -> Row:
     request = partial(_request, settings, config, runner, model, cache, name)
-    new = min(settings.steps, BEHIND)
-    request(min(2 * settings.chunk, settings.long - BEHIND), 3)  # compiles
+    new = min(settings.steps, RESERVED)
+    request(min(2 * settings.chunk, settings.long - RESERVED), 3)  # compiles
     free()
     if settings.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(settings.device)
     runs = min(settings.clock.runs, MOST_RUNS)
-    times = [request(settings.long - BEHIND, new) for _ in range(runs)]
+    times = [request(settings.long - RESERVED, new) for _ in range(runs)]
     return {
-        "prompt": settings.long - BEHIND, "parameters": sum(p.numel() for p in model.module.parameters()),
+        "prompt": settings.long - RESERVED, "parameters": sum(p.numel() for p in model.module.parameters()),
         "TTFT s": statistics.median(each.first for each in times),
         "TPOT ms": 1e3 * statistics.median(each.between for each in times),
         "density": times[0].densities[0], "decode density": times[0].densities[1], **_peak(settings.device),
@@ -164,8 +164,8 @@ def _begin(
 ) -> tuple[Running, SamplerState]:
     options = () if name == "dense" else tuple(f"{part}.dense_below=0" for part in name.split("+"))
     strategy = parse(name, options)
-    if (which := strategy.index_spec()) is not None:
-        cache.index(which)
+    if (spec := strategy.index_spec()) is not None:
+        cache.index(spec)
     numbers = random.Random(settings.seed)
     tokens = tuple(numbers.randrange(model.vocab_size) for _ in range(prompt))
     params = SamplingParams(max_new_tokens=new, ignore_eos=True)
@@ -175,7 +175,7 @@ def _begin(
 
 
 def _peak(device: torch.device) -> Row:
-    """The most memory: of the device, or, where there is none, what the process holds now."""
+    """Peak memory of the device; without one, resident memory of the process."""
     if device.type == "cuda":
         return {"peak GB": torch.cuda.max_memory_allocated(device) / 1e9, "memory of": "device"}
     return {"peak GB": psutil.Process().memory_info().rss / 1e9, "memory of": "process, now"}

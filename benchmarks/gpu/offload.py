@@ -1,6 +1,6 @@
 """One request whose pages live in host memory and of which a pool holds an eighth, against the same all on the device.
 
-A few layers with the same keys and queries, so that what is fetched ahead has something to be fetched beside.
+A few layers with the same keys and queries, so that prefetching can overlap with computation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..lib.layer import ROW, Source
 from .rows import Aim, Row, Settings, attempt, best, free, ratio
 
 SHARE = 1 / 8
-"""Of the keys and values, what the pool holds."""
+"""Share of the keys and values that the pool holds."""
 WARM = 16
 """Tokens before the clock counts."""
 SLOWER = 1.5
@@ -30,7 +30,7 @@ SLOWER = 1.5
 FAR = 1 << 17
 NAMES = ("retrieval", "nosa")
 AHEAD = (0, 16)
-"""Pages that a token may fetch on a guess."""
+"""Pages that a token may prefetch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ def _moves(cache: PagedCache) -> bool:
 
 
 def _moved(traffic: Traffic, parts: int) -> Row:
-    """Of one token and layer."""
+    """Bytes, hits and useful prefetches per token and layer."""
     return {
         "bytes": traffic.fetched / parts,
         "overlap": traffic.hits / max(traffic.hits + traffic.misses, 1),

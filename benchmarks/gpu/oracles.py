@@ -1,4 +1,4 @@
-"""What the ops of `gpu_correctness.py` should give, written out in float64, and the problems that they are given."""
+"""Float64 oracles for the ops of `correctness`, and their problems."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ SIZE = 16
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """Sequences in scattered frames, and a query behind each: NaN wherever no token is."""
+    """Sequences in scattered frames with a query after each; slots without a token are NaN."""
 
     q: Tensor  # [B, Hq, D]
     k: Tensor  # [N, Hkv, S, D]
     v: Tensor
     frames: Tensor  # [B, Hkv, F] int32
     lengths: Tensor  # [B] int64
-    keys: Tensor  # [B, Hkv, F * S, D] float64, the same once more; 0 behind the end
+    keys: Tensor  # [B, Hkv, F * S, D] float64, contiguous; 0 after the end
     values: Tensor
 
     @classmethod
@@ -53,12 +53,12 @@ class Pages:
 
     @property
     def lasts(self) -> Tensor:
-        """[B] int32, where each query stands."""
+        """[B] int32, position of each query."""
         return (self.lengths - 1).int()
 
     @property
     def own(self) -> Tensor:
-        """[B, Hkv] int32, frame of the page that each query stands in."""
+        """[B, Hkv] int32, frame of each query's own page."""
         last = (self.lasts.long() // SIZE)[:, None, None].expand(-1, self.frames.shape[1], 1)
         return self.frames.gather(2, last)[..., 0]
 
@@ -153,7 +153,7 @@ def exact_masses(pages: Pages, keys: Tensor | None = None) -> Tensor:
 
 
 def code_scores(pages: Pages, codes: Codes) -> Tensor:
-    """The same by the codes of the full pages; a query's own page is exact."""
+    """[B, Hq, F], log masses by the codes of full pages; a query's own page is exact."""
     shifts = torch.arange(0, 32, codes.bits, device=codes.levels.device)
     levels = (codes.levels.transpose(-1, -2)[..., None] >> shifts) & (2**codes.bits - 1)  # [N, Hkv, S, W, n]
     middle, half = (codes.bounds.double() * codes.scales.double()[..., None]).unsqueeze(-2).unbind(-3)

@@ -37,7 +37,7 @@ FAR = 1 << 17
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heaviest(Strategy):
-    """So great a share of every row's pairs, in the pages that look heaviest by means; a fixed rule, not a method."""
+    """A fixed share of every row's pairs, in the pages with the greatest mass by means; a fixed rule, not a method."""
 
     share: Share = 0.1
 

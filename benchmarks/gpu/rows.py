@@ -1,4 +1,4 @@
-"""What the tables of `gpu.py` have in common: sizes, rows that may fail, aims, and how they are shown."""
+"""Shared parts of the GPU tables: sizes, rows that may fail, aims and their display."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ SHAPE, SMALL = (32, 8, 128), (8, 2, 64)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What is measured."""
+    """Sizes, strategies' budgets and clock of a run."""
 
     clock: Clock
     shape: tuple[int, int, int]
     lengths: Sequence[int]
     """Tokens of prompts."""
     contexts: Sequence[int]
-    """Tokens that a new one stands behind, itself included."""
+    """Context lengths of decoded tokens, each including itself."""
     long: int
-    """The same of the offloaded request and of the whole model."""
+    """Context length of the offloaded request and of the whole model."""
     chunk: int
     """Prompt tokens of a step."""
     batches: Sequence[int]
     budgets: Sequence[int]
-    """Tokens that a sparse strategy reads besides its zones."""
+    """Tokens that a sparse strategy reads in addition to its zones."""
     steps: int
     """New tokens of a request that are timed."""
     seed: int
@@ -48,7 +48,7 @@ class Settings:
 
     @property
     def small(self) -> bool:
-        """Sizes that only tell whether all of it works."""
+        """Tiny sizes, to test the script."""
         return self.clock.brief
 
     @classmethod
@@ -64,11 +64,11 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """What a table should show."""
+    """A target for a value of a table."""
 
     text: str
     value: float | None
-    """None: nothing that was measured tells."""
+    """None: not measured."""
     bound: float
     at_least: bool = True
 
@@ -87,30 +87,30 @@ class Aim:
 
 
 def attempt(fixed: Row, work: Callable[[], Row]) -> Row:
-    """The row that `work` measures, or one that says why it could not."""
+    """The row that `work` measures, or one with its error."""
     return next(guarded(fixed, ({**fixed, **each()} for each in (work,))))
 
 
 def guarded(fixed: Row, rows: Iterator[Row]) -> Iterator[Row]:
-    """These rows, as far as they come, and one that says why no more of them did: others go on."""
+    """The rows up to the first exception, then one with that error."""
     try:
         yield from rows
         return
-    except Exception as error:  # out of memory, a missing kernel, a peer that cannot: all of it is told
+    except Exception as error:  # such as out of memory or a missing kernel
         message = f"{type(error).__name__}: {str(error).strip() or 'no reason given'}"
     free()
     yield {**fixed, "error": message.splitlines()[0][:300]}
 
 
 def free() -> None:
-    """Give back the device's memory that nobody holds any more."""
+    """Release unused memory of the device."""
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
 
 
 def fallback(work: Callable[[], object], device: torch.device) -> str | None:
-    """What of this work no kernel of ours does, so that the torch reference does it; None: nothing."""
+    """Ops of this work that ran by the torch reference for lack of a kernel; None: none."""
     try:
         with use_backend("triton" if device.type == "cuda" else "native"):
             work()
@@ -120,13 +120,13 @@ def fallback(work: Callable[[], object], device: torch.device) -> str | None:
 
 
 def best(rows: Iterable[Row], key: str, **match: Any) -> Row | None:
-    """Of the rows that were measured and agree with `match`, the one with the least of `key`."""
+    """The measured row with the least `key` among those that match."""
     fitting = [row for row in rows if key in row and all(row.get(name) == value for name, value in match.items())]
     return min(fitting, key=lambda row: row[key]) if fitting else None
 
 
 def ratio(above: Row | None, below: Row | None, key: str, other: str | None = None) -> float | None:
-    """Of what two rows say under `key`, of the lower under `other` if given; None where one is missing."""
+    """Ratio of two rows' values under `key`, the lower one under `other` if given; None if one is missing."""
     if above is None or below is None or above.get(key) is None:
         return None
     return float(above[key] / below[other or key])

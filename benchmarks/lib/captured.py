@@ -1,4 +1,4 @@
-"""Queries, keys and values of the embedded model over a real text: what an index meets, and random numbers hide.
+"""Queries, keys and values of the embedded model over a real text, as realistic input for indexes.
 
 `python -m benchmarks.lib.captured FILE` writes them to a file, for `benchmarks.ops.index --captured FILE`.
 """
@@ -26,7 +26,7 @@ LAYERS = (0, 4, 9, 14, 19, 24, 29)
 
 @dataclass(frozen=True, slots=True)
 class Captured:
-    """What attention got in some layers, after rotary embedding, fp32."""
+    """Inputs of attention in some layers, after rotary embedding, fp32."""
 
     layers: tuple[int, ...]
     q: Tensor
@@ -95,7 +95,7 @@ def of_text(kind: str, tokens: int) -> Captured:
 
 def main() -> None:
     parser = cli.parser("benchmarks.lib.captured", __doc__)
-    parser.add_argument("file", type=Path, help="where to write, 27 kB a token")
+    parser.add_argument("file", type=Path, help="output file, 27 kB a token")
     parser.add_argument("--text", default="manual", choices=KINDS)
     parser.add_argument("--tokens", type=int, default=8000)
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""The indexes of faiss, as `index.py` compares them."""
+"""Indexes of faiss as searchers of `benchmarks.ops.index`."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _rows(x: Tensor) -> np.ndarray:
 
 
 def _tune(head: Any, number: int) -> None:
-    """Set what trades recall for time, and forget what was counted."""
+    """Set the search effort and reset the counters."""
     if hasattr(head, "hnsw"):
         head.hnsw.efSearch = number
     else:
@@ -91,7 +91,7 @@ def _counter(head: Any) -> Any:
 
 
 def faiss_families() -> dict[str, tuple[Family, list[str]]]:
-    """Those of faiss. Raises `ImportError` where it is not installed."""
+    """Indexes of faiss by name. Raises `ImportError` if it is not installed."""
     import faiss
 
     product = faiss.METRIC_INNER_PRODUCT

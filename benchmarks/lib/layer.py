@@ -96,7 +96,7 @@ class Layer:
         return cls(cache, step, q, k, v)
 
     def after(self, source: Source) -> Layer:
-        """The same one token later."""
+        """The layer one token later."""
         spans = self.step.spans
         return self._at(self.cache, source, [span.sequence for span in spans], spans[0].stop)
 

@@ -1,4 +1,4 @@
-"""Readings of quality: asked for on the command line, kept in a file one by one, shown as tables and as curves."""
+"""Readings of quality: options on the command line, storage in a file, tables and curves."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .texts import KINDS
 from .timing import machine
 
 Row = dict[str, Any]
-"""A point of a curve: its text, length, curve, options and strategy; once it is measured, what came of it."""
+"""A point of a curve: its text, length, curve, options and strategy; its results once it is measured."""
 LONGEST = 8000
 """The embedded model's 8,192 tokens less a question."""
 
 
 def parse(parser: argparse.ArgumentParser, curves: Iterable[str], file: str) -> argparse.Namespace:
-    """What every measurement of quality is asked for, checked at once and not after an hour."""
+    """Parse and check the options of every quality benchmark."""
     parser.add_argument("--texts", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8000], help="tokens, multiples of 64")
     parser.add_argument("--curves", nargs="+", default=list(curves), choices=list(curves), metavar="CURVE")
-    parser.add_argument("--file", type=Path, default=Path(file), help="where readings are kept")
+    parser.add_argument("--file", type=Path, default=Path(file), help="file of the readings")
     parser.add_argument("--plot", type=Path, help="draw the curves into this file (.svg, .png); needs matplotlib")
     options = parser.parse_args()
     if wrong := [length for length in options.lengths if length % 64 or not 2048 <= length <= LONGEST]:
@@ -41,16 +41,16 @@ def parse(parser: argparse.ArgumentParser, curves: Iterable[str], file: str) -> 
 
 
 def collect(
-    asked: list[Row], file: Path, names: Sequence[str], measure: Callable[[Row], dict[str, Any]]
+    plan: list[Row], file: Path, names: Sequence[str], measure: Callable[[Row], dict[str, Any]]
 ) -> Iterator[Row]:
-    """All rows asked for, from the file where it has one that agrees in `names`; others are measured and added.
+    """The planned rows, taken from the file if it has one that agrees in `names`; others are measured and added.
 
     Changed code does not show in a row: begin a new file.
     """
     known = {_key(row, names): row for row in _kept(file)}
     with _progress() as bar, file.open("a") as out:
-        task = bar.add_task("", total=len(asked))
-        for row in asked:
+        task = bar.add_task("", total=len(plan))
+        for row in plan:
             bar.update(task, description=f"{row['text']} {row['length']} {row['curve']} {row['options']}")
             if (found := known.get(_key(row, names))) is None:
                 found = {**row, **measure(row), "date": machine()["date"]}
@@ -65,7 +65,7 @@ def _key(row: Row, names: Sequence[str]) -> str:
 
 
 def _kept(file: Path) -> Iterator[Row]:
-    """What the file holds; a last line that was cut off is skipped."""
+    """Rows in the file; an incomplete last line is skipped."""
     for line in file.read_text().splitlines() if file.exists() else ():
         with suppress(json.JSONDecodeError):
             yield json.loads(line)
@@ -88,7 +88,7 @@ def show(rows: list[Row], columns: Sequence[str], curves: Sequence[str], referen
 
 
 def curves_table(rows: Iterable[Row], columns: Sequence[str]) -> Table:
-    """Means over the texts, and the text that lost most; - where a strategy does not say."""
+    """Means over the texts, and the greatest KL of a text; - for unknown values."""
     groups: dict[tuple[int, str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row["length"], row["curve"], spelt(row["options"])].append(row)

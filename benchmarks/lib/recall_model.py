@@ -1,9 +1,9 @@
-"""A model that recalls exactly, by construction: its weights are written down, not learnt, and so is what it must say.
+"""A model that recalls exactly by construction, with weights set by hand.
 
 Two layers of a plain Llama. The first copies the token before; the second looks for the place that this token came
 before, and copies what stands there. So after ``... k v ... k`` comes v, with a probability of 1, at any distance.
-Other tokens read the first one, as they do in trained models. What a sparse prompt loses is then a count of wrong
-answers, and nothing of it is the model's own weakness.
+Other tokens read the first one, as they do in trained models. So every wrong answer of a sparse prompt is a loss of the
+strategy, none of the model.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 START, NAMES, WORDS = 0, 1535, 2560
-"""The first token of every prompt; then tokens that records are made of; then filler, which asks for nothing."""
+"""The first token of every prompt; then tokens that records are made of; then filler, which queries nothing."""
 VOCABULARY = 1 + NAMES + WORDS
 CODE = 64
-"""Numbers that tell a token from others: random signs, of length 1 together; no two of the names are alike by 0.7."""
+"""Size of a token's code: random signs scaled to length 1; no two names have a product of 0.7."""
 SAYS, FIRST, ASKS, OTHER, BEFORE, BEFORE_OTHER, ANSWER, ALWAYS = 0, 64, 65, 129, 130, 194, 195, 259
-"""Where in the hidden state: what a token says, or that it is the first; what it asks for, or that it asks for nothing;
-what the token before it asks for, or nothing; the answer, which alone is read at the end; and a 1."""
+"""Offsets in the hidden state: a token's code, or a flag of the first one; the code that it queries, or a flag of none;
+the query of the token before it, or a flag of none; the answer, which alone is read at the end; and a constant 1."""
 HIDDEN, HEADS, HEAD_DIM = 260, 2, 128
 POSITIONS = 65536
 THETA = 1e12
 """Rotary base: so large that half of the dimensions do not turn noticeably within `POSITIONS` tokens."""
 FAST = 12
-"""Pairs of rotary dimensions that tell a distance of 1 from every other: periods from 6 to 700 tokens."""
+"""Pairs of rotary dimensions that distinguish a distance of 1 from others: periods from 6 to 700 tokens."""
 PREVIOUS, MATCH, SINK, CERTAIN = 60.0, 100.0, 70.0, 40.0
 """Logits: of each fast pair; of a match; of the first token, which wins where nothing matches; of the answer."""
 EARLIEST = 80
-"""Records begin behind what strategies always read at the start of a prompt."""
+"""First position of records, after the tokens at the start that strategies always read."""
 LAST_ROW = 64
 
 
 @dataclass(frozen=True, slots=True)
 class RecallPrompt:
-    """Filler with records in its first 40 %, which are quoted in its second half, and asked for in its last row."""
+    """Filler with records in its first 40 %, which are quoted in its second half and queried in its last row."""
 
     tokens: Tensor
     """[n] int64, `START` first; the last one asks."""
     spread: Tensor
-    """[queries] int64, ascending: positions all over the second half whose next token only the records tell."""
+    """[queries] int64, ascending: positions all over the second half whose next token only the records determine."""
     end: Tensor
     """[queries] int64, ascending: such positions among the last 64."""
     answers: Tensor
     """[n] int64, the right next token at `spread` and `end`, -1 elsewhere."""
 
-    def right(self, positions: Tensor, said: Tensor) -> float:
-        """Share of `positions` [queries] where the right token was said [queries]."""
-        return float((said == self.answers[positions]).float().mean())
+    def right(self, positions: Tensor, answered: Tensor) -> float:
+        """Share of `positions` [queries] where the answered token [queries] is right."""
+        return float((answered == self.answers[positions]).float().mean())
 
 
 def recall_prompt(length: int, seed: int, quotes: int = 16, run: int = 1, at_end: int = 8) -> RecallPrompt:
@@ -69,14 +69,14 @@ def recall_prompt(length: int, seed: int, quotes: int = 16, run: int = 1, at_end
     lengths = torch.tensor([run] * quotes + [1] * at_end)
     names = 1 + torch.randperm(NAMES, generator=generator)[: int((lengths + 1).sum())]
     records = torch.split(names, (lengths + 1).tolist())
-    homes = _places(EARLIEST, 2 * length // 5, len(records), run + 1, generator)
-    homes = homes[torch.randperm(len(homes), generator=generator)]
+    sources = _places(EARLIEST, 2 * length // 5, len(records), run + 1, generator)
+    sources = sources[torch.randperm(len(sources), generator=generator)]
     there = _places(length // 2, length - LAST_ROW, quotes, run, generator)
     here = _places(length - LAST_ROW, length, at_end, 1, generator)
     here[-1] = length - 1
     answers = torch.full((length,), -1)
-    for record, home, place in zip(records, homes.tolist(), torch.cat((there, here)).tolist(), strict=True):
-        tokens[home : home + len(record)] = record
+    for record, source, place in zip(records, sources.tolist(), torch.cat((there, here)).tolist(), strict=True):
+        tokens[source : source + len(record)] = record
         tokens[place : place + len(record) - 1] = record[:-1]
         answers[place : place + len(record) - 1] = record[1:]
     asked = (answers >= 0).nonzero()[:, 0]
@@ -129,7 +129,7 @@ def _codes() -> Tensor:
 
 
 def _write_tokens(model: LlamaForCausalLM, codes: Tensor) -> None:
-    """Embeddings of squared length 3, each: says or first, asks or other, always. The head compares codes."""
+    """Write embeddings of squared length 3 (code or first, query or none, constant) and a head that compares codes."""
     table, head = model.model.embed_tokens.weight, model.lm_head.weight
     names = slice(1, 1 + NAMES)
     table[1:, SAYS : SAYS + CODE] = codes[1:]
@@ -156,7 +156,7 @@ def _copy_the_token_before(layer: Any) -> None:
 
 
 def _match_what_came_before(layer: Any) -> None:
-    """What a token asks for meets what came before each key, in dimensions that do not turn; else the first token."""
+    """Match a token's query with the token before each key, in dimensions that do not rotate; else the first token."""
     attention = layer.self_attn
     layer.input_layernorm.weight.fill_((4 / HIDDEN) ** 0.5)
     *still, last = _still()
@@ -170,7 +170,7 @@ def _match_what_came_before(layer: Any) -> None:
 
 
 def _copy(attention: Any, source: int, target: int, count: int) -> None:
-    """What is read moves from `source` to `target` of the hidden state, an equal share through each head."""
+    """Copy values from `source` to `target` of the hidden state, an equal share through each head."""
     which = torch.arange(count)
     attention.v_proj.weight[which, source + which] = 1.0
     for head in range(HEADS):
@@ -178,7 +178,7 @@ def _copy(attention: Any, source: int, target: int, count: int) -> None:
 
 
 def _amplitude(logit: float) -> float:
-    """Of a query and of a key, so that their product, scaled, is `logit`."""
+    """Amplitude of a query and of a key whose scaled product is `logit`."""
     return math.sqrt(logit * math.sqrt(HEAD_DIM))
 
 

@@ -1,4 +1,4 @@
-"""What `index.py` compares, and ours of it: indexes in a cache as the engine keeps them."""
+"""Interface of the searchers in `benchmarks.ops.index`, and our own: indexes in a paged cache."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Found(NamedTuple):
     scanned: float
     """Share of the keys that a query was multiplied with, stand-ins of keys included."""
     seconds: float
-    """Of one query of one head."""
+    """Time of one query of one head."""
 
 
 class Searcher(Protocol):
@@ -209,7 +209,7 @@ def _stand_ins(which: PageIndex, tokens: int) -> float:
 
 
 def _page_bytes(which: PageIndex, spec: CacheSpec) -> int:
-    """What the cache keeps for the index beside a page of one KV head, summaries at 2 bytes; 0: nothing."""
+    """Bytes that the cache stores for the index per page and KV head, summaries at 2 bytes; 0: none."""
     if isinstance(which, CodeIndex):
         return spec.page_size * spec.code_words * 4 + 2 * spec.head_dim + 8
     return (4 * isinstance(which, BoundIndex) + 2 * isinstance(which, MeanIndex)) * spec.head_dim
@@ -245,7 +245,7 @@ def _parts(thing: object) -> Iterator[object]:
 
 
 def own_families() -> dict[str, tuple[Family, list[str]]]:
-    """Ours by name, with their settings; those that this version lacks are left out."""
+    """Our indexes by name, with their settings."""
     specs: dict[str, dict[str, IndexSpec]] = {
         "exact pages": {"": FlatIndex()},
         "codes": {str(count): CodeIndex(candidates=count) for count in (64, 128, 256, 512, 1024, 2048)},

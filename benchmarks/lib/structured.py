@@ -3,8 +3,7 @@
 Every head has a background of topics, log-normal over the keys, and on top of it what its kind of head looks at: the
 first tokens, the neighbourhood, tokens at fixed distances (diagonals), a few heavy tokens (columns), the piece of text
 that its queries search (needles). Heights are set so that queries in the middle of the prompt spend about the stated
-shares of their attention on them; `python -m benchmarks.lib.structured`
-prints the shares that they really spend.
+shares of their attention on them; `python -m benchmarks.lib.structured` prints the shares that they really spend.
 """
 
 from __future__ import annotations
@@ -108,7 +107,7 @@ def _key(features: Features) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What is random about one head's queries."""
+    """Random choices of one head."""
 
     backs: list[int]  # distances of its diagonals
     searched: Tensor  # [T, C], codes
@@ -116,7 +115,7 @@ class Draw:
 
 
 def _drawn(features: Features, kind: Kind) -> tuple[Draw, Tensor]:
-    """What is random about a head, and its queries [T, D], corrected until they spend what they should."""
+    """Random choices of a head, and its queries [T, D], corrected until their attention has the stated shares."""
     tokens = len(features.sink)
     draw = Draw(
         (8 * WIDTH + torch.randint(tokens // 3, (2,))).tolist() if kind.diagonals else [],
@@ -152,7 +151,7 @@ def _assemble(features: Features, draw: Draw, masses: dict[str, float]) -> Tenso
 
 
 def shares(features: Features, draw: Draw, query: Tensor) -> dict[str, float]:
-    """What the queries in the middle of the prompt spend on each part."""
+    """Shares of attention that queries in the middle of the prompt spend on each part."""
     tokens = len(features.sink)
     where = torch.linspace(0.4 * tokens, 0.6 * tokens, 48).long()
     distance = where[:, None] - torch.arange(tokens)

@@ -1,4 +1,4 @@
-"""Measuring: medians of undisturbed runs, and the machine that they ran on."""
+"""Timing: medians of undisturbed runs, and metadata of the machine."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def measure(
 ) -> Timing:
     """Time `work`, repeated within a run until it lasts `least` seconds; a disturbed run is done again.
 
-    When `attempts` runs gave too few quiet ones, the quietest are taken, and the timing says that it is not quiet.
+    When `attempts` runs gave too few quiet ones, the quietest are taken, and the timing is not `quiet`.
 
     Args:
-        before: done before each call and not counted, with all threads; it is what tells whether a run was quiet, for
-            work that does not keep all threads busy itself.
+        before: called before each call and not timed, with all threads; its share of the cores decides whether a run
+            was quiet, for work that does not keep all threads busy itself.
     """
     run = _run if before is None else functools.partial(_run_after, before)
     work()
@@ -80,7 +80,7 @@ def _run_after(before: Callable[[], object], work: Callable[[], object], calls: 
 
 
 def machine() -> dict[str, object]:
-    """What a number needs beside it to mean something."""
+    """Date, processor, threads and versions, to print with every table."""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "processor": _processor(),
@@ -98,7 +98,7 @@ def _processor() -> str:
 
 
 def keeping(rows: Iterable[Row], into: list[Row]) -> Iterator[Row]:
-    """The same rows, put into a list as they pass."""
+    """The rows, each also appended to a list."""
     for row in rows:
         into.append(row)
         yield row

@@ -1,4 +1,4 @@
-"""Sparse decoding by torch ops alone: the peer of `decode.py`."""
+"""Sparse decoding by torch ops alone: the peer in `benchmarks.ops.decode`."""
 
 from __future__ import annotations
 

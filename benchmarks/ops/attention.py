@@ -85,8 +85,8 @@ def prefill(shape: str, dtype: str, tokens: int) -> Iterator[dict[str, object]]:
         lambda: scaled_dot_product_attention(packed, cache.k, cache.v, is_causal=True, enable_gqa=True), runs=3
     )
     dense = 0.0
-    for asked in (1.0, 0.5, 0.3, 0.2, 0.1):
-        pages, density = choose_pages(tokens, num_kv_heads, asked)
+    for target in (1.0, 0.5, 0.3, 0.2, 0.1):
+        pages, density = choose_pages(tokens, num_kv_heads, target)
         own = measure(lambda pages=pages: cache.prefill(q, pages, starts))  # type: ignore[misc]
         dense = dense or own.seconds
         gflops = 2.0 * tokens * tokens * heads * dim * density / own.seconds / 1e9

@@ -4,7 +4,7 @@ Structured keys and queries (`lib/structured.py`), pages in scattered frames. *t
 without a kernel of its own: it ranks pages by the bounds of their keys, as Quest does, copies the chosen ones together
 and attends to them, all in batched torch ops, with as many pages as the strategies' whole budget. Before every call
 more memory is read than the CPU caches hold, as the model's weights and its other layers are between two tokens; that
-is not timed, and tells whether a call was disturbed. *total* is the engine's own path, `bind`, which writes the new
+is not timed, and shows whether a call was disturbed. *total* is the engine's own path, `bind`, which writes the new
 key and value too; *select* and *attend* are its two parts by themselves.
 """
 
@@ -110,7 +110,7 @@ def _own_row(
 
 
 def _torch_rows(layer: Layer, time: Callable[..., Timing]) -> tuple[Timing, Timing, list[tuple[Row, Timing]]]:
-    """SDPA over everything in a row, in the faster of two ways to say it, and the pages that torch's ops choose."""
+    """SDPA over contiguous keys, in the faster of two layouts, and attention to pages that torch's ops choose."""
     k, v = layer.in_a_row()
     pages, bytes_per_page = k.shape[:2].numel(), layer.cache.spec.read_bytes
     sdpa = min((time(work) for work in _sdpa(layer, k, v)), key=lambda timing: timing.seconds)

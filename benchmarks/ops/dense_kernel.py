@@ -1,7 +1,7 @@
 """A prompt's chunk that reads everything: the op over pages against kernels that take keys and values in one piece.
 
-What `--dense-kernel` chooses between, for one layer and random numbers, on whichever device: the last chunk of prompts
-of these lengths, whose pages lie apart. `own_ms` has the copy in it, which `copy_ms` tells alone; a kernel that cannot
+The choices of `--dense-kernel`, for one layer and random numbers, on whichever device: the last chunk of prompts
+of these lengths, whose pages lie apart. `own_ms` has the copy in it, which `copy_ms` states alone; a kernel that cannot
 run here has no rows.
 """
 
@@ -59,7 +59,7 @@ class Chunk:
         return contiguous_attention(self.q, self.context, kernel)
 
     def copy(self) -> None:
-        """What `whole` begins with."""
+        """The copy that `contiguous_attention` begins with."""
         gather(self.context)
 
 
@@ -101,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
     gpu = options.device.type == "cuda"
     if gpu:
-        torch.set_num_threads(1)  # the one that waits: a run is quiet when it was never kept from that
+        torch.set_num_threads(1)  # the waiting one, whose share of its core measures quiet
     torch.manual_seed(0)
     cases = itertools.product(options.shape, options.dtype, options.tokens)
     results = (row for case in cases for row in rows(*case, options.chunk, options.device, options.runs))

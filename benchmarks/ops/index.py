@@ -1,4 +1,4 @@
-"""How many of the best keys, and of the best pages, each index finds, and how much it looks at for that.
+"""Recall of each index for the best keys and the best pages, against the share of keys that it scans.
 
 Keys and queries of seven layers of the embedded model over a real text, and structured ones (`lib/structured.py`) in a
 context as long as that model has none. The queries come at the end, the keys from the start; the first 64, which nearly
@@ -48,7 +48,7 @@ def structured_cases(tokens: int, count: int) -> list[Case]:
 
 
 def split(q: Tensor, k: Tensor, count: int) -> Case:
-    """Of q [T, Hq, D] and k [T, Hkv, D], the last `count` search those before sinks and window."""
+    """Problem from q [T, Hq, D] and k [T, Hkv, D]: the last `count` search the keys between sinks and window."""
     stop = SINK + (len(k) - count - WINDOW - SINK) // PAGE * PAGE
     return Problem(k[SINK:stop], q[SINK:stop]), {"real": q[-count:], "keys": k[-count:]}
 
@@ -80,7 +80,7 @@ def outcome(setting: str, searchers: list[Searcher], queries: list[Tensor], trut
 
 
 class Truth:
-    """What exact search finds."""
+    """Results of exact search."""
 
     def __init__(self, keys: Tensor, pages: Tensor) -> None:
         self.keys = keys  # [n, H, BEST_KEYS]

@@ -1,1 +1,1 @@
-"""Keysift beside transformers, llama.cpp and OpenVINO GenAI; the last two in virtual environments of their own."""
+"""Keysift against transformers, llama.cpp and OpenVINO GenAI; the last two in virtual environments of their own."""

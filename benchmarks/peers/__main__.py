@@ -1,4 +1,4 @@
-"""Keysift beside its peers on a CPU: transformers, llama.cpp and OpenVINO GenAI, in one run.
+"""Keysift against its peers on a CPU: transformers, llama.cpp and OpenVINO GenAI, in one run.
 
 The same model (the embedded one), the same real prompt as token ids, the same cores, greedy, a fixed number of tokens:
 TTFT, TPOT (median over tokens and runs) and peak memory, each side in a process of its own, one after the other; as in
@@ -41,9 +41,9 @@ from ..lib.timing import QUIET, machine
 
 PACKAGES = {"llama.cpp": "llama-cpp-python==0.3.36", "openvino": "openvino-genai==2026.4.1.0"}
 BUILD = {"CMAKE_ARGS": "-DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAMA_BUILD_TESTS=OFF"}
-"""What llama.cpp is compiled with: all that this processor has."""
+"""Build flags of llama.cpp: every instruction set of this processor."""
 MODULES = {"llama.cpp": "benchmarks.peers.llama_cpp", "openvino": "benchmarks.peers.openvino"}
-"""What runs in the peers' environments, from `ROOT`: only `side`, which is standard library, is imported besides."""
+"""Modules that run in the peers' environments, from `ROOT`; of the benchmarks they import `side` only."""
 OURS = ("GOMP_SPINCOUNT", "OMP_NUM_THREADS", "PYTHONPATH", "CMAKE_ARGS")
 """Settings of this process that must not reach a peer."""
 SIDES = (
@@ -66,7 +66,7 @@ Row = dict[str, Any]
 
 
 class Failed(Exception):
-    """Why a side cannot run here."""
+    """A side cannot run here."""
 
 
 def main() -> None:
@@ -173,12 +173,12 @@ class Side:
         return Run(self.last["times"], 1.0, self.last["tokens"])
 
     def cpu_seconds(self) -> float:
-        """Of this process and the peer's."""
+        """CPU seconds of this process and the peer's."""
         own, peer = psutil.Process().cpu_times(), self._cpu.cpu_times()
         return float(own.user + own.system + peer.user + peer.system)
 
     def _ask(self, line: str) -> Row:
-        """The next JSON line after `line`; whatever else a library prints there is not for us."""
+        """The next JSON line in reply to `line`; other output of the library is skipped."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -264,7 +264,7 @@ def figures(report: Row, row: Row) -> list[str]:
 
 
 def same(first: list[int], second: list[int]) -> int:
-    """How many tokens two sides say alike before they part."""
+    """Number of first tokens that two sides have in common."""
     pairs = enumerate(zip(first[:SHOWN], second[:SHOWN], strict=False))
     return next((at for at, (one, other) in pairs if one != other), min(len(first), len(second), SHOWN))
 

@@ -1,4 +1,4 @@
-"""llama.cpp's side of `peers.py`, run by the Python of a virtual environment of its own.
+"""llama.cpp's side of `benchmarks.peers`, run in a virtual environment of its own.
 
 Settings: batch (prompt tokens at once), flash (its flash attention). With `quantize` and `type` instead it writes a
 GGUF of that type, made from the model, whose weights are widened first: the weights stay those of the model.
@@ -15,24 +15,24 @@ from .side import Answer, answer, options, serve
 
 
 def main() -> None:
-    asked = options()
-    if "quantize" in asked:
-        quantize(asked["model"], asked["quantize"], asked["type"])
+    question = options()
+    if "quantize" in question:
+        quantize(question["model"], question["quantize"], question["type"])
         return
-    model = load(asked)
+    model = load(question)
     system = llama_cpp.llama_print_system_info().decode().strip()
-    serve(lambda: run(model, asked["prompt"], asked["new"]), system)
+    serve(lambda: run(model, question["prompt"], question["new"]), system)
 
 
-def load(asked: dict[str, Any]) -> Any:
+def load(question: dict[str, Any]) -> Any:
     return llama_cpp.Llama(
-        model_path=asked["model"],
-        n_ctx=len(asked["prompt"]) + asked["new"],
-        n_batch=asked["batch"],
-        n_ubatch=asked["batch"],
-        n_threads=asked["threads"],
-        n_threads_batch=asked["threads"],
-        flash_attn=asked["flash"],
+        model_path=question["model"],
+        n_ctx=len(question["prompt"]) + question["new"],
+        n_batch=question["batch"],
+        n_ubatch=question["batch"],
+        n_threads=question["threads"],
+        n_threads_batch=question["threads"],
+        flash_attn=question["flash"],
         verbose=False,
     )
 

@@ -1,7 +1,7 @@
-"""OpenVINO GenAI's side of `peers.py`, run by the Python of a virtual environment of its own.
+"""OpenVINO GenAI's side of `benchmarks.peers`, run in a virtual environment of its own.
 
 Settings: paged (its paged attention, or else the plain pipeline), batch (prompt tokens at once of the former), sparse
-(its XAttention for the prompt), and whatever is written in capitals, which goes to OpenVINO as it is.
+(its XAttention for the prompt), and names in capitals, which go to OpenVINO unchanged.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from .side import Answer, options, serve
 
 
 def main() -> None:
-    asked = options()
-    properties = {name: value for name, value in asked.items() if name.isupper()}
-    properties |= {"INFERENCE_NUM_THREADS": asked["threads"]}
-    if asked["paged"]:
-        properties["scheduler_config"] = scheduler(asked)
+    question = options()
+    properties = {name: value for name, value in question.items() if name.isupper()}
+    properties |= {"INFERENCE_NUM_THREADS": question["threads"]}
+    if question["paged"]:
+        properties["scheduler_config"] = scheduler(question)
     else:
         properties["ATTENTION_BACKEND"] = "SDPA"  # or else the pipeline chooses for itself
-    pipeline = genai.LLMPipeline(asked["model"], "CPU", **properties)
-    serve(lambda: run(pipeline, asked["prompt"], asked["new"]), genai.get_version())
+    pipeline = genai.LLMPipeline(question["model"], "CPU", **properties)
+    serve(lambda: run(pipeline, question["prompt"], question["new"]), genai.get_version())
 
 
-def scheduler(asked: dict[str, Any]) -> Any:
+def scheduler(question: dict[str, Any]) -> Any:
     config = genai.SchedulerConfig()
     config.cache_size = 1  # GB, taken as it is needed
     config.enable_prefix_caching = False
-    config.max_num_batched_tokens = asked["batch"]
-    config.use_sparse_attention = asked["sparse"]
-    if asked["sparse"]:
+    config.max_num_batched_tokens = question["batch"]
+    config.use_sparse_attention = question["sparse"]
+    if question["sparse"]:
         config.sparse_attention_config = genai.SparseAttentionConfig(mode=genai.SparseAttentionMode.XATTENTION)
     return config
 
@@ -49,7 +49,7 @@ def run(pipeline: Any, prompt: list[int], new: int) -> Answer:
 
 
 class Clock(genai.StreamerBase):  # type: ignore[misc]
-    """Notes when each token arrives."""
+    """Arrival time of each token."""
 
     def __init__(self) -> None:
         super().__init__()

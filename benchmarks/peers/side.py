@@ -1,4 +1,4 @@
-"""How the peers of `peers.py` are asked. Standard library only: it runs in the peers' own virtual environments.
+"""Protocol between `benchmarks.peers` and its peers. Standard library only, for the peers' own environments.
 
 The first line that a side reads is one JSON object: model (a file), prompt (token ids), new (tokens to generate),
 threads, and settings of its own. It answers with one JSON line when the model is loaded, and with one more for each
@@ -23,7 +23,7 @@ def options() -> dict[str, Any]:
 
 
 def serve(run: Callable[[], Answer], about: str = "") -> None:
-    """Run as often as asked; `about` says what the library found on this machine."""
+    """Answer one run per line of input; `about` describes the library's build on this machine."""
     answer(about=about)
     for _ in sys.stdin:
         times, tokens = run()

@@ -1,10 +1,9 @@
-"""What sparse decoding loses: strategies for tokens over their budgets, against dense, on four different texts.
+"""Losses of sparse decoding: strategies for tokens over their budgets, against dense, on four different texts.
 
 The embedded model in fp32, teacher-forced; the prompt is dense, the last 256 tokens of each text are decoded, and then
-eight needles are asked for behind it, question and answer decoded as well. *mb*: megabytes of keys and values that a
-token reads in all layers; what choosing reads is not among them. *coverage* is what a strategy tells of itself, *kept*
-the truth. Readings do not depend on the machine's speed. They go to a file one by one, so that a run that was cut off
-goes on where it stopped.
+the questions and answers of eight needles after it. *mb*: megabytes of keys and values that a token reads in all
+layers, without those read to choose. *coverage* is the strategy's own estimate, *kept* is measured. Readings do not
+depend on the machine's speed. They go to a file one by one, so that a run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ..lib.quality import Bench
 from ..lib.readings import Row, collect, parse, show
 
 BUDGETS = (256, 512, 1024)
-"""Tokens besides sinks and window."""
+"""Tokens in addition to sinks and window."""
 FIXED = {"epsilon": 0.0}
 QUEST = {"sink": 64, "window": 256, "dense_layers": 0}
 """With the same zones as the others; as published it has none and loses more."""
@@ -37,7 +36,7 @@ CURVES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "quest": ("quest", [{"budget": budget, **QUEST} for budget in BUDGETS]),
     "streaming": ("streaming", [{"sink": 128, "window": window} for window in (512, 1024)]),
 }
-"""Of each curve the strategy, and the options of its points; others keep their defaults, but nothing falls back."""
+"""Strategy and options of the points of each curve; `dense_below` is 0, other options keep their defaults."""
 LONG = 6000
 """Above so many tokens a point takes a quarter of a minute: of each curve only its middle one is measured."""
 REFERENCE = "retrieval"
@@ -56,7 +55,7 @@ COLUMNS = (
     "needle_loss_worst",
 )
 KEY = ("text", "length", "strategy")
-"""What a reading depends on, all options of its strategy included."""
+"""Fields that identify a reading, with all options of its strategy."""
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
-"""What a locality bound saves and loses: bytes that a token moves, and what it says, over budgets and bounds.
+"""Savings and losses of a locality bound: bytes moved per token, KL and needles, over budgets and bounds.
 
-The embedded model in fp32 over an offloaded cache, whose pool holds a part of the context (a quarter, unless asked
-otherwise). The prompt is dense; the last 256 tokens of each text are decoded one by one under a strategy,
-teacher-forced, then eight needles are asked for behind it, question and answer decoded as well, each from the text's
-end. *moved*: megabytes that a token fetched from the backing store, a mean over the last 224 of them; *bound*: what
-``m_max`` pages and the page border allow; *overlap*: share of the pages that the token before had read too;
-*bound_exceeded*: share of the choices that let in more than ``m_max``. KL is against dense. Bytes and readings do not
-depend on the machine's speed. They go to a file one by one, so that a run that was cut off goes on where it stopped.
+The embedded model in fp32 over an offloaded cache, whose pool holds a part of the context (a quarter by default). The
+prompt is dense; the last 256 tokens of each text are decoded one by one under a strategy, teacher-forced, then the
+questions and answers of eight needles after it, each from the text's end. *moved*: megabytes that a token fetched from
+the backing store, a mean over the last 224 of them; *bound*: what ``m_max`` pages and the page border allow; *overlap*:
+share of the pages that the token before had read too; *bound_exceeded*: share of the choices that let in more than
+``m_max``. KL is against dense. Bytes and readings do not depend on the machine's speed. They go to a file one by one,
+so that a run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ..lib.timing import machine
 COLD = 32
 """Tokens after which the pool is warm, and traffic is counted."""
 BUDGETS = (512, 1024, 1664)
-"""Tokens besides 64 sinks and a window of 256; with them the last one fills a quarter of 8,000 tokens."""
+"""Tokens in addition to 64 sinks and a window of 256; with them the last one fills a quarter of 8,000 tokens."""
 NOSA = {"dense_below": 0}
 CURVES: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "no rule": ("retrieval", [{"dense_below": 0, "epsilon": 0.0, "budget": budget} for budget in BUDGETS]),

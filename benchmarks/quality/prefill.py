@@ -1,8 +1,8 @@
-"""What sparse prompts lose: every strategy over its main knob, against dense, on four texts of different kinds.
+"""Losses of sparse prompts: every strategy over its main option, against dense, on four texts of different kinds.
 
-The embedded model in fp32, teacher-forced; 1,500 scored positions of each text; needle answers asked for behind
-it. The whole prompt is sparse, its last rows too, and every strategy has the same 64 sink tokens. Readings do not
-depend on the machine's speed. They go to a file one by one, so that a run that was cut off goes on where it stopped.
+The embedded model in fp32, teacher-forced; 1,500 scored positions of each text; needle questions after it. The whole
+prompt is sparse, its last rows too, and every strategy has the same 64 sink tokens. Readings do not depend on the
+machine's speed. They go to a file one by one, so that a run that was cut off goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COLUMNS = (
     "needle_loss",
 )
 KEY = ("text", "length", "strategy", "chunk")
-"""What a reading depends on, all options of its strategy included."""
+"""Fields that identify a reading, with all options of its strategy."""
 
 
 def main() -> None:

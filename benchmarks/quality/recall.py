@@ -1,11 +1,11 @@
-"""What sparse attention fails to recall: a model that is right by construction, asked in every kind of place.
+"""Recall of sparse attention on a model that is right by construction, for questions anywhere in a prompt.
 
-`lib/recall_model.py` builds it. Every prompt is filler with 24 records. Eight are asked for by single tokens
-in the last row, sixteen by single tokens, or by quotes of 16, all over the second half. The whole prompt is sparse, its
-last rows too, with the options of `quality.prefill`.
+`lib/recall_model.py` builds it. Every prompt is filler with 24 records. Eight are queried by single tokens in the last
+row, sixteen by single tokens, or by quotes of 16, all over the second half. The whole prompt is sparse, its last rows
+too, with the options of `quality.prefill`.
 
-With ``--phase decode`` the prompt, all of it filler but for its records, is dense; the single tokens that ask for them
-are decoded behind it, with the options of `quality.decode`. Readings do not depend on the machine's speed.
+With ``--phase decode`` the prompt, all of it filler but for its records, is dense; the single tokens that query them
+are decoded after it, with the options of `quality.decode`. Readings do not depend on the machine's speed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from . import decode, prefill
 
 Knobs = dict[str, Any]
 RUNS = {"single": 1, "quoted": 16}
-"""Asking tokens in each place."""
+"""Querying tokens in each place."""
 LENGTHS = {"prefill": [4096, 8192], "decode": [1024, 4096, 16384]}
 
 
@@ -109,8 +109,8 @@ def measure_tokens(bench: Bench, lengths: list[int], prompts: int) -> Iterator[R
     """A row for each length and strategy: means over the prompts, each of which is prefilled once."""
     named = list(strategies_for_tokens())
     for length in lengths:
-        asked = [recall_of_tokens(bench, recall_prompt(length, seed), named) for seed in range(prompts)]
-        for (name, chosen), found in zip(named, zip(*asked, strict=True), strict=True):
+        results = [recall_of_tokens(bench, recall_prompt(length, seed), named) for seed in range(prompts)]
+        for (name, chosen), found in zip(named, zip(*results, strict=True), strict=True):
             right, density = (statistics.fmean(values) for values in zip(*found, strict=True))
             yield {"tokens": length, "strategy": name, "options": repr(chosen), "right": right, "density": density}
 
@@ -118,7 +118,7 @@ def measure_tokens(bench: Bench, lengths: list[int], prompts: int) -> Iterator[R
 def recall_of_tokens(
     bench: Bench, prompt: RecallPrompt, named: list[tuple[str, Strategy]]
 ) -> list[tuple[float, float]]:
-    """Of each strategy the share of right answers to tokens that are decoded behind the prompt, and the density.
+    """Share of right answers to tokens decoded after the prompt, and density, of each strategy.
 
     They are the prompt's own, which are filler in it instead, so that each comes for the first time.
     """
@@ -137,7 +137,7 @@ def recall_of_tokens(
 
 
 def table(rows: list[Row]) -> Table:
-    columns = ("tokens", "strategy", "asked at the end", "single, spread", "density", "quoted, spread", "density ")
+    columns = ("tokens", "strategy", "queried at the end", "single, spread", "density", "quoted, spread", "density ")
     shown = Table(*columns, title="Share of queries that recall the right token")
     for row in rows:
         end = (row["single_end"] + row["quoted_end"]) / 2

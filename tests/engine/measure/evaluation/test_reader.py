@@ -65,6 +65,43 @@ def test_follows_what_it_would_have_said_with_the_same_logits(make: Make, name: 
     assert engine.cache.free_pages == engine.cache.allocator.total
 
 
+def test_an_extended_prompt_reads_as_one_and_rewinds(make: Make) -> None:
+    engine, prompt = make(), tokens(220)
+    reader, dense = Reader(engine), engine.strategy("dense")
+    with reader.open([prompt], dense, 0) as (reading,):
+        reader.read(reading)
+        expected = reading.next_logits
+    with reader.open([prompt[:200]], dense, 20) as (reading,):
+        reader.read(reading)
+        mark = reading.mark()
+        for _ in range(2):
+            reader.extend(reading, prompt[200:])
+            reader.read(reading)
+            torch.testing.assert_close(reading.next_logits, expected, **CLOSE)
+            reader.rewind(reading, mark)
+            assert reading.mark() == mark
+    assert engine.cache.free_pages == engine.cache.allocator.total
+
+
+@pytest.mark.parametrize("name", sorted(SPARSE))
+def test_a_rewound_reading_goes_on_from_its_mark(make: Make, name: str) -> None:
+    """A mark amid decoded tokens, at a page border; `nosa` needs the history that a rewind drops."""
+    engine, given = make(), tokens(80, seed=1)
+    reader, found = Reader(engine), []
+    with reader.open(PROMPTS[:1], engine.strategy(name, SPARSE[name]), 80) as (reading,):
+        reader.read(reading)
+        reader.follow(reading, given[:24])
+        mark = reading.mark()
+        for _ in range(2):
+            found.append(reader.follow(reading, given[24:48]))
+            reader.rewind(reading, mark)
+            assert tuple(reading.generated) == given[:24]
+            assert reading.sequence.reads == mark.reads
+    torch.testing.assert_close(found[0][0], found[1][0])
+    if "nosa" not in name:
+        torch.testing.assert_close(*found)
+
+
 def test_hears_what_transformers_computes(make: Make, tiny_llama: Path) -> None:
     engine, heard = make(), dict[int, torch.Tensor]()
     reader, positions = Reader(engine), [0, 5, 63, 64, 130, 199]
