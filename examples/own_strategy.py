@@ -28,9 +28,10 @@ def main() -> None:
 
     registry.BUILT_IN["newest"] = f"{__name__}:Newest"  # a package names it as an entry point instead
     llm = LLM(args.model, strategy="newest", strategy_args=("newest.window=64",))
-    for strategy in ("dense", "newest"):
-        for completion in llm.generate([__doc__ * 8], SamplingParams(max_new_tokens=8), strategy=strategy):
-            print(f"{strategy}: prompt density {completion.finish.sparsity.prefill_density:.2f}: {completion.text!r}")
+    for strategy in ("dense", None):  # None: the engine's own, with its options
+        for completion in llm.generate([__doc__ * 30], SamplingParams(max_new_tokens=8), strategy=strategy):
+            sparsity = completion.finish.sparsity
+            print(f"{sparsity.strategy}: prompt density {sparsity.prefill_density:.2f}: {completion.text!r}")
 
 
 if __name__ == "__main__":
