@@ -149,7 +149,8 @@ def announce(config: EngineConfig, measured: Mapping[str, Crossover], report: Ca
     """Report the measured crossover that applies to the configured strategy, if any."""
     if (found := applied(config.strategy, config.strategy_args, measured)) is not None:
         name = config.strategy.partition("+")[0]
-        report(f"{name}.dense_below={found.dense_below}, as measured here on {found.measured} UTC: {found.summary} tokens")
+        wins = f"{found.summary} tokens"
+        report(f"{name}.dense_below={found.dense_below}, as measured here on {found.measured} UTC: {wins}")
 
 
 def store_file() -> Path:
