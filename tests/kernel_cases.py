@@ -47,7 +47,7 @@ class Case:
 
 
 ALIKE = {"sm_89", "sm_100"}
-"""Targets that launch what another one does, sm_80 and sm_90: one dtype tells whether their compilers can, too."""
+"""Targets that launch the same as sm_80 and sm_90: one dtype suffices to check their compilers."""
 
 
 def cases(every: bool = False) -> Iterator[Case]:

@@ -30,7 +30,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of the op, and the tokens behind the pages for whoever does not look at pages."""
+    """The arguments of the op, and the tokens of the pages for oracles that know no pages."""
 
     q: Tensor  # [T, Hq, D]
     k: Tensor  # [N, Hkv, S, D]
@@ -93,7 +93,7 @@ def make_table(case: Case) -> Tensor:
 
 
 def scatter(tokens: list[Tensor], table: Tensor, page_size: int) -> Tensor:
-    """Sequences of [length, Hkv, D] -> frames [N, Hkv, S, D], three of them in nobody's table."""
+    """Sequences of [length, Hkv, D] -> frames [N, Hkv, S, D], three of them in no table."""
     heads = torch.arange(table.shape[1])
     frames = torch.full((table[:, 0].numel() + 3, table.shape[1], page_size, tokens[0].shape[2]), torch.nan)
     for rows, pages in zip(tokens, table.long(), strict=True):
@@ -154,7 +154,7 @@ def dense_attention(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def built(module: str) -> bool:
-    """Whether a twin's compiler or package was there."""
+    """True if a twin's compiler or package is installed."""
     try:
         importlib.import_module(module)
     except ImportError:

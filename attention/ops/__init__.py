@@ -1,4 +1,4 @@
-"""Attention ops: ``<op>.py`` is the torch reference, ``<op>_triton.py`` its CUDA twin, `native` holds the CPU twins."""
+"""Attention ops: a folder each, with the torch reference, its Triton twin and its native twin for the CPU."""
 
 from .column_scores import ColumnScores, column_scores
 from .paged_attention import paged_attention

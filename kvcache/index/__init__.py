@@ -1,8 +1,8 @@
-"""Indexes: what tells where the keys are that a query attends to, without reading them all.
+"""Indexes: log masses of a query over the pages of a sequence, most of them without reading every key.
 
-Each is asked the same question: the log mass of every page, as far as it knows. What it knows lives and dies with the
-pages: either it is stored beside their keys and written when a page becomes full, or it is forgotten when one of its
-frames is about to hold something else. So prefixes are shared, sequences forked and aborted without a stale entry.
+An entry lives as long as its pages: it is stored with their keys and written when a page becomes full, or it is
+forgotten when one of its frames is about to be reused. So prefixes are shared, sequences forked and aborted without a
+stale entry.
 """
 
 from ..context import PageIndex

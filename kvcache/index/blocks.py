@@ -1,4 +1,4 @@
-"""What was built over runs of full pages, found again by the frames that hold them."""
+"""Entries built over runs of full pages, looked up by the frames that hold them."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ T = TypeVar("T")
 
 
 class Blocks(Generic[T]):
-    """Things made of what certain frames hold, and worth nothing once one of them holds something else.
+    """A map from runs of frames to the entry built over their contents, valid until one of them is reused.
 
-    Sequences that share a prefix hold the same frames, and so find the same things.
+    Sequences that share a prefix hold the same frames, and so share entries.
     """
 
     def __init__(self) -> None:
-        self._things: dict[tuple[Hashable, tuple[int, ...]], T] = {}
+        self._entries: dict[tuple[Hashable, tuple[int, ...]], T] = {}
         self._users: defaultdict[int, set[tuple[Hashable, tuple[int, ...]]]] = defaultdict(set)
 
     def __len__(self) -> int:
-        return len(self._things)
+        return len(self._entries)
 
     def get(self, kind: Hashable, frames: tuple[int, ...]) -> T | None:
-        """What was put for these frames in this order; `kind` tells apart what they mean, such as a layer."""
-        return self._things.get((kind, frames))
+        """The entry of these frames in this order, or None; `kind` separates entries, by layer for example."""
+        return self._entries.get((kind, frames))
 
-    def put(self, kind: Hashable, frames: tuple[int, ...], thing: T) -> None:
-        self._things[kind, frames] = thing
+    def put(self, kind: Hashable, frames: tuple[int, ...], entry: T) -> None:
+        self._entries[kind, frames] = entry
         for frame in frames:
             self._users[frame].add((kind, frames))
 
     def forget(self, frames: Iterable[int]) -> None:
-        """Drop everything that was made of any of these frames."""
+        """Drop every entry over any of these frames."""
         for frame in frames:
             for key in self._users.pop(frame, ()):
-                self._things.pop(key, None)
+                self._entries.pop(key, None)
                 for other in key[1]:
                     if other in self._users:
                         self._users[other].discard(key)

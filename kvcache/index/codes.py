@@ -1,4 +1,4 @@
-"""Every key in a few bits, behind a first look at the bounds of its page."""
+"""An index of quantised keys: page bounds choose the pages whose codes are scanned."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class CodeIndex(Stateless):
-    """Scans the codes of the pages that may hold something, by the bounds of all: see `Codes`."""
+    """Masses by the codes of the most promising pages, which the bounds of all pages choose: see `Codes`."""
 
     candidates: int = 512
     """Pages of each KV head whose codes are read."""

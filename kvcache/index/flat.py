@@ -1,4 +1,4 @@
-"""Every key, exactly."""
+"""The exact index: every key is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FlatIndex(Stateless):
-    """Reads all keys: what the other indexes are measured by."""
+    """Exact masses by all keys, the reference for the other indexes."""
 
     scans: ClassVar[bool] = True
 

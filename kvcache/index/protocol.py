@@ -1,4 +1,4 @@
-"""What every index can do."""
+"""Protocol of an index specification, and the base of indexes without state."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..spec import CacheSpec
 
 
 class IndexSpec(Hashable, Protocol):
-    """Which index, with which options: a cache keeps one index for each."""
+    """An index with its options; a cache keeps one index for each."""
 
     scans: ClassVar[bool]
-    """It reads all keys of a layer, or any of them, rather than what lies beside them."""
+    """True if it may read any key of a layer, not only summaries and codes."""
     host: ClassVar[bool]
-    """Its entries are on the host, and so must the pages be."""
+    """True if its entries are on the host, and so must the pages be."""
 
     def make(self, spec: CacheSpec) -> PageIndex:
-        """An empty index for a cache of this shape. Raises `ValueError` where it does not fit."""
+        """An empty index for a cache of this shape. Raises `ValueError` if it does not fit."""
 
 
 class Stateless:
-    """For an index that keeps nothing but what lies beside the keys: it is its own specification."""
+    """Base of an index without entries of its own: it is its own specification."""
 
     __slots__ = ()
     estimates_mass: ClassVar[bool] = True

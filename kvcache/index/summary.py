@@ -1,4 +1,4 @@
-"""Pages by their summaries alone."""
+"""Indexes that read page summaries only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BoundIndex(Stateless):
-    """By the most that a page could hold, from the least and the greatest of its keys in each channel."""
+    """Upper bounds of page masses, from the least and the greatest key in each channel."""
 
     estimates_mass: ClassVar[bool] = False
 
@@ -32,7 +32,7 @@ class BoundIndex(Stateless):
 
 @dataclass(frozen=True, slots=True)
 class MeanIndex(Stateless):
-    """By the mean key of each page: blind to a single key among others. The row's own page counts as nothing."""
+    """Masses by the mean key of each page, insensitive to a single key among others; -inf for the row's own page."""
 
     estimates_mass: ClassVar[bool] = False
 

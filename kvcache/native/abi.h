@@ -228,7 +228,7 @@ struct ReadCall {
   const std::int32_t* slots;
   std::int64_t kv_heads, width, file;
   std::int64_t extent, extent_bytes, layer_offset, piece_bytes;  // pages of an extent; a layer's offset in it
-  std::int64_t error;  // 0, or the system's number for what was wrong with the first piece that could not be read whole
+  std::int64_t error;  // 0, or the errno of the first piece that could not be read in full
 };
 
 // The kernels of one instruction set.

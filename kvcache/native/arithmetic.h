@@ -1,4 +1,4 @@
-// How products are summed. A cell is 32 bits: one float, or two bfloat16 neighbours that one instruction multiplies and
+// Sums of products. A cell is 32 bits: one float, or two bfloat16 neighbours that one instruction multiplies and
 // adds. All algorithms are written over cells and so do not know which of the two they use.
 #pragma once
 

@@ -5,7 +5,7 @@
 namespace keysift::KEYSIFT_ISA {
 
 constexpr int kAssigned = 6;               // keys that share one reading of the centroids
-constexpr int kPanel = kColumns * kLanes;  // centroids whose sums the registers hold meanwhile
+constexpr int kPanel = kColumns * kLanes;  // centroids whose sums fit into the registers
 
 // The keys of one segment and KV head, less their mean.
 struct Cloud {

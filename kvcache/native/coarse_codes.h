@@ -74,7 +74,7 @@ CodeQueries round_queries(const PagesCall& call, const PageRun& run, int half, B
   return queries;
 }
 
-// What a run of pages has shown to the heads of a group.
+// Results of a run of pages for the heads of a group.
 struct Coarse {
   float* middles;  // [G, stride], products with the middles of pages, in units of query and scale; then centres
   float* spreads;  // [G, stride], the same of magnitudes and half widths
@@ -117,7 +117,7 @@ KEYSIFT_INLINE void look_at_block(const std::int8_t* const (&middles)[kBlock],
   }
 }
 
-// Where the codes of a page lie.
+// Addresses of the codes of a page.
 struct PageCodes {
   const std::int8_t* bounds;   // [2, D]
   const float* scales;         // [2]

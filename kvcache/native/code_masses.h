@@ -105,7 +105,7 @@ void second_look(const PagesCall& call, const CodePlan& plan, std::int64_t task,
                make_fine(memory.fine, queries.group));
 }
 
-// That of the calling thread: its destructor is registered by whoever passes the declaration.
+// Memory of the calling thread; its destructor is registered by the thread that first passes the declaration.
 inline CodeMemory& own_memory() {
   static thread_local CodeMemory memory;
   return memory;

@@ -93,14 +93,14 @@ bool read_tile(const ScoresCall& call, const PageCut& cut, const Chunk& chunk, i
   return true;
 }
 
-// The weights of the tokens up to `last`; 0 behind.
+// The weights of the tokens up to `last`; 0 after it.
 KEYSIFT_INLINE Vec only_until(Vec weights, const std::int32_t* offsets, std::int32_t last) {
   Int where;
   __builtin_memcpy(&where, offsets, sizeof where);
   return where <= last ? weights : splat(0.0f);
 }
 
-// Sums of weights [kTile] over each quarter; the high ones are those behind offset `split` of their page.
+// Sums of weights [kTile] over each quarter; the high ones are those past offset `split` of their page.
 template <bool kSplit>
 KEYSIFT_INLINE void sum_quarters(const float* weights, const std::int32_t* offsets, std::int32_t split,
                                  float (&low)[kQuarters], float (&high)[kQuarters]) {

@@ -1,4 +1,4 @@
-"""Which cores there are to compute on. Needs no compiled library, so that it can be asked where there is none."""
+"""Cores available for computation. Needs no compiled library."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ def usable() -> set[int]:
 
 
 def num_threads() -> int:
-    """As many threads as there are usable cores, but no more than torch uses."""
+    """The number of usable cores, but no more than the threads of torch."""
     return min(len(usable()), torch.get_num_threads())

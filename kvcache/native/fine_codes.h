@@ -62,7 +62,7 @@ KEYSIFT_INLINE void scan_tokens(const Scan<N>& scan, int token, Vec (&scores)[N]
 
 alignas(64) inline const std::int32_t kCounting[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// Lanes behind the last token of a page get `other`.
+// Lanes past the last token of a page get `other`.
 KEYSIFT_INLINE Vec only_tokens(Vec numbers, int there, float other) {
   if (there >= kLanes) return numbers;
   Int lane;
@@ -102,7 +102,7 @@ KEYSIFT_INLINE void weigh_queries(const CodeQueries& queries, int first, const s
   store_totals(totals, {to_floats(sums[0]), to_floats(sums[1]), to_floats(sums[2]), to_floats(sums[3])});
 }
 
-// What of a list the fine look gives: log2 of each page's mass against its centre.
+// Result of the fine scan of a list: log2 of each page's mass against its centre.
 struct Fine {
   float* sums;   // [G, stride]
   float* bases;  // [G, stride]

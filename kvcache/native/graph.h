@@ -52,7 +52,7 @@ class Beam {
     next_ = std::min(next_, place);
   }
 
-  // The best token whose neighbours have not been looked at; -1: there is none.
+  // The best token that is not expanded yet; -1: none.
   std::int32_t take() {
     while (next_ < count_ && items_[next_].expanded) ++next_;
     if (next_ == count_) return -1;
@@ -67,7 +67,7 @@ class Beam {
   int capacity_, count_ = 0, next_ = 0;
 };
 
-// What a search of one row and KV head looks at.
+// Token ranges of the search of one row and KV head.
 struct SearchRange {
   std::int32_t first;     // tokens before it are scanned
   std::int32_t graph;     // the walk stays below it

@@ -73,7 +73,7 @@ bool holds(const std::int32_t* tokens, std::int64_t count, std::int32_t token) {
 }
 
 // Makes sure that tokens are found, not only find: in each round every token asks those that it is linked with, the
-// strongest first, for a link back. What they give is at most a quarter of their links, the weakest ones.
+// strongest first, for a link back. They give at most a quarter of their links, the weakest ones.
 void link_back(const GraphLinksCall& call, std::int32_t* links) {
   const std::int64_t degree = call.degree, room = degree / 4, firm = degree - room;
   std::vector<std::int32_t> given(call.tokens * room, -1), count(call.tokens, 0);

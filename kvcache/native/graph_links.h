@@ -1,4 +1,4 @@
-// What is common to all instruction sets about graphs of keys.
+// Parts of the key graphs that no instruction set changes.
 #pragma once
 
 #include <cstdint>

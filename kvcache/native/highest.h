@@ -5,8 +5,8 @@ namespace keysift::KEYSIFT_ISA {
 
 KEYSIFT_INLINE std::int64_t padded(std::int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
 
-// out = exp(in - max(in)), with zeros up to a whole vector. Returns what makes shares of them: 0 where there are none,
-// and `out` holds zeros then; a NaN counts as none. `out` may be `in`.
+// out = exp(in - max(in)), with zeros up to a whole vector. Returns the factor that makes shares of them, or 0 and zeros
+// in `out` if there are none; a NaN counts as none. `out` may be `in`.
 inline float exponentials(const float* in, std::int64_t count, float* out) {
   const std::int64_t whole = count / kLanes * kLanes;
   alignas(64) float rest[kLanes];
@@ -31,7 +31,7 @@ inline float exponentials(const float* in, std::int64_t count, float* out) {
   return 0.0f;
 }
 
-// How many numbers are at least `least`, all compared by their bits, which orders those that are not negative.
+// Number of numbers that are at least `least`, all compared by their bits, which orders those that are not negative.
 KEYSIFT_INLINE std::int64_t count_from(const float* numbers, std::int64_t size, std::int32_t least) {
   Int counts[2] = {};
   const Int bound = Int{} + least;

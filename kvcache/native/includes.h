@@ -1,5 +1,5 @@
-// What is not compiled for one instruction set: included before the target is named, so that functions of the standard
-// library, which the linker merges over all files, stay runnable on every processor.
+// Headers that are not compiled for one instruction set: included before the target is named, so that functions of the
+// standard library, which the linker merges over all files, stay runnable on every processor.
 #pragma once
 
 #include <algorithm>

@@ -52,7 +52,7 @@ class KeyWalk {
     tile.first = kTooNew;
     tile.last = -1;
     while (tile.count < kTile && page_ < end_) take_run(tile);
-    const bool gaps = tile.gaps || tile.count % kLanes > 0;  // padding of whole vectors is never looked at
+    const bool gaps = tile.gaps || tile.count % kLanes > 0;  // padding of whole vectors is never read
     for (int i = tile.count; i < kTile; ++i) hide(tile, i, kTooNew);
     tile.gaps = gaps;
     return tile.count > 0;

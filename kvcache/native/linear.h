@@ -34,7 +34,7 @@ KEYSIFT_INLINE void scaled_dots(const typename Math::Element* const* x, const st
       store_totals(out + v * R + r, {sums[v][r], sums[v][r + 1], sums[v][r + 2], sums[v][r + 3]});
 }
 
-// out [N, R], the products of N tokens with R outputs; the last output stands in for those behind it.
+// out [N, R], the products of N tokens with R outputs; the last output stands in for those past it.
 template <class Math, int N, int R>
 KEYSIFT_INLINE void products(const Matrix& matrix, const typename Math::Element* const* x, std::int64_t output,
                              float* out) {

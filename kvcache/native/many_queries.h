@@ -77,7 +77,7 @@ void pack_keys(const KeyTile<typename Math::Element>& tile, int dim, int columns
     }
 }
 
-// Values [token, channel] -> cells [token / kPair, stride], zeros behind the last channel.
+// Values [token, channel] -> cells [token / kPair, stride], zeros past the last channel.
 template <class Math>
 void pack_values(const KeyTile<typename Math::Element>& tile, int dim, int columns, std::int64_t stride,
                  float* packed) {

@@ -1,11 +1,11 @@
-// What all scans over the pages of single queries share: how they are cut into tasks, the query's own page, the way of
+// Parts that all scans over the pages of single queries share: the split into tasks, the query's own page, the way of
 // the results to the caller.
 #pragma once
 
 namespace keysift::KEYSIFT_ISA {
 
 constexpr int kPagesOfTask = 256;
-constexpr int kBlock = 4;  // pages whose sums over the lanes are made at once
+constexpr int kBlock = 4;  // pages whose lanes are summed at once
 
 // A run of pages as one row and one KV head see it.
 struct PageRun {
@@ -66,7 +66,7 @@ float exact_mass(const PagesCall& call, const T* query, const T* keys, int token
   return base * kLn2 + std::log(total(sum));
 }
 
-// Writes the pages of a run that are not full: the row's own one and nothing behind it.
+// Writes the pages of a run that are not full: the row's own one and nothing after it.
 template <class T>
 void write_open(const PagesCall& call, const PageRun& run) {
   static thread_local Buffer memory;

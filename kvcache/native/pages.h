@@ -1,11 +1,11 @@
-// What is made of a page once it is full: its summary, and its keys in a few bits.
+// Descriptions of a full page: its summary, and its keys in a few bits.
 #pragma once
 
 namespace keysift::KEYSIFT_ISA {
 
 typedef std::int8_t Bytes __attribute__((vector_size(kLanes)));
 
-// The numbers from p on, of which `there` are left: 0 behind them.
+// The numbers from p on, of which `there` are left; 0 past them.
 template <class T>
 KEYSIFT_INLINE Vec widen_part(const T* p, std::int64_t there) {
   if (there >= kLanes) return widen(p);
@@ -52,7 +52,7 @@ void summarize_page(const FillCall& call, std::int64_t frame, std::int64_t head)
   }
 }
 
-// Bounds [padded], 0 behind channel `dim`, to whole multiples of their scale; they become what these stand for.
+// Bounds [padded], 0 past channel `dim`, to whole multiples of their scale; they become what these stand for.
 inline void round_bounds(float* bounds, std::int64_t dim, std::int8_t* multiples, float* scale) {
   Vec most = {};
   for (std::int64_t d = 0; d < dim; d += kLanes) most = maximum(most, (Vec)((Int)load(bounds + d) & 0x7fffffff));
@@ -66,7 +66,7 @@ inline void round_bounds(float* bounds, std::int64_t dim, std::int8_t* multiples
   }
 }
 
-// The cells of a page's channels, [padded] each; behind the last, all numbers are in the first cell.
+// The cells of a page's channels, [padded] each; past the last, all numbers are in the first cell.
 struct Cells {
   float* low;
   float* width;
@@ -107,7 +107,7 @@ void find_levels(const FillCall& call, const T* keys, const Cells& cells, std::u
       Vec cell = (key - load(cells.low + d)) / load(cells.width + d);
       cell = cell > Vec{} ? cell : Vec{};  // a NaN has to be some number
       const Bytes bytes = to_bytes(cell < last ? cell : last);
-      __builtin_memcpy(levels + token * row + d, &bytes, sizeof bytes);  // 0 behind the last channel
+      __builtin_memcpy(levels + token * row + d, &bytes, sizeof bytes);  // 0 past the last channel
     }
 }
 

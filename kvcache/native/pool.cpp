@@ -13,7 +13,7 @@ namespace {
 
 constexpr std::int32_t kNowhere = -1, kComing = -2;
 
-// What one KV head has of the tables.
+// One KV head's part of the tables.
 struct Head {
   std::int32_t *where, *owner, *used, *loads, *slots;
   std::int64_t* found;
@@ -39,7 +39,7 @@ void for_each_listed(const AdmitCall& call, std::int64_t head, Use use) {
       }
 }
 
-// Marks what is there as read and collects what is not. A slot seen twice is told by a mark in `seen`.
+// Marks resident pages as read and collects the others. `seen` marks slots that have been met.
 void look(const AdmitCall& call, std::int64_t head, std::vector<std::int32_t>& misses, std::vector<char>& seen) {
   const Head mine = head_of(call, head);
   misses.clear();
@@ -80,7 +80,7 @@ void write_table(const AdmitCall& call, std::int64_t head) {
   });
 }
 
-int read_whole(int file, char* target, std::int64_t size, std::int64_t offset) {
+int read_fully(int file, char* target, std::int64_t size, std::int64_t offset) {
   for (std::int64_t done = 0; done < size;) {
     const ssize_t moved =
         pread(file, target + done, static_cast<std::size_t>(size - done), static_cast<off_t>(offset + done));
@@ -130,7 +130,7 @@ void read_pieces(ReadCall& call) {
     const std::int64_t offset = frame / call.extent * call.extent_bytes + call.layer_offset +
                                 (frame % call.extent * call.kv_heads + head) * call.piece_bytes;
     char* target = call.pool + (call.slots[i] * call.kv_heads + head) * call.piece_bytes;
-    call.error = read_whole(static_cast<int>(call.file), target, call.piece_bytes, offset);
+    call.error = read_fully(static_cast<int>(call.file), target, call.piece_bytes, offset);
     if (call.error) return;
   }
 }

@@ -7,7 +7,7 @@ namespace keysift {
 
 void admit(const AdmitCall& call);
 
-// Stops at the first piece that cannot be read whole.
+// Stops at the first piece that cannot be read in full.
 void read_pieces(ReadCall& call);
 
 }  // namespace keysift

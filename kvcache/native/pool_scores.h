@@ -4,7 +4,7 @@
 namespace keysift::KEYSIFT_ISA {
 
 // Sums of weights of a round's rows, [row, piece, part, page]. The parts are, with bands: a page's tokens up to the
-// query's own offset within its page, which lie on one band, and those behind, which lie on the next nearer one.
+// query's own offset within its page, which lie on one band, and those past it, which lie on the next nearer one.
 struct PageSums {
   float* data;
   float* tops;    // [row, piece], times log2(e)
@@ -36,7 +36,7 @@ inline void find_factors(const PageSums& sums, std::int64_t row, int pieces, flo
   for (int i = 0; i < pieces; ++i) factors[i] = mass == 0.0f ? 0.0f : factors[i] / mass;
 }
 
-// What a probe's head has gathered so far. A vector may reach behind the last page, where it adds zeros.
+// Sums of a probe's head so far. A vector may reach past the last page, where it adds zeros.
 struct Pool {
   std::int64_t pages;  // those that may hold anything
   float* factors;

@@ -13,7 +13,7 @@ constexpr int kPieceTiles = 16;              // a sequence is cut into pieces of
 constexpr int kChunkRows = 256;              // most query rows of one task: they stay in the L2 cache
 constexpr std::int64_t kSumsAtOnce = 8 << 20;  // page sums of a round, in floats: 32 MiB
 
-// How the tokens of a sequence fall into tiles and pieces. A tile holds whole pages, or a part of one.
+// Split of a sequence's tokens into tiles and pieces. A tile holds whole pages, or a part of one.
 struct PageCut {
   PageCut(const ScoresCall& call, std::int32_t last);
 

@@ -1,4 +1,4 @@
-// What follows from the vectors of simd_<isa>.h alone.
+// Functions of the vectors of simd_<isa>.h.
 #pragma once
 
 namespace keysift::KEYSIFT_ISA {
@@ -22,7 +22,7 @@ KEYSIFT_INLINE Vec exp2(Vec x) {
   return power * (Vec)(((Int)shifted + 127) << 23);
 }
 
-// The logarithm of x >= 2^-126, absolute error 2e-7 beside that of rounding; NaN stays NaN.
+// The logarithm of x >= 2^-126, absolute error 2e-7 besides rounding; NaN stays NaN.
 KEYSIFT_INLINE Vec log2(Vec x) {
   const Int exponent = ((Int)x - 0x3f3504f3) >> 23;  // of the mantissa between sqrt(1/2) and sqrt(2)
   const Vec mantissa = (Vec)((Int)x - (exponent << 23));

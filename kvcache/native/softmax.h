@@ -22,7 +22,7 @@ inline Rows start_rows(Buffer& memory, int count, int padded, int heads, int dim
   return rows;
 }
 
-// What the positions of a task allow; the queries of `rows` stand at start + row / heads.
+// Token ranges that the positions of a task allow; the queries of `rows` stand at start + row / heads.
 struct Sight {
   std::int32_t start, queries, window;
 
@@ -51,7 +51,7 @@ KEYSIFT_INLINE void mask(float* scores, const KeyTile<T>& tile, const Rows& rows
   }
 }
 
-// Turns scores [N, kTile] into weights, as cells, and tells by how much the sums so far shrink.
+// Turns scores [N, kTile] into weights, as cells, and gives the factor by which the sums so far shrink.
 template <class Math, int N>
 KEYSIFT_INLINE void weigh(float* scores, float* weights, float* shrink, const Rows& rows, int row, int vectors) {
   constexpr int kPadded = (N + kLanes - 1) / kLanes * kLanes;
@@ -77,7 +77,7 @@ KEYSIFT_INLINE void weigh(float* scores, float* weights, float* shrink, const Ro
   }
 }
 
-// Where a query row stands in the caller's tensors.
+// Place of a query row in the caller's tensors.
 struct Place {
   std::int64_t token, head;
 };
@@ -134,7 +134,7 @@ inline void keep_rows(const Partials& partials, const Task& task, const Rows& ro
   }
 }
 
-// Adds up all pieces of a row by their log-sum-exp, in their order, whoever finished last.
+// Adds up all pieces of a row by their log-sum-exp, in their order, whichever finished last.
 inline void merge_pieces(const Partials& partials, const Task& task, const Rows& rows, int row) {
   float* sums = rows.sums + std::int64_t{row} * rows.stride;
   float* masses = rows.masses + row * kLanes;

@@ -7,7 +7,7 @@ constexpr float kOne = 0x1p40f;  // a share of 1 where shares are added up as in
 
 struct SteadyMemory {
   TopMemory top;
-  std::vector<std::int32_t> asked, candidates, victims, chosen;
+  std::vector<std::int32_t> queried, candidates, victims, chosen;
 };
 
 // One list of a row: its pages of the token before and of this one, and where the averages are kept.
@@ -32,17 +32,17 @@ inline void move_averages(const SteadyCall& call, const SteadyList& list, const 
   std::fill(list.now_averages + count, list.now_averages + call.top.pages, 0.0f);
 }
 
-// Marks what stays as it was, zones included; tells candidates and victims apart. Returns how many were resident.
+// Marks the pages that stay, zones included, and collects candidates and victims. Returns the number of residents.
 inline int sort_out(const SteadyList& list, const Zones& zones, SteadyMemory& memory) {
   std::fill_n(list.now_read, zones.sinks, std::uint8_t{1});
   std::fill(list.now_read + zones.first, list.now_read + zones.count, std::uint8_t{1});
   memory.candidates.clear();
   memory.victims.clear();
   int residents = 0;
-  auto asked = memory.asked.begin();
+  auto queried = memory.queried.begin();
   for (int page = zones.sinks; page < zones.first; ++page) {
-    const bool wanted = asked != memory.asked.end() && *asked == page, there = list.known && list.read[page];
-    asked += wanted;
+    const bool wanted = queried != memory.queried.end() && *queried == page, there = list.known && list.read[page];
+    queried += wanted;
     residents += there;
     list.now_read[page] = there;
     if (wanted && !there) memory.candidates.push_back(page);
@@ -51,7 +51,7 @@ inline int sort_out(const SteadyList& list, const Zones& zones, SteadyMemory& me
   return residents;
 }
 
-// How many of the sorted candidates come in by the bound; victim i - spare is the one that candidate i replaces.
+// Number of the sorted candidates that come in by the bound; victim i - spare is the one that candidate i replaces.
 inline int admitted(const SteadyCall& call, const SteadyList& list, const SteadyMemory& memory, const float* shares,
                     int spare) {
   const auto count = static_cast<int>(memory.candidates.size());
@@ -67,7 +67,7 @@ inline int admitted(const SteadyCall& call, const SteadyList& list, const Steady
   return taken;
 }
 
-// How many have to come in for those behind them to hold no more than may be refused.
+// Least number that comes in so that those after them hold no more than may be refused.
 inline int needed(const SteadyCall& call, const std::vector<std::int32_t>& candidates, const float* shares) {
   auto count = static_cast<int>(candidates.size());
   for (std::int64_t held = 0; count > 0; --count) {
@@ -101,11 +101,11 @@ inline void write_chosen(const SteadyCall& call, std::int64_t index, const Stead
   call.overlap[index] = list.known ? static_cast<float>(both) / static_cast<float>(all) : __builtin_nanf("");
 }
 
-// The pages that are asked for, ascending: of a row whose past is unknown as many as the budget holds.
+// The queried pages, ascending; for a row without history as many as the budget holds.
 inline void ask(const SteadyCall& call, const SteadyList& list, const ListShares& made, SteadyMemory& memory) {
   const auto wanted = static_cast<int>(list.known ? call.queried : call.top.budget);
-  memory.asked.resize(static_cast<std::size_t>(wanted) + 1);
-  memory.asked.resize(take_highest(made.shares, made.size, wanted, 1, memory.asked.data()));
+  memory.queried.resize(static_cast<std::size_t>(wanted) + 1);
+  memory.queried.resize(take_highest(made.shares, made.size, wanted, 1, memory.queried.data()));
 }
 
 inline void choose_steadily(const SteadyCall& call, std::int64_t index) {

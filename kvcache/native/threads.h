@@ -11,7 +11,7 @@ namespace keysift {
 // Runs body(context), which does not throw, once on each of at most `threads` threads, the caller's among them.
 void run_team(int threads, void (*body)(void*), void* context);
 
-// Calls body(task) for each. Where one throws, no more begin, and the caller gets the exception once all are done: it
+// Calls body(task) for each. If one throws, no more begin, and the caller gets the exception once all are done: it
 // must leave neither a thread nor a region of OpenMP, which would end the process.
 template <class Body>
 void for_each_task(std::int64_t tasks, int threads, const Body& body) {

@@ -62,8 +62,8 @@ inline void write_list(const TopCall& call, std::int64_t list, const Zones& zone
   std::fill(out, end, -1);
 }
 
-// What the heads of a list weigh: exponentials [group, size], what makes shares of them [group], and their mean share
-// [size], zeros behind the last page. Pages that are never chosen may be marked in `shares`; one number more fits.
+// Weights of a list's heads: exponentials [group, size], factors that make shares of them [group], and their mean share
+// [size], zeros past the last page. Pages that are never chosen may be marked in `shares`; one number more fits.
 struct ListShares {
   std::int64_t head, group, size;
   float *weights, *factors, *shares;
@@ -88,7 +88,7 @@ inline void hide_zones(const ListShares& list, const Zones& zones) {
   std::fill(list.shares + zones.first, list.shares + list.size, -1.0f);
 }
 
-// What each head has on the zones and on these pages.
+// Share of each head on the zones and on these pages.
 inline void write_kept(const TopCall& call, const ListShares& list, const Zones& zones, const std::int32_t* pages,
                        int count) {
   for (std::int64_t g = 0; g < list.group; ++g) {

@@ -1,4 +1,4 @@
-"""Ops over the cache: each is a plain torch function with a Triton twin beside it."""
+"""Ops over the cache: a torch reference each, with native and Triton twins in its folder."""
 
 from .dispatch import BackendUnavailable, use_backend
 

@@ -1,4 +1,4 @@
-"""Exact attention mass of a few probe queries, page by page: what selections are made from."""
+"""Exact attention mass of a few probe queries, page by page, for selections."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def column_scores(
 ) -> ColumnScores:
     """Causal softmax masses of probes, pooled over their queries, without anything of size [queries, tokens].
 
-    Probe b is the queries ``b * m ... (b + 1) * m - 1``, wherever they stand. Accumulates in fp32; what no query may
-    see is never read into a result, NaN included.
+    Probe b is the queries ``b * m ... (b + 1) * m - 1``, at any positions. Accumulates in fp32; tokens that
+    no query sees never reach a result, not even as NaN.
 
     Args:
         q: [B * m, Hq, D], any strides with a contiguous last axis.
         k: [N, Hkv, S, D], frames of keys after rotary embedding, in q's dtype.
         frames: [B, Hkv, F] int32, page -> frame of each probe's sequence; axes may have stride 0. Pages that none of a
             probe's queries sees may hold anything that is a frame.
-        positions: [B * m] int32, where each query stands, at most F * S - 1; it sees all keys up to there. -1: there
+        positions: [B * m] int32, position of each query, at most F * S - 1; it sees all keys up to there. -1: there
             is no such query. Those of a probe ascend, absent ones anywhere: a twin may sum by position, and only in
             this order are a probe's bits the same whatever the other probes are.
         queries_per_probe: m.
@@ -75,7 +75,7 @@ def _keys(k: Tensor, frames: Tensor) -> Tensor:
 
 
 def _softmax(q: Tensor, keys: Tensor, where: Tensor, scale: float) -> Tensor:
-    """q [m, Hq, D] over keys [Hkv, J, D] -> causal weights [m, Hq, J]; all zeros for a query that is not there."""
+    """q [m, Hq, D] over keys [Hkv, J, D] -> causal weights [m, Hq, J]; all zeros for an absent query."""
     grouped = torch.unflatten(q, 1, (keys.shape[0], -1))  # [m, Hkv, G, D]
     scores = torch.einsum("mkgd,kjd->mkgj", grouped, keys).flatten(1, 2) * scale
     hidden = torch.arange(keys.shape[1], device=q.device) > where[:, None]

@@ -1,4 +1,4 @@
-"""Attention of packed queries over chosen pages: the op that every strategy ends in."""
+"""Attention of packed queries over chosen pages: the op of every strategy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def paged_attention(
 
     Row r holds the queries ``r * M ... min((r + 1) * M, T) - 1``; the i-th of them stands at position ``starts[r] + i``
     of its sequence and sees position j where ``j <= starts[r] + i`` and, with a window, ``j > starts[r] + i - window``.
-    Accumulates in fp32. What no query may see is never read into a result, NaN included.
+    Accumulates in fp32. Tokens that no query sees never reach a result, not even as NaN.
 
     Args:
         q: [T, Hq, D], any strides with a contiguous last axis.
@@ -78,5 +78,5 @@ def _attend(
     scores = scores.masked_fill(~seen, float("-inf"))
     lse = scores.logsumexp(-1)
     weights = torch.exp(scores - lse.masked_fill(lse.isneginf(), 0.0)[..., None])
-    visible = seen.any(0)[..., None]  # a slot that nobody sees may hold anything: 0 * NaN must not happen
+    visible = seen.any(0)[..., None]  # a slot that no query sees may hold anything: 0 * NaN must not happen
     return torch.einsum("mhj,hjd->mhd", weights, values.masked_fill(~visible, 0.0)), lse

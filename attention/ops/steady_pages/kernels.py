@@ -17,8 +17,8 @@ from keysift.kvcache.ops.heaviest.kernels import (
     total,
 )
 
-BEHIND = tl.constexpr(2**31 - 1)
-"""Behind every rank and every level of a page."""
+LAST = tl.constexpr(2**31 - 1)
+"""Above every rank and every level of a page."""
 
 
 @triton.jit
@@ -26,15 +26,15 @@ def next_candidate(b_come, o_f, come, come_page):
     """Rank and page of the candidate after the last one that came in: the highest rank first, then the lower page."""
     b_left = tl.where((b_come < come) | ((b_come == come) & (o_f > come_page)), b_come, 0)
     rank = tl.max(b_left, 0)
-    return rank, tl.min(tl.where(b_left == rank, o_f, BEHIND), 0)
+    return rank, tl.min(tl.where(b_left == rank, o_f, LAST), 0)
 
 
 @triton.jit
 def next_victim(b_leave, o_f, gone, gone_page):
     """Level and page of the victim after the last one that has left: the lowest average first, then the lower page."""
-    b_left = tl.where((b_leave > gone) | ((b_leave == gone) & (o_f > gone_page)), b_leave, BEHIND)
+    b_left = tl.where((b_leave > gone) | ((b_leave == gone) & (o_f > gone_page)), b_leave, LAST)
     level = tl.min(b_left, 0)
-    return level, tl.min(tl.where(b_left == level, o_f, BEHIND), 0)
+    return level, tl.min(tl.where(b_left == level, o_f, LAST), 0)
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def average_kernel(
     masses, lasts, known, averages, tops, sums, now_read, now_averages, F, N, B, keep, rest,
     H: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Averages of a block of the pages of a list in pieces, none of which is read unless somebody says so later."""
+    """Averages of a block of the pages of a list in pieces, and none of them marked as read."""
     i = tl.program_id(0).to(tl.int64)
     i_l, o_f = i // B, (i % B).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     past = tl.load(known + i_l // H) != 0
@@ -97,7 +97,7 @@ def steady_kernel(
     """One list of a row, for G heads: see `steady_pages`. Of a list in N pieces the C pages that those have found.
 
     Candidates come in one after the other, as few do. Averages, which are never negative, order like their bits do as
-    whole numbers, and so do shares; the last one's rank or level, and its page, tell all that went before it.
+    whole numbers, and so do shares; the last one's rank or level, and its page, determine all that went before it.
     """
     i_l = tl.program_id(0).to(tl.int64)
     o_f = pages_of(found, i_l, F, C, BLOCK_F)
@@ -109,14 +109,14 @@ def steady_kernel(
         b_now = averaged(averages + i_l * F, o_f, m_seen & past, b_group, past, keep, rest)
         tl.store(now_averages + i_l * F + o_f, tl.where(m_seen, b_now, 0.0), mask=o_f < F)
     b_rank = rank_of(b_group, (b_group > 0.0) & m_seen & ~m_zone)
-    m_asked = take(b_rank, b_rank, tl.where(past, tl.minimum(queried, budget), budget), 0, WEIGHED=False)
+    m_queried = take(b_rank, b_rank, tl.where(past, tl.minimum(queried, budget), budget), 0, WEIGHED=False)
 
     # From memory once more, here and below: registers are few.
     m_seen, m_zone = zones_of(lasts + i_l // H, firsts + i_l // H, o_f, F, sinks)
     m_resident = (tl.load(read + i_l * F + o_f, mask=m_seen & past, other=0, volatile=True) != 0) & ~m_zone
     b_now = averaged(averages + i_l * F, o_f, m_resident, share_of(b_rank), past, keep, rest)
-    b_come = tl.where(m_asked & ~m_resident, b_rank, -b_rank)  # candidates, and what others weigh
-    b_leave = tl.where(m_resident & ~m_asked, b_now.to(tl.int32, bitcast=True), BEHIND)  # victims
+    b_come = tl.where(m_queried & ~m_resident, b_rank, -b_rank)  # candidates, and what others weigh
+    b_leave = tl.where(m_resident & ~m_queried, b_now.to(tl.int32, bitcast=True), LAST)  # victims
     held = tl.sum(fixed(share_of(b_come)), 0)  # by candidates that have not come in
 
     residents = tl.sum(m_resident.to(tl.int32), 0)
@@ -125,7 +125,7 @@ def steady_kernel(
         gone, gone_page = next_victim(b_leave, o_f, gone, gone_page)
         residents -= 1
 
-    come, come_page = tl.where(past, BEHIND, 0), tl.full((), -1, tl.int32)  # all of an unknown row come in
+    come, come_page = tl.where(past, LAST, 0), tl.full((), -1, tl.int32)  # all of an unknown row come in
     opened = tl.full((), 0, tl.int32)
     place = 0
     within = past

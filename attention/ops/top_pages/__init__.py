@@ -1,4 +1,4 @@
-"""From log masses to page lists: the zones, then the heaviest pages until enough is covered."""
+"""Page lists by log masses: the zones, then the heaviest pages until enough is covered."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from keysift.kvcache.ops.dispatch import op
 
 
 class TopPages(NamedTuple):
-    """The chosen pages, and what they hold of the masses they were chosen by."""
+    """The chosen pages, and their share of the masses."""
 
     pages: Tensor
     """[R, H, P] int32, ascending, -1 pads the end; P = min(F, sinks + window + budget)."""
@@ -43,7 +43,7 @@ def top_pages(
         masses: [R, Hq, F] fp32, natural log of each page's mass up to a factor per row and head; -inf: never chosen
             but in a zone, and without a share.
         firsts: [R] int32, first page of each row's window.
-        lasts: [R] int32, the row's own page, the last of its window; pages behind it are never chosen.
+        lasts: [R] int32, the row's own page, the last of its window; pages after it are never chosen.
         heads: H, lists of a row.
         sinks: pages at the start that every row reads.
         window: the most pages from a row's first to its last.

@@ -1,4 +1,4 @@
-"""Decoder layers on a CPU at decode: two native calls around the attention instead of some forty small ones."""
+"""Decoder layers for decode on a CPU: two native calls around the attention instead of some forty small ones."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-"""Of the norm of what a layer adds to its input: beyond it, the two compute different things."""
+"""Greatest relative difference, in norm, of what the two layers add to their input."""
 
 
 class DecodeLayer(nn.Module):
     """A decoder layer whose few-row inputs go to the native kernels, and all others to the layer itself.
 
-    The kernels round where the layer's modules round and compute a row alike whatever the other rows are. One thread at
-    a time may run it.
+    The kernels round where the layer's modules round, and the bits of a row do not depend on the other rows. One thread
+    at a time may run it.
     """
 
     def __init__(self, layer: nn.Module) -> None:
-        """Raises `ValueError` where the layer is not of the Llama kind, or the kernels do not take its weights."""
+        """Raises `ValueError` if the layer is not of the Llama kind, or the kernels do not support its weights."""
         super().__init__()
         self.layer = layer
         found: Any = layer
@@ -50,7 +50,7 @@ class DecodeLayer(nn.Module):
         self._out = LayerOutCall.pack(**common, **second, attended=None, out=None, **matrices)
 
     def __getattr__(self, name: str) -> Any:
-        """What a model asks of its layers, such as their kind of attention."""
+        """Attributes of the layer that a model reads, such as its kind of attention."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -77,7 +77,7 @@ class DecodeLayer(nn.Module):
         return q, k, v
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
-        """x [T, C] and what attention made of it [T, Hq, D] -> [T, C]."""
+        """x [T, C] and the output of its attention [T, Hq, D] -> [T, C]."""
         out, call = torch.empty_like(x), self._out
         call.x, call.attended, call.out, call.batch = x.data_ptr(), attended.data_ptr(), out.data_ptr(), len(x)
         kernels.keysift_layer_out(call, level(), num_threads())
@@ -85,7 +85,7 @@ class DecodeLayer(nn.Module):
 
 
 def swap_layers(module: nn.Module) -> int:
-    """Replace every decoder layer that the kernels compute as it does itself, and return how many."""
+    """Replace every decoder layer that the kernels reproduce, and return their number."""
     found = [
         (parent, name, child)
         for parent in module.modules()
@@ -112,19 +112,19 @@ def _check_parts(layer: Any) -> None:
         if not hasattr(norm, "variance_epsilon") or norm.weight.dtype not in TOLERANCE or not norm.weight.is_cpu:
             raise ValueError(f"{type(norm).__name__}: not an RMS norm in float32 or bfloat16 on a CPU")
     if not isinstance(getattr(layer.self_attn, "layer_idx", None), int) or not hasattr(layer.self_attn, "head_dim"):
-        raise ValueError(f"{type(layer.self_attn).__name__}: does not tell its number and size")
+        raise ValueError(f"{type(layer.self_attn).__name__}: has no layer index or head size")
 
 
 def _matrix(linear: Any, dtype: torch.dtype) -> Matrix:
     weight, bias = linear.weight, linear.bias
     matrix = describe(weight, bias, getattr(linear, "scales", None), dtype)
     if matrix is None:
-        raise ValueError(f"{type(linear).__name__}: weights that the kernels do not take")
+        raise ValueError(f"{type(linear).__name__}: weights that the kernels do not support")
     return matrix
 
 
 def _agree(fast: DecodeLayer) -> bool:
-    """On something random: whatever else a layer does, a multiplier or another activation, shows here."""
+    """Compare both on random input, which shows whatever else a layer does, such as another activation."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, fast._width, generator=generator).to(fast._dtype)
     angles = torch.rand(1, 3, fast._dim // 2, generator=generator).repeat(1, 1, 2)
@@ -142,6 +142,6 @@ def _agree(fast: DecodeLayer) -> bool:
 
 
 def _mix(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Something that depends on all three."""
+    """A stand-in for attention that depends on all three."""
     group = q.shape[1] // k.shape[1]
     return q + (k - v).repeat_interleave(group, 1)

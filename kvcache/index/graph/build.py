@@ -1,4 +1,4 @@
-"""How a graph over keys comes from the queries of a prompt, after RoarGraph (arXiv 2408.08933)."""
+"""Building of a graph over keys from the queries of a prompt, after RoarGraph (arXiv 2408.08933)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ REPLACED = 4
 
 
 class Source(NamedTuple):
-    """What a graph is made of."""
+    """Keys and training queries of a graph."""
 
     queries: Tensor
     """[M, Hq, D], training queries; M = 0: keys stand for them."""
     k: Tensor
     """[N, Hkv, S, D]"""
     frames: tuple[int, ...]
-    """Of the full pages that it covers."""
+    """Frames of the full pages that it covers."""
     first: int
-    """First token that can be found in it; those before are scanned anyway."""
+    """First token in the graph; those before are scanned anyway."""
     degree: int
     threads: int
     """0: as many as there are."""
@@ -39,7 +39,7 @@ class Source(NamedTuple):
 
 
 def build(source: Source) -> KeyGraph:
-    """The projection of query-key neighbourhoods: keys that the same queries want are linked."""
+    """A graph that links keys wanted by the same queries: the projection of query-key neighbourhoods."""
     nearest = _nearest(source)
     counts = _counts(nearest, source.tokens)
     points = max(source.tokens // TOKENS_PER_POINT, LEAST_POINTS)
@@ -63,7 +63,7 @@ def extend(graph: KeyGraph, source: Source) -> KeyGraph:
 
 
 def _nearest(source: Source) -> Tensor:
-    """[Hkv, M, WANTED], what each training query wants."""
+    """[Hkv, M, WANTED], nearest keys of each training query."""
     frames = torch.tensor(source.frames, dtype=torch.int32)
     queries = _grouped(source.queries, source.k.shape[1]) if source.queries.shape[0] else _keys(source, frames)
     return nearest_keys(
@@ -85,21 +85,21 @@ def _keys(source: Source, frames: Tensor) -> Tensor:
 
 
 def _counts(nearest: Tensor, tokens: int) -> Tensor:
-    """[Hkv, tokens], how many queries want each token."""
+    """[Hkv, tokens], number of queries that want each token."""
     flat = nearest.flatten(1).long()
     counts = flat.new_zeros(nearest.shape[0], tokens + 1)  # the last one counts the padding
     return counts.scatter_add_(1, flat.where(flat >= 0, tokens), torch.ones_like(flat))[:, :tokens]
 
 
 def _without(nearest: Tensor, hubs: Tensor, tokens: int) -> Tensor:
-    """The same lists, hubs [Hkv, *] struck out."""
+    """The same lists with hubs [Hkv, *] replaced by -1."""
     struck = torch.zeros(nearest.shape[0], tokens, dtype=torch.bool).scatter_(1, hubs, True)
     hit = struck.gather(1, nearest.flatten(1).clamp(min=0).long()).view_as(nearest)
     return nearest.masked_fill(hit, -1)
 
 
 def _entries(nearest: Tensor, counts: Tensor, points: int) -> Tensor:
-    """[Hkv, points] int32: of what evenly spread queries like best, the token that the fewest want."""
+    """[Hkv, points] int32: of the keys nearest to each of some evenly spread queries, the one wanted by the fewest."""
     query = torch.linspace(0, nearest.shape[1] - 1, points).long()
     liked = nearest[:, query, : WANTED // 2]
     rarity = counts.gather(1, liked.flatten(1).clamp(min=0).long()).view(liked.shape)
@@ -108,7 +108,7 @@ def _entries(nearest: Tensor, counts: Tensor, points: int) -> Tensor:
 
 
 def _keep_older(links: Tensor, older: Tensor) -> None:
-    """Put older links [Hkv, tokens, degree] behind a few new ones, in place; none twice."""
+    """Append older links [Hkv, tokens, degree] to a few new ones, in place, without duplicates."""
     degree = links.shape[2]
     older_rows = links[:, : older.shape[1]]
     for head, token in (older_rows[..., 0] >= 0).nonzero().tolist():

@@ -31,45 +31,45 @@ class Graph:
     host: ClassVar[bool] = True
 
     degree: int = 32
-    """Links of a key, besides those to the tokens before and behind it."""
+    """Links of a key, besides those to its neighbours in the sequence."""
     beam: int = 128
-    """Keys that a walk keeps: more find more and scan more."""
+    """Keys that a walk keeps; more find more and scan more."""
     top_k: int = 100
     """Hits of each query head."""
     queries: int = 512
-    """Most tokens of a prompt whose queries train a graph; 0: keys train it, which finds queries badly."""
+    """Most tokens of a prompt whose queries train a graph; 0: keys train it, and queries find less."""
     lag: int = 1024
     """Tokens of full pages that may be scanned before a graph is built or extended for them."""
     sink: int = 64
-    """First tokens that are scanned and no hits: what reads them anyway should not crowd out others."""
+    """First tokens, which are scanned and are no hits, as every row reads them anyway."""
     window: int = 256
-    """Last tokens that are scanned and no hits."""
+    """Last tokens, which are scanned and are no hits."""
     wait: bool = False
-    """Whether a search waits for its graph; otherwise one thread builds them, and the codes answer until then."""
+    """Build a graph before the first search; otherwise one thread builds it, and masses come from codes until then."""
 
     def make(self, spec: CacheSpec) -> GraphIndex:
         return GraphIndex(self)
 
 
 @dataclass(slots=True)
-class _Known:
-    """What is known of one layer of one open sequence."""
+class _State:
+    """State of one layer of one open sequence."""
 
     held: Sequence[int]
-    """The sequence's frames; a list of its own for as long as it is open, so another one means another sequence."""
+    """The sequence's frames: the same list object as long as it is open, so another one means another sequence."""
     kept: Kept
     graph: KeyGraph | None = None
     covered: int = 0
     """Pages of that graph."""
     age: int = -1
-    """When the graph was looked up."""
+    """`GraphIndex._age` at the last lookup."""
 
 
 class GraphIndex:
-    """See `Graph`.
+    """An index of key graphs, see `Graph`.
 
-    A graph covers a run of full pages; sequences that share it find it. Everything happens in the caller's thread but
-    the work of building.
+    A graph covers a run of full pages; sequences that share them share it. Everything but building runs in the
+    caller's thread.
     """
 
     estimates_mass: ClassVar[bool] = False
@@ -78,7 +78,7 @@ class GraphIndex:
         self.options = options
         self.graphs: Blocks[KeyGraph] = Blocks()
         self._lengths: dict[int, set[int]] = {}
-        self._known: dict[tuple[int, int], _Known] = {}
+        self._states: dict[tuple[int, int], _State] = {}
         self._jobs: dict[tuple[int, tuple[int, ...]], Job] = {}
         self._broken: set[int] = set()  # layers whose graphs cannot be built
         self._worker = Worker()
@@ -110,13 +110,13 @@ class GraphIndex:
         starts, graphs = context.step.starts, self._graphs(context)
         ends = torch.tensor([0 if graph is None else graph.tokens for graph in graphs], device=starts.device)
         ready = (ends > 0) | (starts <= 2 * self.options.lag)
-        if self._waits(context) or not context.spec.code_bits or bool(ready.all()):  # a CPU index: nobody waits for it
+        if self._waits(context) or not context.spec.code_bits or bool(ready.all()):  # a CPU index: no wait for a device
             return self._search(q, context, graphs, starts).masses
         found = self._search(q, context, graphs, starts.where(ready, -1)).masses
         return torch.where(ready[:, None, None], found, self._by_codes(q, context))
 
     def _graphs(self, context: Context) -> list[KeyGraph | None]:
-        """Of each row; all rows of a prompt chunk belong to its one sequence."""
+        """The graph of each row; all rows of a prompt chunk belong to one sequence."""
         graphs = [self._prepare(context, row) for row in range(len(context.step.spans))]
         return graphs if len(graphs) > 1 else graphs * context.step.num_rows
 
@@ -131,46 +131,46 @@ class GraphIndex:
         return code_masses(q, *context.own_page(), codes, step.table, step.starts, scale=scale, candidates=512)
 
     def _waits(self, context: Context) -> bool:
-        """Where pages come and go nobody can build beside the answers."""
+        """True if graphs are built before the search, as always on a tier whose pages move."""
         return self.options.wait or not context.tier.steady
 
-    def _of(self, context: Context, row: int) -> _Known:
+    def _of(self, context: Context, row: int) -> _State:
         span, held = context.step.spans[row], context.step.held[row]
-        known = self._known.get((span.sequence, context.layer))
-        if known is None or known.held is not held:
-            known = self._known[span.sequence, context.layer] = _Known(held, Kept(self.options.queries))
-        return known
+        state = self._states.get((span.sequence, context.layer))
+        if state is None or state.held is not held:
+            state = self._states[span.sequence, context.layer] = _State(held, Kept(self.options.queries))
+        return state
 
     def _prepare(self, context: Context, row: int) -> KeyGraph | None:
-        """The row's graph as far as there is one; building starts, or is done here, where too much lies behind it."""
+        """The row's graph, if any; starts to build, or builds, one when more than `lag` tokens lie after it."""
         self._collect()
-        known, size = self._of(context, row), context.spec.page_size
+        state, size = self._of(context, row), context.spec.page_size
         pages = context.step.spans[row].stop // size
-        graph = self._lookup(known, context.layer, pages)
+        graph = self._lookup(state, context.layer, pages)
         covered = 0 if graph is None else graph.tokens
         if pages * size - max(covered, self.options.sink) <= self.options.lag or context.layer in self._broken:
             return graph
-        frames = tuple(known.held[:pages])
+        frames = tuple(state.held[:pages])
         if self._builds(context.layer, frames):
             return graph
-        work = self._work(context, known, graph if 2 * covered >= pages * size else None, frames)
+        work = self._work(context, state, graph if 2 * covered >= pages * size else None, frames)
         if not self._waits(context):
             self._submit(context.layer, frames, work)
             return graph
         self._put(context.layer, frames, work())
-        return self._lookup(known, context.layer, pages)
+        return self._lookup(state, context.layer, pages)
 
     def _builds(self, layer: int, frames: tuple[int, ...]) -> bool:
-        """Whether a graph over these frames, or over the first of them, is on its way."""
+        """True if a graph over these frames, or over the first of them, is being built."""
         return any(of == layer and held == frames[: len(held)] for of, held in self._jobs)
 
     def _work(
-        self, context: Context, known: _Known, graph: KeyGraph | None, frames: tuple[int, ...]
+        self, context: Context, state: _State, graph: KeyGraph | None, frames: tuple[int, ...]
     ) -> partial[KeyGraph]:
         size = context.spec.page_size
         k = context.fetch(context.all()).k  # may fail, so the queries are taken after it
         source = Source(
-            known.kept.take(0 if graph is None else graph.tokens),
+            state.kept.take(0 if graph is None else graph.tokens),
             k,
             frames,
             -(-self.options.sink // size) * size,
@@ -184,7 +184,7 @@ class GraphIndex:
         self._worker.submit(job)
 
     def _collect(self) -> None:
-        """Take in what the worker has finished."""
+        """Store the graphs that the worker has finished."""
         for key in [key for key, job in self._jobs.items() if job.done.is_set()]:
             job = self._jobs.pop(key)
             if job.graph is None:
@@ -197,13 +197,13 @@ class GraphIndex:
         self._lengths.setdefault(layer, set()).add(len(frames))
         self._age += 1
 
-    def _lookup(self, known: _Known, layer: int, pages: int) -> KeyGraph | None:
-        """The longest graph over the sequence's full pages; asked again when some graph came or went, or it shrank."""
-        if known.age != self._age or pages < known.covered:
-            known.age, known.graph, known.covered = self._age, None, 0
+    def _lookup(self, state: _State, layer: int, pages: int) -> KeyGraph | None:
+        """The longest graph over the sequence's full pages; looked up again when graphs or the sequence changed."""
+        if state.age != self._age or pages < state.covered:
+            state.age, state.graph, state.covered = self._age, None, 0
             for count in sorted((count for count in self._lengths.get(layer, ()) if count <= pages), reverse=True):
-                known.graph = self.graphs.get(layer, tuple(known.held[:count]))
-                if known.graph is not None:
-                    known.covered = count
+                state.graph = self.graphs.get(layer, tuple(state.held[:count]))
+                if state.graph is not None:
+                    state.covered = count
                     break
-        return known.graph
+        return state.graph

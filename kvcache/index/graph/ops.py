@@ -1,4 +1,4 @@
-"""Graphs over keys: building blocks and search, each as a plain reference with a twin that is fast."""
+"""Ops of key graphs: nearest keys, links and search."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class KeyGraph:
     """One graph for each KV head over the first tokens of a sequence."""
 
     links: Tensor
-    """[Hkv, tokens, degree] int32, tokens; -1 pads. Besides, each token is linked with those before and behind it."""
+    """[Hkv, tokens, degree] int32, tokens; -1 pads. Each token is also linked with its two neighbours."""
     points: Tensor
     """[Hkv, hubs + entries] int32, tokens; -1 pads."""
     hubs: int
-    """The first points: what most queries want. They are scored, and never walked from: they would crowd the beam."""
+    """Number of first points that most queries want. They are scored, never expanded: they would crowd the beam."""
 
     @property
     def tokens(self) -> int:
@@ -38,11 +38,11 @@ class KeyGraph:
 
 
 class Reach(NamedTuple):
-    """How far a search looks."""
+    """Limits of a search."""
 
     degree: int
     beam: int
-    """Keys that a walk keeps; it ends when it has seen the neighbours of all of them."""
+    """Keys that a walk keeps; it ends when all of them are expanded."""
     top_k: int
     sink: int
     """First tokens that are scanned, in whole pages, and are no hits."""
@@ -51,14 +51,14 @@ class Reach(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The hits outside of sink and window, see `Hits`, and what they and all scanned keys say about pages."""
+    """The best keys outside of sink and window, and page masses by them and all scanned keys."""
 
     keys: Tensor
-    """[R, Hq, top_k] int32"""
+    """[R, Hq, top_k] int32, tokens by exact score, the best first, each once; -1 pads."""
     scores: Tensor
-    """[R, Hq, top_k] fp32"""
+    """[R, Hq, top_k] fp32, ``scale * q . key``; -inf pads."""
     scanned: Tensor
-    """[R, Hq] int32"""
+    """[R, Hq] int32, number of keys that were scored."""
     masses: Tensor
     """[R, Hq, F] fp32, log masses: exact for scanned pages, of the hits for others, -inf elsewhere."""
 
@@ -87,11 +87,11 @@ def link_keys(nearest: Tensor, tokens: int, degree: int, threads: int = 0) -> Te
 
     The strength of a link is the squared cosine between the sets of queries that want its ends, so that keys which
     all queries want do not crowd out the others; of equal ones the nearer token is taken, then the lower. The weakest
-    quarter gives way to links back: in each of ``degree // 4`` rounds every token asks those that it is linked with,
-    the strongest first, until one has room for it. So tokens are found, and do not only find.
+    quarter gives way to reverse links: in each of ``degree // 4`` rounds every token gets one from the strongest of its
+    partners that has room. So every token can be reached.
 
     Args:
-        nearest: [Hkv, M, wanted] int32, what each query wants; -1: nothing.
+        nearest: [Hkv, M, wanted] int32, nearest keys of each query; -1: none.
     """
     links = nearest.new_full((nearest.shape[0], tokens, degree), -1)
     for head, lists in enumerate(nearest.tolist()):
@@ -121,8 +121,8 @@ def _link_back(partners: list[list[int]], degree: int) -> list[list[int]]:
     room, firm = degree // 4, degree - degree // 4
     given: list[list[int]] = [[] for _ in partners]
     for _ in range(room):
-        for token, asked in enumerate(partners):
-            for to in asked:
+        for token, mine in enumerate(partners):
+            for to in mine:
                 if len(given[to]) < room and token not in partners[to][:firm] and token not in given[to]:
                     given[to].append(token)
                     break

@@ -1,4 +1,4 @@
-"""The queries that will train a graph, few and evenly spread."""
+"""Training queries of a graph, few and evenly spread."""
 
 from __future__ import annotations
 

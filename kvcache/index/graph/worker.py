@@ -1,4 +1,4 @@
-"""One thread that builds graphs behind the scenes."""
+"""A background thread that builds graphs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Job:
         self._work: Callable[[], KeyGraph] | None = work
 
     def run(self) -> None:
-        """Never raises: a graph that cannot be built is missed, not needed."""
+        """Build the graph; a failure is logged, as masses come from codes without one."""
         work, self._work = self._work, None
         try:
             if work is not None and not self.cancelled:

@@ -1,4 +1,4 @@
-"""Which pages a bounded pool must fetch for a selection, and whose place they take."""
+"""Admission of a selection's pages to a bounded pool: pages to fetch, and slots that they take."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from ..dispatch import op
 
 
 class Residents(NamedTuple):
-    """What one layer's pool holds: a frame has a slot of its own for each KV head."""
+    """Tables of one layer's pool: a frame has a slot of its own for each KV head."""
 
     where: Tensor
-    """[Hkv, N] int32, home frame -> slot; -1: not there. Slots from C on are nobody's to give away: open pages."""
+    """[Hkv, N] int32, store frame -> slot; -1: not resident. Slots from C on are of open pages, and never taken."""
     owner: Tensor
-    """[Hkv, C] int32, slot -> home frame; -1: empty. C is at least 1."""
+    """[Hkv, C] int32, slot -> store frame; -1: empty. C is at least 1."""
     used: Tensor
     """[Hkv, C] int32, when the slot was last read; -1: never since it became empty."""
 
 
 class Admitted(NamedTuple):
-    """What is to be fetched."""
+    """Pages to fetch, and the slots of all listed pages."""
 
     loads: Tensor
-    """[Hkv, W] int32, home frames, ascending, -1 pads the end; W = min(C, pages that are listed for a head)."""
+    """[Hkv, W] int32, store frames, ascending, -1 pads the end; W = min(C, pages listed for a head)."""
     slots: Tensor
-    """[Hkv, W] int32, where each goes."""
+    """[Hkv, W] int32, the slot of each."""
     found: Tensor
-    """[Hkv, 3] int64: pages that were there, those of them that had been fetched ahead, and pages that were not."""
+    """[Hkv, 3] int64: numbers of resident pages, of those of them that had been prefetched, and of missing pages."""
     table: Tensor
     """[R, Hkv, F] int32, page -> slot of the listed pages; elsewhere any slot or frame number that there is."""
 
@@ -43,10 +43,10 @@ def admit(frames: Tensor, pages: Tensor, residents: Residents, *, now: int, befo
     the CPU the work grows with N.
 
     Args:
-        frames: [R, Hkv, F] int32, page -> home frame of each row's sequence.
+        frames: [R, Hkv, F] int32, page -> store frame of each row's sequence.
         pages: [R, H, P] int32 with H in (Hkv, Hq), -1 pads the end.
         residents: of one layer.
-        now: even for a read. Odd: pages that are fetched ahead; those that are there already stay as they are.
+        now: even for a read. Odd: a prefetch, which leaves resident pages as they are.
         before: see above; at most `now`.
     """
     where, owner, used = residents
@@ -74,7 +74,7 @@ def admit(frames: Tensor, pages: Tensor, residents: Residents, *, now: int, befo
 
 
 def _wanted(frames: Tensor, pages: Tensor, count: int, kv_heads: int) -> Tensor:
-    """[Hkv, N] bool, the home frames that a selection names."""
+    """[Hkv, N] bool, store frames of the listed pages."""
     rows = pages.shape[0]
     lists = torch.unflatten(pages, 1, (kv_heads, -1)).flatten(2).long()  # [R, Hkv, G * P]
     named = frames.expand(rows, kv_heads, -1).long().gather(2, lists.clamp(min=0)).masked_fill(lists < 0, count)
@@ -83,7 +83,7 @@ def _wanted(frames: Tensor, pages: Tensor, count: int, kv_heads: int) -> Tensor:
 
 
 def _replace(residents: Residents, loads: Tensor, slots: Tensor, now: int) -> None:
-    """The frames `loads` move into `slots`, and whatever was there moves out."""
+    """Give `slots` to the frames `loads`, and evict those that held them."""
     where, owner, used = residents
     count, capacity = where.shape[1], owner.shape[1]
     index = slots.masked_fill(slots < 0, capacity)

@@ -11,7 +11,7 @@ from ..dispatch import op
 
 
 class Codes(NamedTuple):
-    """Keys of full pages, quantised between the bounds of their own page; all that scanning them reads.
+    """Keys of full pages, quantised between the bounds of their own page; a scan reads nothing else.
 
     Channel d of a page spans ``middle ± half``: its bounds times their scales. It is cut into ``2**bits`` cells of
     equal width; a key is the number of the cell that it lies in, and stands for that cell's middle. Bounds that follow
@@ -20,15 +20,15 @@ class Codes(NamedTuple):
 
     levels: Tensor
     """[N, Hkv, W, S] int32: word w of a token holds channels ``w * n ... (w + 1) * n - 1``, n = 32 / bits, the first
-    channel lowest; what the last word has no channel for is 0."""
+    channel lowest; unused bits of the last word are 0."""
     bounds: Tensor
     """[N, Hkv, 2, D] int8: middle and half width of each channel."""
     scales: Tensor
-    """[N, Hkv, 2] fp32, what the bounds are multiples of."""
+    """[N, Hkv, 2] fp32, units of the bounds."""
 
     @property
     def bits(self) -> int:
-        """Bits of a level: 4 where the words hold so many, else 2."""
+        """Bits of a level: 4 if the words hold so many, else 2."""
         return 4 if 32 * self.levels.shape[-2] >= 4 * self.bounds.shape[-1] else 2
 
 
@@ -66,6 +66,6 @@ def decode(codes: Codes) -> Tensor:
 
 
 def cells(bounds: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Where the first cell begins and how wide all are, [..., 1, D] fp32 each, for bounds [..., 2, D]."""
+    """Lower end of the first cell and width of all, [..., 1, D] fp32 each, for bounds [..., 2, D]."""
     middle, half = (bounds.float() * scales[..., None]).unsqueeze(-2).unbind(-3)
     return middle - half, half * (2.0 / 2**bits)

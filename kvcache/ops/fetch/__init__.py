@@ -11,11 +11,11 @@ from ..dispatch import op
 
 @op(triton="keysift.kvcache.ops.fetch.triton:fetch")
 def fetch(pool: Tensor, extents: Sequence[Tensor], layer: int, loads: Tensor, slots: Tensor) -> None:
-    """pool[slots[h, i], h] = head h of the page in home frame ``loads[h, i]``, in place; nothing for -1.
+    """pool[slots[h, i], h] = head h of the page in store frame ``loads[h, i]``, in place; nothing for -1.
 
     Args:
         pool: [C, Hkv, 2, S, D], keys and values of one layer; contiguous.
-        extents: the home, cut into [L, E, Hkv, 2, S, D] each; frame n is page ``n % E`` of extent ``n // E``. Pinned
+        extents: the store, cut into [L, E, Hkv, 2, S, D] each; frame n is page ``n % E`` of extent ``n // E``. Pinned
             where the pool is on a GPU, which reads them over the bus, as much as is needed and no more.
         loads: [Hkv, W] int32
         slots: [Hkv, W] int32

@@ -7,20 +7,20 @@ import triton
 import triton.language as tl
 
 MOST_PIECES = tl.constexpr(64)
-"""Of a list that no program holds whole."""
+"""Of a list too long for one program."""
 SHARE = tl.constexpr(2**30)
-"""A group's whole mass, where pages are searched."""
+"""A group's total mass, in the units of the search."""
 
 
 @triton.jit
 def fixed(x):
-    """Shares as whole numbers: their sums are the same in any order, so that no bit depends on the length of a list."""
+    """Shares as integers: their sums are the same in any order, so that no bit depends on the length of a list."""
     return (x * 1099511627776.0).to(tl.int64)
 
 
 @triton.jit
 def as_share(x):
-    """What `fixed` has made whole, as a share again."""
+    """The share of a number by `fixed`."""
     return x.to(tl.float32) * (1.0 / 1099511627776.0)
 
 
@@ -32,7 +32,7 @@ def total(x):
 
 @triton.jit
 def top_of(b_mass):
-    """The highest log mass; infinite where any is no number."""
+    """The highest log mass; infinite if any is NaN."""
     return tl.max(tl.where(b_mass < float("inf"), b_mass, float("inf")), 0)
 
 
@@ -44,7 +44,7 @@ def parts_of(b_mass, top):
 
 @triton.jit
 def shares_of(b_mass):
-    """Softmax of a head's log masses; zeros where all are -inf, or any is infinite or no number."""
+    """Softmax of a head's log masses; zeros if all are -inf, or any is infinite or NaN."""
     m_bad = ~(b_mass < float("inf"))
     b_mass = tl.where(m_bad, float("-inf"), b_mass)
     b_part = parts_of(b_mass, tl.max(b_mass, 0))
@@ -61,7 +61,7 @@ def parts_in(b_mass, tops, i_h, N):
 
 @triton.jit
 def shares_in(b_mass, tops, sums, i_h, N):
-    """What `shares_of` says of some pages of a list, where `tops` and `sums` [.., N] tell of its pieces."""
+    """As `shares_of`, for some pages of a list in pieces with results `tops` and `sums` [.., N]."""
     o_p = tl.arange(0, MOST_PIECES)
     whole = tl.sum(tl.load(sums + i_h * N + o_p, mask=o_p < N, other=0), 0)
     return parts_in(b_mass, tops, i_h, N) / tl.maximum(as_share(whole), 1e-30)
@@ -69,7 +69,7 @@ def shares_in(b_mass, tops, sums, i_h, N):
 
 @triton.jit
 def group_shares(masses, tops, sums, i_l, b_page, m_seen, F, N, G: tl.constexpr):
-    """Mean share of each page over the G heads of a list; below 0 where nobody found it. In pieces unless tops is None.
+    """Mean share of each page over the G heads of a list; below 0 if absent. In pieces unless tops is None.
 
     A share may be 0 by rounding.
     """
@@ -142,14 +142,14 @@ def weight_of(above):
 
 @triton.jit
 def reached(above, budget, limit, WEIGHED: tl.constexpr):
-    """Whether so many pages, and their weights, suffice."""
+    """True if so many pages, or their weights, suffice."""
     enough = count_of(above, WEIGHED) >= budget
     return enough | (weight_of(above) >= limit) if WEIGHED else enough
 
 
 @triton.jit
 def store_list(p_list, m_listed, b_page, width):
-    """The listed ones of ascending pages, and -1 behind them, `width` numbers in all."""
+    """Store the listed ones of ascending pages, padded with -1 to `width` numbers."""
     o = tl.arange(0, b_page.shape[0])
     b_place = tl.cumsum(m_listed.to(tl.int32), 0) - 1
     tl.store(p_list + b_place, b_page, mask=m_listed & (b_place < width))
@@ -247,7 +247,7 @@ def piece_kernel(
 
 @triton.jit(do_not_specialize=["F", "N", "P"])
 def kept_kernel(masses, tops, sums, pages, kept, F, N, P, G: tl.constexpr, BLOCK_F: tl.constexpr):
-    """What a head has on the pages [P] of a list in N pieces."""
+    """Store the share of a head on the pages [P] of a list in N pieces."""
     i_h = tl.program_id(0).to(tl.int64)
     o_p = tl.arange(0, BLOCK_F)
     b_page = tl.load(pages + i_h // G * P + o_p, mask=o_p < P, other=-1)

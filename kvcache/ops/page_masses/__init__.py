@@ -1,7 +1,7 @@
-"""How much attention each page gets from single queries: exactly, by the codes of its keys, or at most.
+"""Attention mass of each page for single queries: exact, by the codes of its keys, or an upper bound.
 
-All give natural logarithms of masses: the sum of exp(score) over the page's tokens that the query sees, -inf where it
-sees none. A query q [R, Hq, D] stands at `positions` [R] int32 of the sequence whose frames are its row of `frames`
+All give natural logarithms of masses: the sum of exp(score) over the page's tokens that the query sees, -inf if it
+sees none. A query q [R, Hq, D] is at `positions` [R] int32 of the sequence whose frames are its row of `frames`
 [R, Hkv, F] int32, page -> frame, which may have strides of 0. Scores are ``scale * q . key``.
 """
 
@@ -47,8 +47,8 @@ def code_masses(
     """[R, Hq, F] fp32, log masses by codes for the `candidates` most promising full pages of each row and KV head.
 
     The page that a query stands in is exact. Full pages are ranked, per KV head, by the sum over its query heads of the
-    softmax of ``scale * (q . middle + slack * |q| . half)``, which tells how high a key within the page's bounds may
-    score; ties go to the lower page. Those that are no candidates get the score of their middle alone, times S.
+    softmax of ``scale * (q . middle + slack * |q| . half)``, an estimate of the best score within the page's
+    bounds; ties go to the lower page. Those that are no candidates get the score of their middle alone, times S.
 
     Args:
         k: [*, Hkv, S, D] of q's dtype, read for the page of `positions` alone.
@@ -76,7 +76,7 @@ def code_masses(
 def page_bounds(
     q: Tensor, k: Tensor, own: Tensor, summaries: Tensor, frames: Tensor, positions: Tensor, *, scale: float
 ) -> Tensor:
-    """[R, Hq, F] fp32, what the log mass of a page cannot exceed: S times the best key between its least and greatest.
+    """[R, Hq, F] fp32, an upper bound of each log mass: S times the best key between its least and greatest.
 
     The page that a query stands in is exact. Tang et al., "Quest", arXiv 2406.10774, rank pages by this.
 
@@ -122,7 +122,7 @@ def _own(q: Tensor, k: Tensor, own: Tensor, positions: Tensor, scale: float) -> 
 
 
 def _last_full(positions: Tensor, page_size: int) -> Tensor:
-    """[R], the last token of the last page that a query at each position has behind it; -1: there is none."""
+    """[R], the last token of the last full page before each position; -1: none."""
     return positions // page_size * page_size - 1
 
 

@@ -18,7 +18,7 @@ LOG2E = tl.constexpr(1 / math.log(2))
 
 @triton.jit
 def unit(TILES, Hkv: tl.constexpr, G: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Which tile of pages, row, KV head and block of its query heads a program has."""
+    """Tile of pages, row, KV head and block of query heads of a program."""
     GROUPS: tl.constexpr = (G + BLOCK_G - 1) // BLOCK_G
     i_u = (tl.program_id(0) // TILES).to(tl.int64)
     return tl.program_id(0) % TILES, i_u // (GROUPS * Hkv), i_u // GROUPS % Hkv, i_u % GROUPS

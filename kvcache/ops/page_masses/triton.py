@@ -115,7 +115,7 @@ def bounds_config(dim: int, page_size: int, dtype: torch.dtype, amd: bool = AMD)
 
 
 def _blocks(dim: int, page_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """A program's pages and slots: as many vectors as fit every kind of GPU beside the queries.
+    """A program's pages and slots: as many vectors as fit every kind of GPU besides the queries.
 
     `tests/compile_kernels.py` holds that.
     """

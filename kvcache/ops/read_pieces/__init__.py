@@ -14,7 +14,7 @@ from ..dispatch import op
 
 
 class Place(NamedTuple):
-    """Where one layer's pages are in a file of extents."""
+    """Place of one layer's pages in a file of extents."""
 
     extent: int
     """Pages of an extent."""
@@ -22,7 +22,7 @@ class Place(NamedTuple):
     layer_offset: int
     """Bytes of an extent before this layer's."""
     piece_bytes: int
-    """Of one head of a page."""
+    """Bytes of one head of a page."""
 
     def of(self, frame: int, head: int, kv_heads: int) -> int:
         page = frame % self.extent * kv_heads + head

@@ -26,7 +26,7 @@ class Case:
     heads: tuple[int, int] = (2, 1)
     head_dim: int = 16
     page_size: int = 16
-    spare: int = 0  # pages of the table behind all tokens
+    spare: int = 0  # pages of the table after all tokens
     spread: float = 1.0  # of the logits
     one_table: bool = False  # for all probes and heads, as axes of stride 0
     heavy: bool = False  # too slow for Triton's interpreter
@@ -38,7 +38,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Problem:
-    """The arguments of the op, and the tokens behind the pages for whoever does not look at pages."""
+    """The arguments of the op, and the tokens of the pages for oracles that know no pages."""
 
     q: Tensor  # [B * m, Hq, D]
     k: Tensor  # [N, Hkv, S, D]
@@ -67,7 +67,7 @@ CASES = {
     "prompt-end": Case(((0, tuple(range(101, 165))),), heads=(3, 1), head_dim=64, one_table=True, heavy=True),
     "prompt-start": Case(((0, tuple(range(20))), (0, (0, 0, 5)))),
     "one-token": Case(((0, (0,)),)),
-    "nobody": Case(((0, (-1, -1)), (1, (3, 20)))),
+    "absent": Case(((0, (-1, -1)), (1, (3, 20)))),
     "pieces": Case(((0, (2100, 1023, 1024)), (0, (1040,))), heavy=True),
     "short-pieces": Case(((0, (140, 63, 64)), (0, (65,)))),
     "group-of-1": Case(SHORT, heads=(3, 3)),

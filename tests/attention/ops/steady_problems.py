@@ -52,8 +52,8 @@ CASES = {
     "bound_exceeded": Case((99, 64), 100, most=1, epsilon=0.02),
     "reluctant": Case((99, 64), 100, factor=3.0, most=-1, epsilon=0.5),
     "no-budget": Case((99, 50), 100, budget=0),
-    "nothing-asked-for": Case((99, 50), 100, queried=0),
-    "asked-for-beyond-the-budget": Case((99, 50), 100, queried=40, budget=8),
+    "nothing-queried": Case((99, 50), 100, queried=0),
+    "queried-beyond-the-budget": Case((99, 50), 100, queried=40, budget=8),
     "no-sinks": Case((99, 50), 100, sinks=0),
     "more-budget-than-pages": Case((20, 11), 21, budget=30, queried=30),
     "more-sinks-than-pages": Case((9, 3), 10, sinks=12),
@@ -69,7 +69,7 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
-    """What the op takes: NaN behind a row's last page and in averages of an unknown past, some masses -inf."""
+    """Arguments of the op: NaN after a row's last page and in averages of an unknown past, some masses -inf."""
     torch.manual_seed(seed)
     rows = len(case.lasts)
     masses = torch.randn(rows, case.lists * case.group, case.pages) * case.spread + 7
@@ -102,7 +102,7 @@ def past(case: Case, first: int, last: int) -> Tensor:
 
 @dataclass
 class List:
-    """What one list comes to, written out in fp64."""
+    """Result of one list, written out in fp64."""
 
     chosen: set[int]
     refused: set[int]
@@ -125,7 +125,7 @@ def written_out(case: Case, inputs: Inputs) -> Iterator[List]:
 
 
 def one_list(case: Case, score: list[float], first: int, before: set[int] | None, average: list[float]) -> List:
-    """Forced pages F, asked-for pages Q, residents R; the sets of the description under their names."""
+    """Forced pages F, queried pages Q, residents R; the sets of the description under their names."""
     forced = {page for page in range(len(score)) if page < case.sinks or page >= first}
     others = [page for page in range(len(score)) if page not in forced]
     by_score = sorted((page for page in others if score[page] > 0), key=lambda page: (-score[page], page))
@@ -133,12 +133,12 @@ def one_list(case: Case, score: list[float], first: int, before: set[int] | None
         chosen = forced | set(by_score[: case.budget])
         return List(chosen, set(), score, math.nan, False, torch.empty(0))
     ema = [case.keep * average[page] + (1 - case.keep) * score[page] for page in range(len(score))]
-    asked = by_score[: min(case.queried, case.budget)]
+    queried = by_score[: min(case.queried, case.budget)]
     resident = before & set(others)
-    victims = sorted(resident - set(asked), key=lambda page: (ema[page], page))
+    victims = sorted(resident - set(queried), key=lambda page: (ema[page], page))
     while len(resident) > case.budget:
         resident.remove(victims.pop(0))
-    new = [page for page in asked if page not in resident]
+    new = [page for page in queried if page not in resident]
     bounded = admit(case, new, set(resident), list(victims), score, ema)
     count = bounded
     while sum(score[page] for page in new[count:]) > case.epsilon:
@@ -149,13 +149,13 @@ def one_list(case: Case, score: list[float], first: int, before: set[int] | None
         resident.add(page)
     chosen = forced | resident
     overlap = len(chosen & before) / len(chosen)
-    return List(chosen, set(asked) - chosen, ema, overlap, count > bounded, torch.empty(0))
+    return List(chosen, set(queried) - chosen, ema, overlap, count > bounded, torch.empty(0))
 
 
 def admit(
     case: Case, new: list[int], resident: set[int], victims: list[int], score: list[float], ema: list[float]
 ) -> int:
-    """How many candidates the bound lets in."""
+    """Number of candidates within the bound."""
     count = 0
     for page in new:
         if 0 <= case.most <= count:

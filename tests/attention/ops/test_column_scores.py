@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ NATIVE = pytest.mark.skipif(not TWINS["native"], reason="not built")
 def _short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces so short that what the interpreter can afford has several."""
     if TWINS["triton"]:
-        monkeypatch.setattr("keysift.attention.ops.column_scores.triton.PIECE_TOKENS", 64)
+        monkeypatch.setattr(import_module("keysift.attention.ops.column_scores.triton"), "PIECE_TOKENS", 64)
 
 
 @DTYPES
@@ -56,7 +57,7 @@ def test_the_masses_do_not_depend_on_whether_bands_are_wanted(backend: Backend, 
     assert_same(run(backend, problem, bands=False), run(backend, problem))
 
 
-@each("prompt-blocks", "prompt-start", "nobody", "pieces", "pages-of-1", "pages-of-24", "pages-of-100")
+@each("prompt-blocks", "prompt-start", "absent", "pieces", "pages-of-1", "pages-of-24", "pages-of-100")
 def test_masses_are_shares(backend: Backend, case: Case) -> None:
     problem = make_problem(case, torch.bfloat16)
     mass, peak, bands = run(backend, problem)
@@ -71,7 +72,7 @@ def test_masses_are_shares(backend: Backend, case: Case) -> None:
     assert not any(part.masked_select(unseen).any() for part in (mass, peak, bands))
 
 
-@each("ragged", "prompt-blocks", "nobody", "pages-of-24", "pages-of-100")
+@each("ragged", "prompt-blocks", "absent", "pages-of-24", "pages-of-100")
 def test_what_no_query_sees_changes_no_bit(backend: Backend, case: Case) -> None:
     poisoned = make_problem(case, torch.bfloat16)
     got = run(backend, poisoned)
@@ -102,10 +103,10 @@ def test_a_nan_that_is_seen_is_not_hidden(backend: Backend, case: Case) -> None:
 @each("ragged", "one-token")
 def test_no_probe_and_no_query(backend: Backend, case: Case) -> None:
     problem = make_problem(case, torch.float32)
-    nobody = run(backend, replace(problem, positions=torch.full_like(problem.positions, -1)))
-    assert not any(part is None or part.any() for part in nobody)
+    absent = run(backend, replace(problem, positions=torch.full_like(problem.positions, -1)))
+    assert not any(part is None or part.any() for part in absent)
     nothing = replace(problem, q=problem.q[:0], frames=problem.frames[:0], positions=problem.positions[:0])
-    assert run(backend, nothing).mass.shape == (0, *nobody.mass.shape[1:])
+    assert run(backend, nothing).mass.shape == (0, *absent.mass.shape[1:])
 
 
 @each("ragged", "prompt-blocks", "pieces", "short-pieces", "pages-of-24", backends=tuple(TWINS))
@@ -147,7 +148,8 @@ def test_every_instruction_set(case: Case, dtype: torch.dtype) -> None:
 def test_the_number_of_threads_changes_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     problem, got = make_problem(CASES[name], torch.bfloat16), []
     for count in (1, 2, 2, 5):
-        monkeypatch.setattr("keysift.attention.ops.column_scores.native.num_threads", lambda count=count: count)
+        native = import_module("keysift.attention.ops.column_scores.native")
+        monkeypatch.setattr(native, "num_threads", lambda count=count: count)
         got.append(run("native", problem))
         assert_equal(got[-1], got[0])
 

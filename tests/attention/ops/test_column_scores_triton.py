@@ -1,8 +1,9 @@
-"""How the Triton twin of `column_scores` is launched: pieces, the bound of its scratch, what it refuses."""
+"""Launches of the Triton twin of `column_scores`: pieces, the bound of its scratch memory, unsupported calls."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ TWIN = "keysift.attention.ops.column_scores.triton"
 
 @pytest.mark.parametrize("tokens", [32, 128, 1024])
 def test_any_number_of_pieces_joins_to_the_whole(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    monkeypatch.setattr(f"{TWIN}.PIECE_TOKENS", tokens)
+    monkeypatch.setattr(import_module(TWIN), "PIECE_TOKENS", tokens)
     problem = make_problem(Case(((0, (549, 31, 32)), (1, (3, -1, 40)))), torch.bfloat16)
     assert_same(run("triton", problem), run("reference", problem))
 
@@ -28,12 +29,12 @@ def test_a_bound_on_the_scratch_changes_no_bit(monkeypatch: pytest.MonkeyPatch, 
     problem = make_problem(CASES["ragged"], torch.bfloat16)
     whole = run("triton", problem)
     per_probe = problem.queries_per_probe * problem.q.shape[1] * 2 * problem.frames.shape[2] * 4
-    monkeypatch.setattr(f"{TWIN}.HALVES_BYTES", probes * per_probe)  # none at all: one key head at a time
+    monkeypatch.setattr(import_module(TWIN), "HALVES_BYTES", probes * per_probe)  # none at all: one key head at a time
     assert_equal(run("triton", problem), whole)
 
 
 def test_no_queries_for_each_probe_and_no_pages() -> None:
-    problem = make_problem(CASES["nobody"], torch.float32)
+    problem = make_problem(CASES["absent"], torch.float32)
     nowhere = replace(problem, frames=problem.frames[..., :0], positions=torch.full_like(problem.positions, -1))
     assert run("triton", nowhere).mass.shape == (2, 2, 0)
     none = replace(problem, q=problem.q[:0], positions=problem.positions[:0], queries_per_probe=0)

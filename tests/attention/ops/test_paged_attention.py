@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_neither_padding_nor_company_changes_a_bit(backend: Backend, name: str) 
 
 @pytest.mark.skipif(not TWINS["triton"], reason="not built")
 def test_any_number_of_pieces_merges_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("keysift.attention.ops.paged_attention.triton.PIECE_TOKENS", 4)
+    monkeypatch.setattr(import_module("keysift.attention.ops.paged_attention.triton"), "PIECE_TOKENS", 4)
     problem = make_problem(Case((140, 7), heads=(4, 1)), torch.float32)  # 35 pieces, 33 of the second empty
     assert_same(run("triton", problem), written_out(problem), 1e-5, 1e-5)
 

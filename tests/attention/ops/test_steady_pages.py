@@ -115,7 +115,7 @@ def cases(draw: st.DrawFn) -> Case:
 @settings(max_examples=150)
 @given(case=cases(), seed=st.integers(0, 99))
 def test_the_laws(case: Case, seed: int) -> None:
-    """What a list holds, how little of it changes, how little is refused; chosen and refused are disjoint."""
+    """Bounds of a list, of its changes and of its refusals; chosen and refused pages are disjoint."""
     for backend in BOTH:
         check_laws(backend, case, make_inputs(case, seed))
 
@@ -170,7 +170,7 @@ def test_without_bound_and_comparison_it_takes_the_heaviest(backend: Backend, na
 @BACKENDS
 @pytest.mark.parametrize("value", [-torch.inf, torch.nan])
 def test_a_head_without_a_share(backend: Backend, value: float) -> None:
-    """Such a head asks for nothing; where no head has any share, residents stay."""
+    """Such a head queries nothing; if no head has any share, residents stay."""
     case = Case((99, 33), 100, group=4)
     inputs = make_inputs(case)
     inputs[0][:, :5] = value
@@ -206,12 +206,12 @@ def test_neither_company_nor_spare_pages_nor_threads_change_a_bit(
 
 @BACKENDS
 @pytest.mark.parametrize("name", ["ragged", "bound_exceeded", "equal-pages"])
-def test_nothing_is_known_of_pages_behind_the_rows_own(backend: Backend, name: str) -> None:
+def test_pages_after_the_rows_own_change_nothing(backend: Backend, name: str) -> None:
     """Whatever memory holds there."""
     case = CASES[name]
     masses, firsts, lasts, known, read, averages = make_inputs(case)
-    behind = torch.arange(case.pages) > lasts[:, None, None]
-    dirty = masses, firsts, lasts, known, read | behind, averages.masked_fill(behind, torch.nan)
+    unseen = torch.arange(case.pages) > lasts[:, None, None]
+    dirty = masses, firsts, lasts, known, read | unseen, averages.masked_fill(unseen, torch.nan)
     for got, clean in zip(run(backend, case, dirty), run(backend, case, make_inputs(case)), strict=True):
         torch.testing.assert_close(got, clean, rtol=0, atol=0, equal_nan=True)
 
@@ -246,7 +246,7 @@ PIECES = {
     "bound_exceeded": replace(LONG, most=1, epsilon=0.02),
     "any-number-comes-in": replace(LONG, most=-1, factor=0.0, epsilon=1.0),
     "no-budget": replace(LONG, budget=0),
-    "nothing-asked-for": replace(LONG, queried=0),
+    "nothing-queried": replace(LONG, queried=0),
     "no-sinks": replace(LONG, sinks=0),
     "room": replace(LONG, residents=0.5),
     "no-memory": replace(LONG, keep=0.0),
@@ -260,7 +260,7 @@ PIECES = {
 @pytest.mark.parametrize("case", PIECES.values(), ids=PIECES.keys())
 @pytest.mark.parametrize("seed", range(2))
 def test_a_list_in_pieces_has_the_bits_of_a_whole_one(case: Case, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With programs that hold 256 pages; a head has no share of one list, and nobody any of another."""
+    """With programs that hold 256 pages; a head has no share of one list, and no head any of another."""
     inputs = make_inputs(case, seed)
     inputs[0][0, 1], inputs[0][1, : case.group] = torch.nan, -torch.inf
     whole, expected = (run(backend, case, inputs) for backend in ("triton", "reference"))

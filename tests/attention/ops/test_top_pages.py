@@ -58,7 +58,7 @@ EACH_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
 
 def make_masses(case: Case) -> Tensor:
-    """[R, Hq, F]; NaN behind a row's last page, and some that are -inf."""
+    """[R, Hq, F]; NaN after a row's last page, and some that are -inf."""
     masses = torch.randn(len(case.lasts), case.lists * case.group, case.pages) * case.spread + 7
     if case.steps:
         masses = (masses / case.steps).round() * case.steps

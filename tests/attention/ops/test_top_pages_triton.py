@@ -45,7 +45,7 @@ CASES = {
 
 
 def masses_of(case: Case) -> Tensor:
-    """[R, Hq, F]; some pages nobody found, some only one head of a group."""
+    """[R, Hq, F]; some pages that no head found, some that only one of a group did."""
     masses = torch.randn(case.rows, case.heads[0], case.pages) * case.spread
     return masses.masked_fill(torch.rand_like(masses) < 0.1, -torch.inf)
 
@@ -116,7 +116,7 @@ def test_nothing_found_leaves_the_zones() -> None:
 
 @pytest.mark.parametrize("epsilon", [0.2, 0.5, 0.7])
 def test_a_head_without_a_share_leaves_its_part_out(epsilon: float) -> None:
-    """What is left out is a mean over the heads of a group, whatever they found."""
+    """The share left out is a mean over the heads of a group, including those that found no page."""
     case = Case(200, heads=(4, 2), budget=150, epsilon=epsilon)
     masses = torch.randn(3, 4, 200)
     masses[:, 1] = masses[1, 2:] = -torch.inf

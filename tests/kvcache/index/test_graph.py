@@ -26,7 +26,7 @@ HEADS = 4
 WAITING = Graph(degree=8, beam=48, top_k=12, queries=64, lag=16, sink=4, window=8, wait=True)
 
 
-def whole(*shape: int, high: int = 4) -> Tensor:
+def integers(*shape: int, high: int = 4) -> Tensor:
     """Small whole numbers, of which all sums are exact: ties, but no rounding."""
     return torch.randint(-high, high + 1, shape).float()
 
@@ -100,9 +100,9 @@ def test_the_native_twins_do_what_the_reference_does(
     frames = torch.randperm(24)[:20].int()
     tokens = 18 * page_size
     k = torch.full((24, kv_heads, page_size, 32), torch.nan, dtype=dtype)
-    k[frames.long()] = whole(20, kv_heads, page_size, 32).to(dtype)
-    queries = whole(kv_heads, 40, 32).to(dtype)
-    q = whole(3, kv_heads * group, 32).to(dtype)
+    k[frames.long()] = integers(20, kv_heads, page_size, 32).to(dtype)
+    queries = integers(kv_heads, 40, 32).to(dtype)
+    q = integers(3, kv_heads * group, 32).to(dtype)
     positions = torch.tensor([tokens + page_size + 2, tokens - 3, -1], dtype=torch.int32)
     table = frames.view(1, 1, -1).expand(3, kv_heads, -1)
     reach = Reach(degree=6, beam=10, top_k=7, sink=3, window=9)
@@ -111,7 +111,9 @@ def test_the_native_twins_do_what_the_reference_does(
         with use_backend(backend):  # type: ignore[arg-type]
             nearest = nearest_keys(queries, k, frames, 3, tokens, wanted)
             links = link_keys(nearest, tokens, reach.degree)
-            graph = KeyGraph(links, whole(kv_heads, 9, high=30).abs().int() if not results else results[0][0].points, 2)
+            graph = KeyGraph(
+                links, integers(kv_heads, 9, high=30).abs().int() if not results else results[0][0].points, 2
+            )
             graphs = [graph, graph, None]
             results.append((graph, nearest, search_graphs(q, k, table, positions, graphs, reach, 0.25)))
     (reference, nearest, found), (other, other_nearest, other_found) = results
@@ -152,7 +154,7 @@ def test_masses_are_those_of_the_hits_and_of_all_that_is_scanned() -> None:
     torch.testing.assert_close(masses[..., :1], whole_pages[..., :1])
     torch.testing.assert_close(masses[..., 43:], whole_pages[..., 43:])
     between = masses[..., 1:42].clone()
-    scanned = torch.isclose(between, whole_pages[..., 1:42])  # behind the graph's end
+    scanned = torch.isclose(between, whole_pages[..., 1:42])  # after the graph's end
     torch.testing.assert_close(between.masked_fill(scanned, 0.0), own[..., 1:42].masked_fill(scanned, 0.0))
     assert (hits.scores.diff(dim=-1) <= 0).all()
     assert ((hits.keys >= 4) & (hits.keys < 172)).all()
@@ -170,7 +172,7 @@ def far(length: int, clusters: int) -> tuple[Tensor, Tensor]:
 
 
 def searched(options: Graph, q: Tensor, k: Tensor) -> tuple[float, float]:
-    """Recall and share of keys scanned, of queries behind the prompt that trained the graph."""
+    """Recall and share of keys scanned, of queries after the prompt that trained the graph."""
     spec = CacheSpec(num_layers=1, num_kv_heads=k.shape[1], head_dim=k.shape[2], page_size=8)
     cache, index, text = opened(options, cache=spec, frames=len(k) // 8 + 1)
     start = len(k) - 64
@@ -339,10 +341,10 @@ def test_nothing_stale_is_found(schedule: list[tuple[str, int]], wait: bool, see
     for what, number in schedule:
         which = texts[number % len(texts)]
         if what == "prompt" and which.length + number <= 60:
-            which.step(number, whole(number, HEADS, 16), whole(number, 2, 16))
+            which.step(number, integers(number, HEADS, 16), integers(number, 2, 16))
         elif what == "token" and (live := [text for text in texts if 0 < text.length < 60]):
             for _ in range(number):
-                decode(cache, live, whole(len(live), HEADS, 16), whole(len(live), 2, 16))
+                decode(cache, live, integers(len(live), HEADS, 16), integers(len(live), 2, 16))
         elif what == "release":
             cache.release(which.sequence)
             texts.remove(which)
@@ -361,8 +363,10 @@ def check(cache: PagedCache, index: GraphIndex, spec: Graph, texts: list[Text]) 
     live = [text for text in texts if text.length]
     if not live:
         return
-    q = whole(len(live), HEADS, 16)
-    step = cache.decode([Span(text.sequence, text.length - 1, 1) for text in live])  # asked again, nothing is written
+    q = integers(len(live), HEADS, 16)
+    step = cache.decode(
+        [Span(text.sequence, text.length - 1, 1) for text in live]
+    )  # computed again, nothing is written
     context = cache.context(0, replace(step, filled=step.filled[:0]))
     hits, fresh = search(index, q, context), search(GraphIndex(replace(spec, wait=True)), q, context)
     assert torch.equal(hits.keys, fresh.keys)

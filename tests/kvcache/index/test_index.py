@@ -58,7 +58,7 @@ class Life:
 
 
 def write(cache: PagedCache, handle: int, start: int, keys: Tensor) -> None:
-    """Append keys [n, Hkv, D] behind the first `start` tokens: one by one where it is one, else as a chunk."""
+    """Append keys [n, Hkv, D] after the first `start` tokens: a single one at decode, several as a chunk."""
     cache.reserve(handle, start + len(keys))
     span = Span(handle, start, len(keys))
     step = cache.decode([span]) if len(keys) == 1 else cache.prefill(span, PAGE)
@@ -66,7 +66,7 @@ def write(cache: PagedCache, handle: int, start: int, keys: Tensor) -> None:
     cache.observe(0, torch.randn(len(keys), HEADS, DIM), step)
 
 
-def ask(cache: PagedCache, life: Life, which: IndexSpec) -> Tensor:
+def masses_of(cache: PagedCache, life: Life, which: IndexSpec) -> Tensor:
     """Masses for the sequence's last token, written again."""
     step = cache.decode([Span(life.handle, len(life.keys) - 1, 1)])
     cache.append(0, life.keys[-1:], life.keys[-1:] + 1, step)
@@ -140,7 +140,7 @@ class Lives(RuleBasedStateMachine):
             cache.index(self.which)
             alone.handle = cache.open()
             write(cache, alone.handle, 0, life.keys)
-            torch.testing.assert_close(ask(self.cache, life, self.which), ask(cache, alone, self.which))
+            torch.testing.assert_close(masses_of(self.cache, life, self.which), masses_of(cache, alone, self.which))
 
 
 @pytest.mark.parametrize("name", INDEXES)
@@ -158,7 +158,7 @@ def test_flat_masses_are_log_sums_of_exponentials(length: int) -> None:
     life.handle = cache.open()
     life.keys = torch.randn(length, KV_HEADS, DIM, generator=torch.Generator().manual_seed(1))
     write(cache, life.handle, 0, life.keys)
-    found = ask(cache, life, FlatIndex())
+    found = masses_of(cache, life, FlatIndex())
     keys = life.keys.double().repeat_interleave(HEADS // KV_HEADS, 1)
     scores = torch.einsum("hd,jhd->hj", query()[0].double(), keys) * DIM**-0.5
     pages = [scores[:, start : start + PAGE].logsumexp(1) for start in range(0, length, PAGE)]
@@ -173,7 +173,7 @@ def test_codes_find_the_page_of_a_key_and_bounds_hold() -> None:
     life.keys = torch.randn(40, KV_HEADS, DIM, generator=torch.Generator().manual_seed(2)) * 0.5
     life.keys[17] = query()[0].view(KV_HEADS, -1, DIM).mean(1) * 3
     write(cache, life.handle, 0, life.keys)
-    exact, codes, bounds = (ask(cache, life, INDEXES[name]) for name in ("flat", "codes", "bound"))
+    exact, codes, bounds = (masses_of(cache, life, INDEXES[name]) for name in ("flat", "codes", "bound"))
     exact = exact - exact.logsumexp(-1, keepdim=True)
     assert torch.equal(codes.argmax(-1), exact.argmax(-1))
     scores = exact - exact[..., -1:] + bounds[..., -1:]  # the own page is exact in both
@@ -203,7 +203,7 @@ def test_a_search_after_a_rollback_finds_what_is_there_now(which: Ivf | Graph) -
     life.handle = cache.open()
     life.keys = torch.randn(40, KV_HEADS, DIM, generator=torch.Generator().manual_seed(5))
     write(cache, life.handle, 0, life.keys)
-    ask(cache, life, which)
+    masses_of(cache, life, which)
     for left, more in ((30, 1), (29, 7), (21, 2)):
         cache.rollback(life.handle, left)
         fill = torch.randn(more, KV_HEADS, DIM, generator=torch.Generator().manual_seed(left)) * 3

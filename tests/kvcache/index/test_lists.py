@@ -1,4 +1,4 @@
-"""Lists of keys: how they are made and what a scan of them finds, reference and native twin."""
+"""Inverted lists: clustering and scans, reference and native twin."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class Question:
         keys = torch.randn(room, self.heads[1], self.dim).to(self.dtype)
         k, frames = scattered(keys, self.page_size)
         last = room - self.page_size - 2
-        k[frames[0, :, -1].long(), torch.arange(self.heads[1])] = torch.nan  # nobody has written the last page
+        k[frames[0, :, -1].long(), torch.arange(self.heads[1])] = torch.nan  # the last page is unwritten
         q = torch.randn(rows, self.heads[0] + 1, self.dim).to(self.dtype)[:, 1:]
         positions = torch.cat([torch.tensor([0, 3, self.segment - 1, last]), torch.randint(last, (rows - 4,))]).int()
         pages = self.segment // self.page_size
@@ -137,10 +137,12 @@ class Question:
         return (q, k, frames.expand(rows, -1, -1), positions, [lists[i] for i in order], which), numbers
 
 
-Asked = tuple[Tensor, Tensor, Tensor, Tensor, list[Lists], Tensor]
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor, list[Lists], Tensor]
 
 
-def single_tokens(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, lists: list[Lists], places: Tensor) -> Asked:
+def single_tokens(
+    q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, lists: list[Lists], places: Tensor
+) -> Arguments:
     """The same arguments of `list_masses` with pages of one token, whose masses are the scores of single keys."""
     size = k.shape[2]
     slots = (frames[..., None] * size + torch.arange(size, dtype=torch.int32)).flatten(2)
@@ -160,11 +162,14 @@ QUESTIONS = [
 @NATIVE
 @pytest.mark.parametrize("question", QUESTIONS, ids=range(len(QUESTIONS)))
 def test_the_native_twin_finds_what_the_reference_finds(way: str, question: Question) -> None:
-    asked, numbers = question.make()
+    arguments, numbers = question.make()
     with by("reference"):
-        masses, keys = list_masses(*asked, **numbers), list_masses(*single_tokens(*asked), **numbers)
+        masses, keys = list_masses(*arguments, **numbers), list_masses(*single_tokens(*arguments), **numbers)
     with by(way):
-        found_masses, found_keys = list_masses(*asked, **numbers), list_masses(*single_tokens(*asked), **numbers)
+        found_masses, found_keys = (
+            list_masses(*arguments, **numbers),
+            list_masses(*single_tokens(*arguments), **numbers),
+        )
     assert found_keys.isfinite().equal(keys.isfinite())
     torch.testing.assert_close(found_keys, keys, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(found_masses, masses, atol=1e-5, rtol=1e-5)
@@ -172,11 +177,11 @@ def test_the_native_twin_finds_what_the_reference_finds(way: str, question: Ques
 
 @WAYS
 def test_of_equal_lists_the_first_are_scanned(way: str) -> None:
-    asked, numbers = (question := Question(probes=8)).make()
-    nothing = torch.zeros_like(asked[0])
+    arguments, numbers = (question := Question(probes=8)).make()
+    nothing = torch.zeros_like(arguments[0])
     with by(way):
-        keys = list_masses(*single_tokens(nothing, *asked[1:]), **numbers)
-    for row, position in zip(keys, asked[3].tolist(), strict=True):
+        keys = list_masses(*single_tokens(nothing, *arguments[1:]), **numbers)
+    for row, position in zip(keys, arguments[3].tolist(), strict=True):
         covered = min(position // 4 * 4 // question.segment, question.segments) * question.segment
         expected = torch.arange(keys.shape[2])
         expected = (expected <= position) & ((expected < question.segment) | (expected >= covered))

@@ -42,7 +42,7 @@ class Encoded:
 
 
 def prepare(heads: int, page_size: int, dim: int, bits: int, dtype: torch.dtype) -> Encoded:
-    """Keys whose channels have outliers, and codes that nobody wrote."""
+    """Keys whose channels have outliers, and codes of unwritten pages."""
     k = torch.full((FRAMES, heads, page_size, dim), torch.nan)
     k[LISTED] = torch.randn(len(LISTED), heads, page_size, dim) + 8 * torch.randn(heads, 1, dim)
     summaries = torch.full((FRAMES, heads, 4, dim), torch.nan).to(dtype)
@@ -82,7 +82,7 @@ def levels_of(codes: Codes, frame: int, head: int) -> Tensor:
 
 
 def cells_of(codes: Codes, frame: int, head: int) -> tuple[Tensor, Tensor]:
-    """Where the first cell of each channel begins and how wide all are, [D] fp64 each."""
+    """Lower end of the first cell and width of all, of each channel, [D] fp64 each."""
     middle, half = codes.bounds[frame, head].double() * codes.scales[frame, head].double()[:, None]
     return middle - half, 2 * half / 2**codes.bits
 

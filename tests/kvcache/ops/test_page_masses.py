@@ -40,7 +40,7 @@ class Case:
     page_size: int = 16
     bits: int = 2
     candidates: int = 5
-    spare: int = 0  # pages of the table behind all tokens
+    spare: int = 0  # pages of the table after all tokens
     one_table: bool = False  # for all heads, as an axis of stride 0
     spread: float = 2.0  # of the queries
 
@@ -117,7 +117,7 @@ def make_problem(case: Case, dtype: torch.dtype) -> Problem:
 
 
 def run(backend: Backend, kind: Kind, problem: Problem) -> Tensor:
-    """What the op gives; the exact masses are only defined up to a factor, and become shares here."""
+    """Results of the op; exact masses, which are only defined up to a factor, as shares."""
     masses = run_raw(backend, kind, problem)
     if kind != "exact":
         return masses

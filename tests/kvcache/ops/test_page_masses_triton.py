@@ -143,8 +143,8 @@ def assert_same(op: Op, problem: Problem) -> Tensor:
 def test_masses_are_those_of_the_reference(op: Op, dtype: torch.dtype, case: Case) -> None:
     problem = make_problem(case, dtype)
     masses = assert_same(op, problem)
-    behind = torch.arange(masses.shape[2]) > problem.positions[:, None] // case.page_size
-    assert torch.equal(masses.isneginf(), behind[:, None].expand_as(masses)), "all others hold something"
+    unseen = torch.arange(masses.shape[2]) > problem.positions[:, None] // case.page_size
+    assert torch.equal(masses.isneginf(), unseen[:, None].expand_as(masses)), "all others hold something"
 
 
 @EACH
@@ -191,7 +191,7 @@ def test_rows_alone_and_among_longer_ones_have_the_same_bits(op: Op) -> None:
 
 
 def test_rows_before_the_first_page_see_nothing() -> None:
-    """Means of pages, one token each: a row on its first page has none behind it."""
+    """Means of pages, one token each: a row on its first page has none before it."""
     problem = make_problem(Case((9, 5), page_size=1), torch.float32)
     nowhere = replace(problem, positions=torch.tensor([-1, 3], dtype=torch.int32))
     assert assert_same(exact, nowhere)[0].isneginf().all()

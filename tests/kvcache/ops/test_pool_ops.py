@@ -36,13 +36,13 @@ def admitting(backend: Backend) -> Iterator[str]:
 
 
 class Oracle:
-    """One KV head's pool as the rule says it: pages that are there stay, others take the place read longest ago."""
+    """One KV head's pool by the rule: resident pages stay, others take the place read longest ago."""
 
     def __init__(self, capacity: int) -> None:
         self.slots: list[int | None] = [None] * capacity
         self.read = [-1] * capacity
 
-    def ask(self, wanted: set[int], now: int, before: int) -> tuple[dict[int, int], tuple[int, int, int]]:
+    def admit(self, wanted: set[int], now: int, before: int) -> tuple[dict[int, int], tuple[int, int, int]]:
         there = [slot for slot, frame in enumerate(self.slots) if frame in wanted]
         found = len(there), sum(self.read[slot] % 2 == 1 for slot in there), len(wanted) - len(there)
         if now % 2 == 0:
@@ -65,12 +65,12 @@ def empty(capacity: int, device: str) -> Residents:
 
 Ask = tuple[bool, list[list[list[int]]]]
 pages = st.lists(st.integers(0, 9), max_size=6, unique=True).map(sorted)
-asks = st.lists(st.tuples(st.booleans(), st.lists(st.lists(pages, min_size=4, max_size=4), min_size=2, max_size=2)))
+accesses = st.lists(st.tuples(st.booleans(), st.lists(st.lists(pages, min_size=4, max_size=4), min_size=2, max_size=2)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(deadline=None, max_examples=60)
-@given(capacity=st.integers(1, 30), steps=asks, grouped=st.booleans())
+@given(capacity=st.integers(1, 30), steps=accesses, grouped=st.booleans())
 def test_the_pool_holds_what_the_rule_says(backend: Backend, capacity: int, steps: list[Ask], grouped: bool) -> None:
     """Two rows of two sequences that share five frames, lists for each KV head or for each of two query heads."""
     with admitting(backend) as device:
@@ -79,7 +79,7 @@ def test_the_pool_holds_what_the_rule_says(backend: Backend, capacity: int, step
 
 @pytest.mark.skipif(not find_spec("triton"), reason="no Triton")
 @settings(deadline=None, max_examples=30)
-@given(capacity=st.integers(1, 30), steps=asks, grouped=st.booleans())
+@given(capacity=st.integers(1, 30), steps=accesses, grouped=st.booleans())
 def test_a_gpus_pool_does_too(capacity: int, steps: list[Ask], grouped: bool) -> None:
     """As above, where frames and lists are several programs'."""
     with admitting("triton") as device:
@@ -91,8 +91,8 @@ def follow(residents: Residents, steps: list[Ask], lists: int) -> None:
     oracles = [Oracle(residents.owner.shape[1]) for _ in range(HEADS)]
     frames = torch.tensor([[*range(10)], [*range(5, 10), *range(15, 18), *range(38, 40)]], dtype=torch.int32)
     table = frames.to(residents.where.device)[:, None].expand(-1, HEADS, -1)
-    for clock, (ahead, rows) in enumerate(steps, 1):
-        now, before = (2 * clock - 1, 2 * clock - 2) if ahead else (2 * clock, 2 * clock)
+    for clock, (prefetching, rows) in enumerate(steps, 1):
+        now, before = (2 * clock - 1, 2 * clock - 2) if prefetching else (2 * clock, 2 * clock)
         chosen = torch.full((2, lists, 7), -1, dtype=torch.int32)
         for row in range(2):
             for i in range(lists):
@@ -101,7 +101,7 @@ def follow(residents: Residents, steps: list[Ask], lists: int) -> None:
         for head, oracle in enumerate(oracles):
             mine = range(head * lists // 2, (head + 1) * lists // 2)
             wanted = {int(table[row, head, page]) for row in range(2) for i in mine for page in rows[row][i]}
-            loads, found = oracle.ask(wanted, now, before)
+            loads, found = oracle.admit(wanted, now, before)
             assert loaded(admitted, head) == loads
             assert tuple(admitted.found[head].tolist()) == found
             check_tables(residents, admitted, table, chosen, head, oracle, list(mine))
@@ -128,10 +128,10 @@ def check_tables(
 
 
 @pytest.mark.parametrize("backend", ADMITTERS)
-def test_open_pages_are_nobodys_slots(backend: Backend) -> None:
+def test_slots_of_open_pages_are_never_taken(backend: Backend) -> None:
     with admitting(backend) as device:
         residents = empty(3, device)
-        residents.where[:, 7] = 3  # a tail behind the three slots
+        residents.where[:, 7] = 3  # a tail slot after the three slots
         table = torch.arange(10, dtype=torch.int32, device=device)[None, None].expand(1, HEADS, -1)
         chosen = torch.tensor([2, 7, -1], dtype=torch.int32, device=device)[None, None].expand(1, HEADS, -1)
         admitted = admit(table, chosen, residents, now=2, before=2)
@@ -149,25 +149,25 @@ def test_homes_give_back_what_they_got(backend: Backend, where: str, dtype: torc
         pytest.importorskip("triton")
     device = torch.device("cuda" if where == "triton" and torch.cuda.is_available() else "cpu")
     spec = CacheSpec(num_layers=2, num_kv_heads=3, head_dim=8, page_size=4, dtype=dtype)
-    home = FileStore(spec, tmp_path) if where == "file" else HostStore(spec, device)
+    backing = FileStore(spec, tmp_path) if where == "file" else HostStore(spec, device)
     count = 2 * EXTENT + 3
-    home.claim(range(count))
+    backing.claim(range(count))
     written = torch.randn(2, count, 3, 2, 4, 8).to(dtype)
     order = torch.cat([torch.arange(EXTENT - 2, count), torch.arange(EXTENT - 2)])
     for layer in range(2):
-        home.write(layer, order.tolist(), written[layer][order])
+        backing.write(layer, order.tolist(), written[layer][order])
     some = [0, 5, EXTENT - 1, EXTENT, EXTENT + 1, count - 1]
     read = torch.full((len(some), 3, 2, 4, 8), torch.nan, dtype=dtype, device=device)
-    home.read(1, some, read)
+    backing.read(1, some, read)
     assert torch.equal(read.cpu(), written[1, some])
     pool = torch.full((4, 3, 2, 4, 8), torch.nan, dtype=dtype, device=device)
     loads = torch.tensor([[5, EXTENT, -1], [-1, -1, -1], [1, 5, count - 1]], dtype=torch.int32)
     slots = torch.tensor([[3, 0, -1], [-1, -1, -1], [1, 3, 2]], dtype=torch.int32)
     with use_backend("triton" if where == "triton" else backend):
-        home.fetch(1, pool, loads.to(device), slots.to(device))
+        backing.fetch(1, pool, loads.to(device), slots.to(device))
     for head, row in enumerate(loads.tolist()):
         for frame, slot in zip(row, slots[head].tolist(), strict=True):
             if frame >= 0:
                 assert torch.equal(pool[slot, head].cpu(), written[1, frame, head])
     assert pool.isnan().sum() == (12 - 5) * 64
-    home.close()
+    backing.close()
