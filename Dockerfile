@@ -1,16 +1,16 @@
 # CPU:  docker build -t keysift .
 # CUDA: docker build -t keysift:cuda --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 --build-arg TORCH_BACKEND=cu130 .
 # Run:  docker run -p 50051:50051 keysift serve --strategy streaming
-# Every package has the version and hash of requirements/run.txt; torch has its version, in the build of TORCH_BACKEND,
+# Linux x86-64. Every package has the version and hash of requirements/run.txt; torch has its version, in the build of TORCH_BACKEND,
 # which uv takes from PyTorch's own index (TORCH_BACKEND= takes the package index's).
 ARG BASE=python:3.12-slim
 
-FROM python:3.12-slim AS wheel
+FROM --platform=linux/amd64 python:3.12-slim AS wheel
 RUN apt-get update && apt-get install --no-install-recommends --yes g++ && rm -rf /var/lib/apt/lists/*
 COPY . /src
 RUN pip wheel --no-deps --wheel-dir /wheels /src
 
-FROM ${BASE}
+FROM --platform=linux/amd64 ${BASE}
 ARG TORCH_BACKEND=cpu
 # A base without pip is a CUDA one: Python, and the C compiler and headers with which Triton builds its launchers.
 RUN if ! command -v pip; then \

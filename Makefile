@@ -41,7 +41,7 @@ check: install
 
 # About four hours on two cores, most of it for the quality of prompts and tokens.
 bench: install
-	$(BIN)/python -m uv pip install --quiet --no-deps --python $(BIN)/python --requirement requirements/bench.txt
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --requirement pyproject.toml --extra bench --constraint requirements/bench.txt
 	$(BIN)/python -m benchmarks.ops.attention
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.peers

@@ -22,9 +22,14 @@ class BuildSideBySide(build_ext):
 
 def _compile(compile_one: Any, sources: Sequence[str], *arguments: Any, **options: Any) -> list[str]:
     """The object files of `sources`, in their order."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as compilers:
+    with ThreadPoolExecutor(_cores()) as compilers:
         objects = compilers.map(lambda source: compile_one([source], *arguments, **options), sources)
         return [path for paths in objects for path in paths]
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 setup(cmdclass={"build_ext": BuildSideBySide})

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from keysift.kvcache import Context, Step
+from keysift.kvcache.transfer import to_device
 
 from .ops.column_scores import column_scores
 
@@ -101,4 +102,4 @@ def tails(step: Step, count: int, segment: int = 0) -> Tensor:
 
 def on_device(values: list[int] | list[list[int]], step: Step) -> Tensor:
     """Host integers as an int64 tensor on the step's device, copied without waiting for it."""
-    return torch.tensor(values).to(step.starts.device, non_blocking=True)
+    return to_device(values, step.starts.device)

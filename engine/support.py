@@ -121,7 +121,7 @@ class Limit:
 
 
 UNSUPPORTED = (
-    Limit("kv_offload_memory", (None,), (NO_OFFLOAD,), "it is the size of that store"),
+    Limit("kv_offload_memory", (None, 0), (NO_OFFLOAD,), "it is the size of that store"),
     Limit("kv_prefetch", (0,), (NO_OFFLOAD,), "it fetches pages from that store"),
     Limit("cuda_graphs", (False,), (OFFLOAD,), "its pages move between steps"),
     Limit("cuda_graphs", (False,), (DEVICE_MAP,), "a graph records the work of one device"),

@@ -70,12 +70,19 @@ def _named(node: ast.AST, path: Path) -> Iterator[str]:
     elif isinstance(node, ast.ImportFrom):
         base = origin(node, path)
         yield from (f"{base}.{alias.name}" for alias in node.names)
-    elif isinstance(node, ast.Call) and getattr(node.func, "id", None) == "op":
+    elif isinstance(node, ast.Call) and _called(node) in ("import_module", "__import__"):
+        yield from (str(value.value) for value in node.args[:1] if isinstance(value, ast.Constant))
+    elif isinstance(node, ast.Call) and _called(node) == "op":
         twins = [
             str(word.value.value).partition(":")[0] for word in node.keywords if isinstance(word.value, ast.Constant)
         ]
         folder = ".".join(("keysift", *path.parent.relative_to(ROOT).parts))
         yield from (twin for twin in twins if twin.rpartition(".")[0] != folder)
+
+
+def _called(node: ast.Call) -> str | None:
+    """The last part of the called function's name."""
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", None)
 
 
 def origin(node: ast.ImportFrom, path: Path) -> str:

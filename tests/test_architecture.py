@@ -14,6 +14,7 @@ from . import architecture
 from .architecture import AT_RUN_TIME, LAYERS, ROOT, SOURCES
 
 GRAPH = architecture.import_graph()
+NOT_SHIPPED = ("tests", "benchmarks", "tools", "docs", "examples")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -26,6 +27,7 @@ def test_imports_are_relative_inside_a_package_and_absolute_across(path: Path) -
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             for name in names:
                 assert name.split(".")[0] not in LAYERS, f"{name} must be spelt keysift.{name}"
+                assert name.split(".")[0] not in NOT_SHIPPED, f"{name} is not part of the package"
                 assert not name.startswith(f"keysift.{package}"), f"{name}: inside a package relatively"
 
 
@@ -49,6 +51,26 @@ def test_a_circle_and_an_upward_import_would_be_found() -> None:
     assert architecture.upward(graph) == ["keysift.kvcache.a -> keysift.engine.b"]
     assert "keysift.kvcache.native.library" in GRAPH["keysift.kvcache.ops.summarize.native"]
     assert "keysift.kvcache.ops.page_masses.native" not in GRAPH["keysift.kvcache.ops.page_masses"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f():\n    import keysift.engine.engine",
+        "import importlib\nimportlib.import_module('keysift.engine.engine')",
+        "__import__('keysift.engine.engine')",
+        "from . import dispatch\n@dispatch.op(native='keysift.engine.engine:f')\ndef f(): ...",
+    ],
+)
+def test_an_import_is_found_however_it_is_spelt(source: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(architecture, "ROOT", tmp_path)
+    path = tmp_path / "kvcache" / "a.py"
+    path.parent.mkdir()
+    path.write_text(source)
+    monkeypatch.setattr(architecture, "SOURCES", [path, tmp_path / "engine" / "engine.py"])
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "engine.py").write_text("")
+    assert architecture.upward(architecture.import_graph()) == ["keysift.kvcache.a -> keysift.engine.engine"]
 
 
 def test_every_package_is_listed() -> None:

@@ -63,6 +63,16 @@ def test_a_lock_meets_what_pyproject_asks_for(name: str, asked: list[str], pytho
         assert requirement.specifier.contains(pinned), f"{requirement} is locked as {pinned}: make lock"
 
 
+def test_the_installer_is_the_same_on_every_system() -> None:
+    """A marker that leaves it out is no error to pip; the next step then finds no uv."""
+    assert [pin.marker for pin in pins(ROOT / "requirements" / "uv.txt")] == [None]
+
+
+def test_settings_of_the_lock_are_not_those_of_users() -> None:
+    """In pyproject.toml they would count for every `uv` command in a checkout: a CUDA torch without its libraries."""
+    assert "uv" not in PROJECT["tool"]
+
+
 @pytest.mark.parametrize("python", PYTHONS)
 def test_what_is_served_is_what_is_tested(python: str) -> None:
     """The image's packages, and those of the benchmarks, have the versions of the tests."""

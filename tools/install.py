@@ -1,8 +1,8 @@
 """Build the virtual environment that `make` works in: python3 tools/install.py [--help].
 
-Standard library only. On Linux x86-64 every package has the version and hash of requirements/dev.txt; elsewhere the
-ranges of pyproject.toml count. The environment is made anew whenever the lock, pyproject.toml, the Makefile or this
-file changed, so that nothing installed by hand can hide a missing dependency.
+Standard library only. Every package has the version and hash of requirements/dev.txt. The environment is made anew
+whenever that file, pyproject.toml, the Makefile or this file changed, so that nothing installed by hand can hide a
+missing dependency. Tested on Linux x86-64.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCK, UV_LOCK = ROOT / "requirements" / "dev.txt", ROOT / "requirements" / "uv.txt"
-RECIPE = (LOCK, UV_LOCK, ROOT / "pyproject.toml", ROOT / "Makefile", Path(__file__).resolve())
-LOCKED = sys.platform == "linux" and platform.machine() == "x86_64"
+UV_TOML = ROOT / "requirements" / "uv.toml"
+RECIPE = (LOCK, UV_LOCK, UV_TOML, ROOT / "pyproject.toml", ROOT / "Makefile", Path(__file__).resolve())
+CUDA_BY_DEFAULT = sys.platform == "linux" and platform.machine() == "x86_64"
+"""Whether the package index's torch is the CUDA build, which is gigabytes larger."""
 EXTRAS = ("dev", "docs", "triton")
+UV_NAMES = {"PIP_INDEX_URL": "UV_DEFAULT_INDEX", "PIP_EXTRA_INDEX_URL": "UV_INDEX", "PIP_CERT": "SSL_CERT_FILE"}
 VERSIONS = {
     "locked": "the versions of requirements/dev.txt",
     "oldest": "the least version of every direct dependency that pyproject.toml allows",
@@ -43,14 +46,21 @@ class Environment:
         run(self.python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
 
     def uv(self, *arguments: str) -> None:
-        run(self.python, "-m", "uv", "--quiet", *arguments, "--python", self.python)
+        run(self.python, "-m", "uv", "--quiet", *arguments, "--python", self.python, environment=_as_for_pip())
+
+
+def _as_for_pip() -> dict[str, str]:
+    """The process's variables, with those that name pip's indexes and certificates under uv's names too."""
+    known = {ours: os.environ[theirs] for theirs, ours in UV_NAMES.items() if theirs in os.environ}
+    return known | dict(os.environ)
 
 
 def main() -> int:
     arguments = parse()
     environment = Environment(ROOT / arguments.folder)
     try:
-        ensure(environment, arguments.versions)
+        with one_at_a_time(environment.folder):
+            ensure(environment, arguments.versions)
     except subprocess.CalledProcessError as error:
         print(f"{' '.join(map(str, error.cmd))}\n{error.output or ''}exit status {error.returncode}", file=sys.stderr)
         return 1
@@ -59,10 +69,32 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--folder", default=".venv", help="of the environment, below the repository (%(default)s)")
+    parser.add_argument(
+        "--folder", default=".venv", type=venv_name, help="of the environment, in the repository (%(default)s)"
+    )
     meanings = "; ".join(f"{name}: {meaning}" for name, meaning in VERSIONS.items())
     parser.add_argument("--versions", default="locked", choices=VERSIONS, help=meanings)
     return parser.parse_args()
+
+
+def venv_name(text: str) -> str:
+    """A folder that may be deleted and made anew: one whose name begins with .venv, right in the repository."""
+    if Path(text).name != text or not text.startswith(".venv"):
+        raise argparse.ArgumentTypeError(f"a name that begins with .venv, got {text!r}")
+    return text
+
+
+@contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait for other installs into this folder, which would delete what this one installs."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    with (ROOT / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def ensure(environment: Environment, versions: str) -> None:
@@ -80,19 +112,18 @@ def ensure(environment: Environment, versions: str) -> None:
 
 def create(environment: Environment, versions: str) -> None:
     with step("virtual environment"):
-        shutil.rmtree(environment.folder, ignore_errors=True)
-        run(sys.executable, "-m", "venv", environment.folder)
+        run(sys.executable, "-m", "venv", "--clear", environment.folder)
         environment.pip("install", "--require-hashes", "--requirement", str(UV_LOCK))
     with step(f"torch {torch_version()}"):
         install_torch(environment)
-    with step(f"packages ({versions if LOCKED or versions != 'locked' else 'unlocked: not Linux x86-64'})"):
+    with step(f"packages ({versions})"):
         install_packages(environment, versions)
 
 
 def install_torch(environment: Environment) -> None:
     """The CPU build where there is no GPU and an index has it, else what the package index gives."""
     pinned = f"torch=={torch_version()}"
-    if shutil.which("nvidia-smi") or not LOCKED:
+    if shutil.which("nvidia-smi") or not CUDA_BY_DEFAULT:
         environment.pip("install", pinned)
         return
     attempts: tuple[Callable[[], None], ...] = (
@@ -111,7 +142,7 @@ def install_torch(environment: Environment) -> None:
 
 def install_packages(environment: Environment, versions: str) -> None:
     pinned = f"torch=={torch_version()}"
-    if versions == "locked" and LOCKED:
+    if versions == "locked":
         environment.uv("pip", "install", "--no-deps", "--requirement", str(LOCK))
         return
     resolution = "lowest-direct" if versions == "oldest" else "highest"
@@ -151,21 +182,22 @@ def step(name: str) -> Iterator[None]:
     print(f"{time.monotonic() - start:6.1f} s", flush=True)
 
 
-def run(*command: str | Path) -> None:
+def run(*command: str | Path, environment: dict[str, str] | None = None) -> None:
     """Raises `subprocess.CalledProcessError` with all that the command printed."""
-    subprocess.run(command, cwd=ROOT, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    subprocess.run(
+        command, cwd=ROOT, check=True, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def torch_version() -> str:
-    """The version that pyproject.toml holds torch to."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    pins: list[str] = project["tool"]["uv"]["constraint-dependencies"]
+    """The version that requirements/uv.toml holds torch to."""
+    pins: list[str] = tomllib.loads(UV_TOML.read_text())["constraint-dependencies"]
     return next(pin.removeprefix("torch==") for pin in pins if pin.startswith("torch=="))
 
 
 def kernel_sources() -> list[Path]:
     folder = ROOT / "kvcache" / "native"
-    return sorted([*folder.glob("*.cpp"), *folder.glob("*.h")])
+    return sorted([*folder.glob("*.cpp"), *folder.glob("*.h"), ROOT / "setup.py"])
 
 
 def fingerprint(files: Sequence[Path], *words: str) -> str:

@@ -45,13 +45,10 @@ class InfLLMv2(BlockStrategy):
     def from_config(cls, stated: Mapping[str, object]) -> dict[str, object]:
         """MiniCPM's `sparse_config`: contexts shorter than `dense_len` are dense, and `use_nope` has to be off."""
         options = dict(stated)
-        if options.pop("use_nope", False):
-            raise ValueError("use_nope: keys are cached after rotary embedding only, got True")
-        dense_len = options.pop("dense_len", None)
-        if isinstance(dense_len, int):
-            options["dense_below"] = max(dense_len - 1, 0)
-        elif dense_len is not None:
-            raise ValueError(f"dense_len: a number of tokens, got {dense_len!r}")
+        if (use_nope := options.pop("use_nope", False)) is not False:
+            raise ValueError(f"use_nope: keys are cached after rotary embedding only, got {use_nope!r}")
+        if "dense_len" in options:
+            options["dense_below"] = max(_dense_len(options.pop("dense_len")) - 1, 0)
         return options
 
     def choose(self, q: Tensor, context: Context) -> Tensor:
@@ -65,3 +62,10 @@ class InfLLMv2(BlockStrategy):
     @property
     def most_blocks(self) -> int:
         return self.topk + self.local_blocks
+
+
+def _dense_len(stated: object) -> int:
+    """The whole number of tokens that a configuration states, -1: none."""
+    if isinstance(stated, int | float) and not isinstance(stated, bool) and stated >= -1 and stated == int(stated):
+        return int(stated)
+    raise ValueError(f"dense_len: a number of tokens or -1, got {stated!r}")

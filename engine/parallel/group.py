@@ -185,7 +185,7 @@ def _facts(device: torch.device) -> Facts:
     """Facts that decide whether this process can start ranks on devices of this kind."""
     return Facts(
         runs_on=device,
-        gpus=torch.cuda.device_count(),
+        gpus=torch.cuda.device_count() if torch.cuda.is_available() else 0,  # a driver may count what torch cannot use
         torch_distributed=dist.is_available(),
         splits_weights=splits_weights(),
         torchrun=int(os.environ.get("WORLD_SIZE", "1")) > 1,

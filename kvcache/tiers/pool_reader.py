@@ -62,7 +62,8 @@ class PoolReader:
     """The pages of generated tokens: open ones in tails, full ones in slots, aged by a clock that steps advance.
 
     Each KV head fetches its own pages, in place of those that were read longest ago, so that pages which the next token
-    reads again do not move. On a GPU nothing here waits for the device, unless a fetch fails.
+    reads again do not move. On a GPU nothing here waits for the device, unless a fetch fails, or
+    the store has grown: `fetch` then copies the addresses of its extents.
     """
 
     def __init__(

@@ -360,7 +360,12 @@ def test_contexts_shorter_than_dense_len_are_read_completely(dense_len: int, lea
 
 @pytest.mark.parametrize(
     ("stated", "message"),
-    [({"use_nope": True}, "use_nope: keys are cached"), ({"dense_len": "x"}, "dense_len: a number")],
+    [
+        ({"use_nope": True}, "use_nope: keys are cached"),
+        ({"dense_len": "x"}, "dense_len: a number"),
+        ({"use_nope": None}, "use_nope: keys are cached"),
+        *(({"dense_len": wrong}, "dense_len: a number") for wrong in (-7, True, None, 0.5)),
+    ],
 )
 def test_a_configuration_that_is_not_supported(stated: dict[str, object], message: str) -> None:
     with pytest.raises(StrategyError, match=f"strategy infllmv2: {message}"):

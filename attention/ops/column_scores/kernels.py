@@ -1,4 +1,4 @@
-"""The Triton kernels of `column_scores`; `column_scores_triton` launches them."""
+"""Triton kernels of `column_scores`, launched by `triton`."""
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ Strategies = Annotated[
     list[str] | None,
     typer.Option(
         "--strategy",
+        "--strategies",
         help="attention strategy of all requests, options of its own after commas; none: the server's",
         rich_help_panel="Load",
     ),
