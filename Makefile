@@ -7,8 +7,9 @@ export GOMP_SPINCOUNT ?= 20000
 # Processes that share the tests: most of them keep one core busy.
 TESTERS ?= 2
 PYTEST := -m pytest -q -m "not slow and not gpu" -n $(TESTERS) --dist loadfile
-# The tests that meet the libraries whose versions float: models, the engine, the wire.
-MATRIX := tests/engine tests/server
+# The tests that meet the libraries whose versions float: models, tokenizers, the engine, the wire, the command line.
+MATRIX := tests/engine/model tests/engine/execution tests/engine/parallel tests/engine/text tests/engine/test_parity.py \
+	tests/engine/test_engine.py tests/engine/test_llm.py tests/server tests/test_examples.py
 
 .PHONY: install lock demo test test-matrix check bench docs proto format clean
 

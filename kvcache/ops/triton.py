@@ -11,6 +11,8 @@ import triton
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
+NO_SPILLS = {"maxnreg": 128}
+"""For NVIDIA: without a bound Triton 3.7's ptxas spills a few registers that it has, to fit more programs at once."""
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 

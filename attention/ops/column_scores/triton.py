@@ -60,7 +60,7 @@ def _tile(shared_memory: int, head_dim: int, dtype: torch.dtype, queries: int) -
     """A table, as that of `paged_attention`; the keys of a tile are whole pages unless pages are larger."""
     wide, stages = head_dim > 128, stages_of(shared_memory)
     if dtype == torch.float32:  # exact products live in registers
-        return Tile(16, 16, 4, 1) if wide else Tile(16 if queries <= 16 else 32, 16, 4, min(stages, 2))
+        return Tile(16 if wide or queries <= 16 else 32, 16, 4, min(stages, 2))
     if queries <= 16:
         return Tile(16, 32 if wide else 64, 4, min(stages + 1, 3))
     return Tile(64, 32 if wide else 64, 4, stages)

@@ -57,7 +57,7 @@ def _tile(shared_memory: int, head_dim: int, dtype: torch.dtype, queries: int) -
     if dtype == torch.float32:  # exact products miss NVIDIA's tensor cores and live in registers
         if head_dim > 64:
             return Tile(16, 16, 4, 1)
-        return Tile(16, 32, 4, 1) if queries <= 16 else Tile(32, 32, 4, min(stages, 2))
+        return Tile(16, 32, 4, 1) if queries <= 16 else Tile(32, 32, 4, 1 if head_dim <= 16 else min(stages, 2))
     if queries <= 16:
         return Tile(16, 32 if wide else 64, 4, stages if head_dim <= 16 else min(stages + 1, 3))
     if wide:

@@ -12,7 +12,7 @@ from torch import Tensor
 from keysift.kvcache.ops.dispatch import UnsupportedCall
 from keysift.kvcache.ops.heaviest import triton as heaviest
 from keysift.kvcache.ops.heaviest.triton import Pieces, block_of, cut, fits
-from keysift.kvcache.ops.triton import Config, runs_here
+from keysift.kvcache.ops.triton import NO_SPILLS, Config, runs_here
 
 from . import ONE, SteadyPages
 from .kernels import average_kernel, steady_kernel
@@ -78,7 +78,8 @@ def config(max_pages: int, amd: bool = torch.version.hip is not None, fewest: in
     """
     block = block_of(max_pages)
     warps = min(8 if amd else 16, max(fewest, block // 512))
-    return Config({"BLOCK_F": block}, {"num_warps": warps, "enable_fp_fusion": False})
+    options = NO_SPILLS if warps == 16 else {}
+    return Config({"BLOCK_F": block}, {"num_warps": warps, "enable_fp_fusion": False, **options})
 
 
 def _cut(

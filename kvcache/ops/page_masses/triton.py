@@ -13,7 +13,7 @@ from torch import Tensor
 from ..dispatch import UnsupportedCall
 from ..encode import Codes
 from ..heaviest.triton import fits, heaviest
-from ..triton import FLOATS, Config, channels, runs_here
+from ..triton import FLOATS, NO_SPILLS, Config, channels, runs_here
 from .code_kernels import centres_kernel, codes_kernel
 from .kernels import bounds_kernel, masses_kernel
 
@@ -103,7 +103,8 @@ def masses_config(dim: int, page_size: int, dtype: torch.dtype) -> Config:
 def codes_config(dim: int, page_size: int, dtype: torch.dtype, amd: bool = AMD) -> Config:
     """For masses of pages by their codes; OWN_S slots of the row's own page are read at once."""
     blocks = _blocks(dim, page_size, dtype)
-    return Config(blocks | {"OWN_S": max(16, blocks["BLOCK_S"])}, _warps(dtype, amd))
+    options = _warps(dtype, amd) | (NO_SPILLS if dim > 128 and not amd else {})
+    return Config(blocks | {"OWN_S": max(16, blocks["BLOCK_S"])}, options)
 
 
 def bounds_config(dim: int, page_size: int, dtype: torch.dtype, amd: bool = AMD) -> Config:
