@@ -82,7 +82,7 @@ ONE_DEVICE = Condition(
 )
 GPUS = Condition("gpus", lambda count: count > 0, "where there are GPUs")
 NO_DISTRIBUTED = Condition("torch_distributed", lambda built: not built, "with a torch without torch.distributed")
-NO_SPLIT = Condition("splits_weights", lambda able: not able, "with transformers before 5.23")
+NO_SPLIT = Condition("splits_weights", lambda able: not able, "with a transformers that has no DistributedConfig")
 TORCHRUN = Condition("torchrun", bool, "under torchrun")
 PROCESS_GROUP = Condition("process_group", bool, "in a process that is in a process group")
 ONE_PROCESS = Condition("one_process", bool, "for evaluation and calibration")

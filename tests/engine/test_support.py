@@ -34,7 +34,7 @@ MET: Mapping[str, tuple[dict[str, object], dict[str, object]]] = {
     "on the CPU or one GPU": ({}, {"runs_on": torch.device("cuda:1")}),
     "where there are GPUs": ({}, {"gpus": 2}),
     "with a torch without torch.distributed": ({}, {"torch_distributed": False}),
-    "with transformers before 5.23": ({}, {"splits_weights": False}),
+    "with a transformers that has no DistributedConfig": ({}, {"splits_weights": False}),
     "under torchrun": ({}, {"torchrun": True}),
     "in a process that is in a process group": ({}, {"process_group": True}),
     "for evaluation and calibration": ({}, {"one_process": True}),

@@ -9,9 +9,11 @@ import psutil
 
 from keysift.engine import Finish
 from keysift.server.client import Client
+from tests.models import splits_odd_heads
 
 from .test_serve import PLAIN, rest, serving
 
+pytestmark = splits_odd_heads
 PAIR = {"KEYSIFT_TENSOR_PARALLEL_SIZE": "2", "KEYSIFT_DTYPE": "float32"}
 
 

@@ -31,6 +31,7 @@ from keysift.engine.parallel.orders import Order, RecordedCache, replay
 from keysift.kvcache import CacheSpec, OutOfFrames, PagedCache, Phase, Traffic
 from keysift.kvcache.index import FlatIndex, Ivf
 from tests.engine.driver import drain, finish_of, greedy, said, tokens
+from tests.models import splits_odd_heads
 
 PAGES = 34
 PAGE_BYTES = CacheSpec(num_layers=2, num_kv_heads=2, head_dim=8, dtype=torch.float32, code_bits=2).page_bytes
@@ -78,6 +79,7 @@ def run(engine: Engine, *requests: Request) -> list[Output]:
     return drain(engine)
 
 
+@splits_odd_heads
 def test_each_has_its_own_heads_and_all_have_the_same_pages(alone: Engine, pair: Engine) -> None:
     assert (alone.model.num_query_heads, alone.model.num_kv_heads) == (4, 2)
     assert (pair.model.ranks, pair.model.num_query_heads, pair.model.num_kv_heads) == (2, 2, 1)
@@ -85,6 +87,7 @@ def test_each_has_its_own_heads_and_all_have_the_same_pages(alone: Engine, pair:
     assert pair.status.page_bytes == alone.status.page_bytes // 2
 
 
+@splits_odd_heads
 @pytest.mark.parametrize("how", [{}, SPARSE, INDEXED], ids=["dense", "sparse", "indexed"])
 def test_several_requests_give_the_tokens_of_one_process(alone: Engine, pair: Engine, how: dict[str, Any]) -> None:
     salt = str(how)  # none finds pages of another test
@@ -97,6 +100,7 @@ def test_several_requests_give_the_tokens_of_one_process(alone: Engine, pair: En
     assert pair.scheduler.preemptions > before, "the pages of some had to be taken away and computed again"
 
 
+@splits_odd_heads
 def test_statistics_are_of_all_heads(alone: Engine, pair: Engine) -> None:
     found = []
     for engine in (alone, pair):
@@ -110,6 +114,7 @@ def test_statistics_are_of_all_heads(alone: Engine, pair: Engine) -> None:
     }
 
 
+@splits_odd_heads
 def test_an_abort_in_the_middle_leaves_the_others_alone(alone: Engine, pair: Engine) -> None:
     expected = said(run(alone, Request("stays", PROMPTS[1], greedy(16), **SPARSE)), "stays")
     pair.add(Request("stays", PROMPTS[1], greedy(16), **SPARSE))
@@ -123,6 +128,7 @@ def test_an_abort_in_the_middle_leaves_the_others_alone(alone: Engine, pair: Eng
     assert 0 < len(said(outputs, "goes")) < 40
 
 
+@splits_odd_heads
 def test_pages_are_found_again_and_sampled_tokens_are_the_leaders(alone: Engine, pair: Engine) -> None:
     params = SamplingParams(max_new_tokens=12, ignore_eos=True, temperature=0.8, seed=3, logprobs=2)
     said_by = []
@@ -135,12 +141,14 @@ def test_pages_are_found_again_and_sampled_tokens_are_the_leaders(alone: Engine,
     assert said_by[0] == said_by[1]
 
 
+@splits_odd_heads
 def test_an_idle_group_runs_again(pair: Engine) -> None:
     assert pair.step() == []
     (finish,) = (output for output in run(pair, Request("a", tokens(5), greedy(1))) if isinstance(output, Finish))
     assert finish.usage.completion_tokens == 1
 
 
+@splits_odd_heads
 def test_a_process_leads_one_group_which_is_not_for_evaluations(tiny_llama: Path, pair: Engine) -> None:
     with pytest.raises(InvalidRequest, match=r"tensor_parallel_size: 1 in a process that is in a process group"):
         build(tiny_llama, 2)

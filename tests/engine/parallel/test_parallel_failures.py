@@ -18,6 +18,7 @@ from keysift.engine.parallel.group import Leader, _end
 from keysift.engine.parallel.orders import Order
 from keysift.engine.parallel.peers import Peer, RankFailed
 from tests.engine.driver import drain, greedy, tokens
+from tests.models import splits_odd_heads
 
 SOON_S = 10.0
 
@@ -29,6 +30,7 @@ def build(folder: Path, kv_memory: int = 2**20) -> tuple[Engine, Leader]:
     return engine, engine.group
 
 
+@splits_odd_heads
 def test_a_process_that_is_killed_ends_the_engine(tiny_llama: Path) -> None:
     engine, leader = build(tiny_llama)
     failures: SimpleQueue[KeysiftError] = SimpleQueue()
@@ -46,12 +48,14 @@ def test_a_process_that_is_killed_ends_the_engine(tiny_llama: Path) -> None:
     assert not dist.is_initialized()
 
 
+@splits_odd_heads
 def test_errors_while_loading_are_raised_by_the_leader(tiny_llama: Path) -> None:
     with pytest.raises(InvalidRequest, match=r"kv_memory: at least one page = 2480 bytes, got 1000"):
         build(tiny_llama, kv_memory=1000)
     assert not dist.is_initialized()
 
 
+@splits_odd_heads
 def test_a_failure_of_a_follower_is_reported(
     tiny_llama: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,7 @@ def test_a_load_has_one_address_and_one_strategy(
 def test_a_load_takes_no_flags_of_an_engine(run: Run, tmp_path: Path, flag: str) -> None:
     status, out, err = run("load", "127.0.0.1:1", flag, "2", "--output-dir", tmp_path / "out")
     assert (status, out) == (2, "")
-    assert f"No such option: {flag}" in err
+    assert re.search(rf"No such option:? .?{flag}\b", err)  # typer before 0.20 quotes it
     assert not (tmp_path / "out").exists()
 
 

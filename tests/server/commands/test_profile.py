@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -89,7 +90,7 @@ def test_a_profile_is_not_compared_with_a_load(run: Run, model_folder: Path, tmp
 def test_a_profile_takes_no_flags_of_a_load(run: Run, model_folder: Path, tmp_path: Path, flag: str) -> None:
     status, out, err = run("profile", model_folder, flag, "2", "--output-dir", tmp_path / "out")
     assert (status, out) == (2, "")
-    assert f"No such option: {flag}" in err
+    assert re.search(rf"No such option:? .?{flag}\b", err)  # typer before 0.20 quotes it
     assert not (tmp_path / "out").exists()
 
 
