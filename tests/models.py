@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 splits_odd_heads = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
-    reason="before 5.23 transformers does not split a head of 259 outputs between two ranks",
+    reason="transformers 5.17 does not split a head of 259 outputs between two ranks, 5.23 and later do",
 )
 SPECIAL = ("<unk>", "<|start|>", "<|end|>")
 CHAT_TEMPLATE = (
