@@ -107,9 +107,20 @@ class EngineConfig(Checked):
     )
     max_num_seqs: int = Field(32, ge=1, description="most requests that run at once")
     max_queue: int = Field(256, ge=0, description="most requests that wait")
+    patience: int = Field(
+        256,
+        ge=0,
+        description="steps after which a waiting request goes before all that came later, whatever their priority; "
+        "until then requests that fit pass one that waits for pages",
+    )
     prefill_chunk: int = Field(1024, ge=1, description="most prompt tokens of a step, a multiple of queries_per_row")
     queries_per_row: int = Field(64, ge=1, description="prompt tokens that share a selection, a multiple of page_size")
     prefix_cache: bool = Field(True, description="keep KV pages of prompts for later prompts that begin alike")
+    reproducible: bool = Field(
+        False,
+        description="reuse cached prefixes in whole chunks only, and never pages of generated tokens, so that answers "
+        "have the same bits with and without them; without it those after a reused dense prompt may differ by rounding",
+    )
     trust_remote_code: bool = Field(False, description="run model code that comes with the weights")
     seed: int = Field(0, ge=0, description="seed of requests that sample without one of their own")
 

@@ -34,3 +34,7 @@ class ResourceExhausted(KeysiftError):
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class EngineBroken(KeysiftError):
+    """The engine cannot run any request any more."""

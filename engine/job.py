@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from . import metrics
 from .execution.sampler import Sampled, SamplerState
 from .request import Finish, FinishReason, Output, TokenOutput
-from .scheduling.failures import Failure
+from .scheduling.failures import Failure, naming
 from .scheduling.sequence import Sequence
 from .text.transcript import Transcript
 
@@ -28,10 +28,11 @@ class Job:
         """Append a sampled token. Returns its output and the reason that the request ends with it, if it does."""
         token, logprobs = choice
         self.sampler.generated.append(token)
-        text = self.transcript.push(token)
-        reason = FinishReason.STOP if self.transcript.matched is not None else None
-        if reason is None and self.sequence.num_generated >= self.sequence.max_new_tokens:
-            text, reason = text + self.transcript.flush(), FinishReason.LENGTH
+        with naming("detokenising"):
+            text = self.transcript.push(token)
+            reason = FinishReason.STOP if self.transcript.matched is not None else None
+            if reason is None and self.sequence.num_generated >= self.sequence.max_new_tokens:
+                text, reason = text + self.transcript.flush(), FinishReason.LENGTH
         return TokenOutput(self.request_id, text, (token,), (logprobs,) if logprobs else ()), reason
 
     def finish(self, reason: FinishReason, failure: Failure | None = None) -> Finish:

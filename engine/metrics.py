@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+from collections.abc import Callable
+from typing import ParamSpec
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from keysift.kvcache import Phase
 
 from .request import EngineStatus, Finish, FinishReason
 from .scheduling.sequence import Sequence
+
+P = ParamSpec("P")
+
+logger = logging.getLogger(__name__)
 
 _SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1800)
 _SHARES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -55,6 +64,20 @@ REQUEST_FAILURES = Counter(
 DENSE_FALLBACK = _counter("dense_fallback_total", "Requests that ran dense below a strategy's crossover")
 
 
+def _harmless(observe: Callable[P, None]) -> Callable[P, None]:
+    """Log what an observation raises: counting must not end what it counts."""
+
+    @functools.wraps(observe)
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            observe(*args, **kwargs)
+        except Exception:
+            logger.exception("a metric was not counted")
+
+    return call
+
+
+@_harmless
 def observe_status(status: EngineStatus) -> None:
     """Set the gauges to the engine's state."""
     RUNNING.set(status.running)
@@ -62,6 +85,7 @@ def observe_status(status: EngineStatus) -> None:
     KV_CACHE_USAGE.set(1 - status.pages_free / status.pages_total)
 
 
+@_harmless
 def observe_finish(finish: Finish, sequence: Sequence) -> None:
     """Count a finished request."""
     label, timings, usage, sparsity = finish.sparsity.strategy, finish.timings, finish.usage, finish.sparsity

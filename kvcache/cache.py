@@ -122,11 +122,11 @@ class PagedCache:
         del held[count:]
         self.recent.drop(sequence)
 
-    def keep(self, sequence: int, keys: Sequence[bytes], first_page: int = 0) -> None:
-        """Offer full pages from `first_page` on for reuse under these prefix keys."""
+    def keep(self, sequence: int, keys: Sequence[bytes], first_page: int = 0, note: object = None) -> None:
+        """Offer full pages from `first_page` on for reuse under these prefix keys, each with this note."""
         held = self._frames[sequence]
         for key, frame in zip(keys, held[first_page:], strict=False):
-            self.prefix.insert(key, frame)
+            self.prefix.insert(key, frame, note)
 
     def withdraw(self, sequence: int) -> None:
         """End the reuse of all pages of the sequence, those that it shares included."""

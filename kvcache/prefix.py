@@ -37,6 +37,7 @@ class PrefixCache:
         self._allocator = allocator
         self._frames: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
+        self._notes: dict[int, object] = {}
         allocator.on_evict = self._forget
 
     def __len__(self) -> int:
@@ -51,12 +52,17 @@ class PrefixCache:
             frames.append(frame)
         return frames
 
-    def insert(self, key: bytes, frame: int) -> None:
-        """Offer a full, held frame for reuse; a key that is known already keeps its frame."""
+    def note(self, frame: int) -> object:
+        """The note of an offered frame."""
+        return self._notes[frame]
+
+    def insert(self, key: bytes, frame: int, note: object = None) -> None:
+        """Offer a full, held frame for reuse, with a note; a key that is known already keeps its frame."""
         if key in self._frames:
             return
         self._frames[key] = frame
         self._keys[frame] = key
+        self._notes[frame] = note
         self._allocator.keep(frame)
 
     def withdraw(self, frame: int) -> None:
@@ -66,4 +72,4 @@ class PrefixCache:
             self._allocator.unkeep(frame)
 
     def _forget(self, frame: int) -> None:
-        del self._frames[self._keys.pop(frame)]
+        del self._frames[self._keys.pop(frame)], self._notes[frame]

@@ -150,7 +150,9 @@ def _request(
         batch = scheduler.next_batch()
         assert batch is not None, "it runs alone"
         result = runner.run(batch, [state] * len(batch.sampled))
-        scheduler.commit(batch, [token for token, _ in result.sampled])
+        tokens = {sequence: token for sequence, (token, _) in zip(batch.sampled, result.sampled, strict=True)}
+        for sequence, span in zip(batch.sequences, batch.spans, strict=True):
+            scheduler.commit(sequence, span, tokens.get(sequence), perf_counter())
         state.generated += [token for token, _ in result.sampled]
         times += [perf_counter()] * len(result.sampled)
         reads[batch.phase] += result.reads[0]

@@ -8,6 +8,7 @@ from keysift.attention import Coverage, Locality, Reads, Strategy
 from keysift.kvcache import Phase, Span, Traffic
 
 from ..scheduling.scheduler import Batch
+from ..scheduling.sequence import Statistics
 from .sampler import Sampled
 
 
@@ -19,7 +20,13 @@ class StepResult:
     reads: list[Reads]
     coverage: list[Coverage]
     traffic: Traffic
+    """Of all sequences together."""
     locality: list[Locality]
+
+    def statistics(self, place: int) -> Statistics:
+        """The share of the batch's sequence at this place."""
+        shared = self.traffic // len(self.reads)
+        return Statistics(self.reads[place], self.coverage[place], shared, self.locality[place])
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +43,6 @@ class ForwardInput:
 
     @classmethod
     def of(cls, batch: Batch) -> ForwardInput:
-        """The input of a batch."""
-        """The input of a batch."""
         """The input of a batch."""
         pairs = zip(batch.sequences, batch.spans, strict=True)
         tokens = [token for sequence, span in pairs for token in sequence.tokens[span.start : span.stop]]

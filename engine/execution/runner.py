@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -15,11 +16,12 @@ from keysift.kvcache.ops import BackendUnavailable, use_backend
 from ..config import EngineConfig
 from ..errors import InvalidRequest
 from ..model.loaded import LoadedModel
+from ..scheduling.failures import naming
 from ..scheduling.scheduler import Batch
 from .forward import ForwardInput, StepResult
 from .graphs import Graphs
 from .recorder import Record
-from .sampler import Sampled, SamplerState, sample
+from .sampler import SamplerState, sample
 
 
 def check_kernel(kernel: DenseKernel, cache: PagedCache) -> None:
@@ -68,17 +70,22 @@ class Runner:
 
     def run(self, batch: Batch, states: SequenceOf[SamplerState]) -> StepResult:
         """Run the batch and sample with one state for each of `batch.sampled`."""
+        logits, result = self.attend(batch)
+        with self.spans("sampling"), torch.inference_mode(), naming("sampling"):
+            return replace(result, sampled=sample(logits, states))
+
+    def attend(self, batch: Batch) -> tuple[torch.Tensor, StepResult]:
+        """Next-token logits [B, V] fp32 of the sampled sequences, and the step's result without tokens."""
         before = self._cache.tier.traffic
         logits, telemetry = self.forward(batch, self._last(batch))
-        with self.spans("sampling"), torch.inference_mode():
-            sampled = sample(logits, states)
-        return self.result(sampled, telemetry, before)
+        return logits, self.result(telemetry, before)
 
-    def result(self, sampled: list[Sampled], telemetry: Telemetry, before: Traffic) -> StepResult:
-        """Result of a step, given the tier's traffic before it."""
-        reads = telemetry.reads()
-        moved = self._cache.tier.traffic - before
-        return StepResult(sampled, reads, telemetry.coverage(reads), moved, telemetry.locality())
+    def result(self, telemetry: Telemetry, before: Traffic) -> StepResult:
+        """Result of a step without its tokens, given the tier's traffic before it."""
+        with naming("telemetry"):
+            reads = telemetry.reads()
+            moved = self._cache.tier.traffic - before
+            return StepResult([], reads, telemetry.coverage(reads), moved, telemetry.locality())
 
     def forward(self, batch: Batch, last: torch.Tensor) -> tuple[torch.Tensor, Telemetry]:
         """Next-token logits [B, V] fp32 after the packed tokens at indices last [B], and the step's telemetry."""

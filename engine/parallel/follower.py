@@ -83,7 +83,7 @@ def _execute(runner: Runner, cache: PagedCache, order: Order) -> StepResult:
     replay(cache, order)
     before = cache.tier.traffic
     _, telemetry = runner.compute(order.work, torch.tensor(order.last, dtype=torch.int64, device=cache.device))
-    return runner.result([], telemetry, before)
+    return runner.result(telemetry, before)
 
 
 def _quiet(message: str) -> None:

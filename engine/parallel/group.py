@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from ..errors import KeysiftError
 from ..execution.forward import ForwardInput, StepResult
 from ..execution.recorder import CudaRecorder
 from ..execution.runner import Runner
-from ..execution.sampler import SamplerState
 from ..model.loaded import LoadedModel
 from ..model.shards import check_heads, splits_weights
 from ..model.source import locate
@@ -147,11 +146,11 @@ class LeadingRunner(Runner):
         self._group = group
         self._record = cache
 
-    def run(self, batch: Batch, states: Sequence[SamplerState]) -> StepResult:
-        """As `Runner.run`. Raises `RankFailed` if any rank fails, which ends them all."""
+    def attend(self, batch: Batch) -> tuple[Tensor, StepResult]:
+        """As `Runner.attend`. Raises `RankFailed` if any rank fails, which ends them all."""
         with self._group.failure_scope():
-            own = super().run(batch, states)
-            return merge_ranks([own, *self._group.results()])
+            logits, own = super().attend(batch)
+            return logits, merge_ranks([own, *self._group.results()])
 
     def compute(self, work: ForwardInput, last: Tensor) -> tuple[Tensor, Telemetry]:
         self._group.dispatch(Order(self._record.take_changes(), self._record.free_pages, work, last.tolist()))

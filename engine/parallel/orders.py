@@ -68,8 +68,8 @@ class RecordedCache(PagedCache):
         super().rollback(sequence, tokens)
         self._note("rollback", sequence, tokens)
 
-    def keep(self, sequence: int, keys: Sequence[bytes], first_page: int = 0) -> None:
-        super().keep(sequence, keys, first_page)
+    def keep(self, sequence: int, keys: Sequence[bytes], first_page: int = 0, note: object = None) -> None:
+        super().keep(sequence, keys, first_page, note)  # only the leader, which schedules, reads the note
         self._note("keep", sequence, list(keys), first_page)
 
     def withdraw(self, sequence: int) -> None:

@@ -13,14 +13,14 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from ..errors import KeysiftError
+from ..errors import EngineBroken
 
 FOLLOWER = "keysift.engine.parallel.follower"
 GRACE_S = 5.0
 """Seconds for a follower to end by itself, or to report a failure."""
 
 
-class RankFailed(KeysiftError):
+class RankFailed(EngineBroken):
     """A rank cannot continue, so none of those that share the model can."""
 
 

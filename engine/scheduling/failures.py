@@ -1,21 +1,32 @@
-"""Failures that end one request and not the engine: out of memory, and errors of the backing store."""
+"""Failures of single requests, and what they say: whatever a request meets ends that request and not the engine."""
 
 from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from keysift.kvcache import OffloadError
 
+from ..errors import EngineBroken
+
 logger = logging.getLogger(__name__)
 
 CPU_ALLOCATOR = re.compile(r"DefaultCPUAllocator: |not enough memory: ")
 """Message of torch for a failed allocation on a CPU, which has no exception class of its own."""
 LONGEST_DETAIL = 300
-"""Characters kept of torch's message, which ends with advice about its settings."""
+"""Characters kept of an exception's message: torch's end with advice about its settings."""
+
+
+class PartFailed(Exception):
+    """Error of one part of a request's work, which has no name of its own to give."""
+
+    def __init__(self, part: str, cause: BaseException) -> None:
+        super().__init__(f"{part} failed with {type(cause).__name__}: {str(cause)[:LONGEST_DETAIL]}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +38,48 @@ class Failure:
     """There was no room: the same request may succeed with more. Otherwise something is broken."""
     lost: bool = False
     """The request's pages, those of earlier steps too, may not hold what was written to them."""
+    unexpected: bool = False
+    """The cause is unknown: a bug of a strategy or of the engine, or hardware."""
 
 
-def failure_of(error: Exception, doing: str) -> Failure | None:
-    """The failure of a request that met `error` while `doing`; None: the error is a bug and ends the engine."""
+@contextmanager
+def naming(part: str) -> Iterator[None]:
+    """Block whose unexpected errors are raised as `PartFailed`, a Rust panic, which is no `Exception`, too."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, OffloadError, EngineBroken):
+        raise
+    except BaseException as error:
+        if _out_of_memory(error) is not None:
+            raise
+        raise PartFailed(part, error) from error
+
+
+def failure_of(error: Exception, doing: str) -> Failure:
+    """The failure of a request that met `error` while `doing`. Raises the error of an engine that cannot continue."""
+    if isinstance(error, EngineBroken):
+        raise error
     if isinstance(error, OffloadError):
         failure = Failure(str(error), error.exhausted, lost=True)
     elif (detail := _out_of_memory(error)) is not None:
         failure = Failure(f"memory: not enough for {doing}{detail and f' ({detail})'}", exhausted=True)
     else:
-        return None
+        failure = Failure(_described(error, doing), exhausted=False, unexpected=True)
     logger.warning("%s", failure.text, exc_info=error)
     return failure
 
 
-def _out_of_memory(error: Exception) -> str | None:
+def _described(error: Exception, doing: str) -> str:
+    """What failed and how: by the part's or the strategy's own words, or by the kind of exception alone.
+
+    Other messages may tell of the server's files; they are in the log.
+    """
+    if isinstance(error, PartFailed):
+        return str(error)
+    return f"{doing} failed with {type(error).__name__}; see the log"
+
+
+def _out_of_memory(error: BaseException) -> str | None:
     """Details of an allocation that failed, possibly empty; None: another error."""
     text = str(error).partition("\n")[0]
     if isinstance(error, RuntimeError) and (found := CPU_ALLOCATOR.search(text)):

@@ -6,12 +6,16 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar, cast
 
-from keysift.attention import Strategy
+from keysift.attention import Coverage, Reads, Strategy
 from keysift.kvcache import OutOfFrames, PagedCache, Phase, Span
 
 from .failures import Failure, failure_of
-from .sequence import Sequence
+from .sequence import Made, Sequence
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +49,27 @@ class Scheduler:
     """Continuous batching over a paged cache.
 
     Prompt chunks and decode steps alternate, so neither starves the other; among unfinished prompts the oldest and the
-    shortest alternate. When pages run out while decoding, the sequence of lowest priority is preempted: it frees its
-    pages and is computed again later.
+    shortest alternate. When pages run out while decoding, the last sequence in order is preempted: it frees its pages
+    and is computed again later.
+
+    The order is by priority, then by arrival. A request that cannot be admitted for lack of pages lets those pass that
+    fit. After `patience` steps a request is old: the old go before all others, in order of arrival whatever their
+    priority, and no request passes an old one. So no request waits for ever: once it is old, it waits for no more than
+    those that run, and those that came before it.
 
     A sparse prompt is always cut into the same chunks under the same strategy, however much of it was cached and
     however often it was preempted. For a dense prompt the cut does not matter.
     """
 
-    def __init__(self, cache: PagedCache, *, max_running: int, chunk: int, queries_per_row: int) -> None:
+    def __init__(
+        self,
+        cache: PagedCache,
+        *,
+        max_running: int,
+        chunk: int,
+        queries_per_row: int,
+        patience: int = 256,
+    ) -> None:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -61,6 +78,8 @@ class Scheduler:
         self._max_running = max_running
         self._chunk = chunk
         self._align = queries_per_row
+        self._patience = patience
+        self._steps = 0
         self._last_phase = Phase.DECODE
         self._oldest_turn = True
         self._serial = 0
@@ -68,10 +87,11 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence, new or preempted."""
-        self._serial += 1
-        sequence.serial = sequence.serial or self._serial
+        if not sequence.serial:
+            self._serial += 1
+            sequence.serial, sequence.added = self._serial, self._steps
+        sequence.blocked = -1
         self.waiting.append(sequence)
-        self.waiting.sort(key=lambda waiting: waiting.order)
 
     def finish(self, sequence: Sequence) -> None:
         """Remove the sequence, running or waiting, and free its pages."""
@@ -95,47 +115,57 @@ class Scheduler:
 
     def next_batch(self) -> Batch | None:
         """Work of the next step, its pages reserved; None when nothing can run now."""
+        self._steps += 1
         self._admit()
         prefill = [sequence for sequence in self.running if sequence.phase is Phase.PREFILL]
         decode = [sequence for sequence in self.running if sequence.phase is Phase.DECODE]
         if prefill and (not decode or self._last_phase is Phase.DECODE):
-            return self._prefill_batch(prefill)
-        return self._decode_batch(decode) if decode else None
+            return self._prefill_batch(prefill) or self._decode_batch(decode)
+        return self._decode_batch(decode)
 
-    def commit(self, batch: Batch, tokens: SequenceOf[int]) -> None:
-        """Record a finished step: the tokens that it computed, and a new one for each of `batch.sampled`."""
-        now = time.monotonic()
-        sampled = batch.sampled
-        for sequence, span in zip(batch.sequences, batch.spans, strict=True):
-            sequence.computed = span.stop
-            self._keep(sequence)
-        for sequence, token in zip(sampled, tokens, strict=True):
+    def commit(self, sequence: Sequence, span: Span, token: int | None, now: float) -> None:
+        """Record a finished step of one sequence, and the token that it sampled, if any."""
+        sequence.computed = span.stop
+        self._keep(sequence)
+        if token is not None:
             sequence.append(token, now)
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._max_running:
-            first = self.waiting[0]
-            if self._attempt(self._admit_one, first):
-                self.running.append(self.waiting.pop(0))
-            elif first in self.waiting:
-                break  # the first has to wait, so all after it do
+    def _order(self, sequence: Sequence) -> tuple[int, int, float, int]:
+        """Sort key of all choices: smaller goes first."""
+        if self._is_old(sequence):
+            return 0, 0, sequence.request.arrival, sequence.serial
+        return 1, *sequence.order
 
-    def _attempt(self, work: Callable[[Sequence], bool], sequence: Sequence) -> bool:
-        """Result of `work` on the sequence; False after a failure, which removes the sequence."""
+    def _is_old(self, sequence: Sequence) -> bool:
+        return self._steps - sequence.added > self._patience
+
+    def _admit(self) -> None:
+        """Admit waiting sequences in order, past those that have to wait for pages and are not old."""
+        for sequence in sorted(self.waiting, key=self._order):
+            if len(self.running) >= self._max_running:
+                return
+            if self._attempt(self._admit_one, sequence):
+                self.waiting.remove(sequence)
+                self.running.append(sequence)
+            elif self._is_old(sequence) and sequence in self.waiting:
+                return
+
+    def _attempt(self, work: Callable[[Sequence], T], sequence: Sequence) -> T | None:
+        """Result of `work` on the sequence; None after a failure, which removes the sequence."""
         try:
             return work(sequence)
         except Exception as error:
-            failure = failure_of(error, f"the pages of {len(sequence.tokens)} tokens")
-            if failure is None:
-                raise
+            failure = failure_of(error, f"the scheduling of {len(sequence.tokens)} tokens")
         self.fail(sequence, failure)
-        return False
+        return None
 
     def _admit_one(self, sequence: Sequence) -> bool:
         """Open the sequence with its cached prefix, and reserve pages for all its known tokens and one more."""
+        if sequence.blocked >= 0 and self._cache.free_pages <= sequence.blocked:
+            return False  # as last time; matching its prefix again would cost more than it could find
         spec, known = self._cache.spec, len(sequence.tokens)
         shared = self._cache.prefix.match(sequence.page_keys()[: self._reusable(sequence)])
-        grain = (self._align if sequence.dense else self._chunk) // spec.page_size
+        grain = (self._align if sequence.any_cut else self._chunk) // spec.page_size
         aligned = len(shared) // grain * grain
         handle = self._cache.open()
         try:
@@ -144,10 +174,17 @@ class Scheduler:
         except Exception as error:
             self._cache.release(handle)
             if isinstance(error, OutOfFrames):
+                sequence.blocked = self._cache.free_pages
                 return False
             raise
+        if sequence.started is None:
+            sequence.reused = self._made(shared[:aligned])
         sequence.handle, sequence.computed, sequence.kept = handle, aligned * spec.page_size, aligned
         return True
+
+    def _made(self, shared: SequenceOf[int]) -> Made:
+        """Statistics of the steps that computed cached pages."""
+        return cast(Made, self._cache.prefix.note(shared[-1])) if shared else Made(Reads(), Coverage())
 
     def _reusable(self, sequence: Sequence) -> int:
         """Cached pages that the sequence may reuse: its last token must run to yield the next."""
@@ -160,24 +197,29 @@ class Scheduler:
         Under a sparse strategy they depend on the whole chunk and on a near end of the prompt: only whole chunks count,
         without rows that are treated as the prompt's end.
         """
-        if sequence.dense:
+        if sequence.any_cut:
             return tokens
-        inside = sequence.prompt_len - sequence.prompt_strategy.rows_at_the_end * self._align
+        inside = sequence.prompt_len - sequence.rows_at_the_end * self._align
         return max(min(tokens, inside), 0) // self._chunk * self._chunk
 
-    def _prefill_batch(self, prefill: list[Sequence]) -> Batch:
-        key = (lambda s: s.order) if self._oldest_turn else (lambda s: (s.remaining, s.order))
+    def _prefill_batch(self, prefill: list[Sequence]) -> Batch | None:
+        """A chunk of one prompt; None if no prompt can continue."""
+        key = self._order if self._oldest_turn else (lambda s: (s.remaining, self._order(s)))
         self._oldest_turn = not self._oldest_turn
-        sequence = min(prefill, key=key)
-        length = min(self._chunk, sequence.in_chunks - sequence.computed)
-        return self._batch(Phase.PREFILL, self._effective(sequence, Phase.PREFILL, length), [sequence], length)
+        for sequence in sorted(prefill, key=key):
+            length = min(self._chunk, sequence.in_chunks - sequence.computed)
+            choose = partial(self._effective, phase=Phase.PREFILL, queries=length)
+            if (strategy := self._attempt(choose, sequence)) is not None:
+                return self._batch(Phase.PREFILL, strategy, [sequence], length)
+        return None
 
     def _decode_batch(self, decode: list[Sequence]) -> Batch | None:
-        ordered = sorted(decode, key=lambda s: s.order)
-        ready = [sequence for sequence in ordered if self._attempt(self._reserve_next, sequence)]
         groups: dict[Strategy, list[Sequence]] = {}
+        ready = [each for each in sorted(decode, key=self._order) if self._attempt(self._reserve_next, each)]
         for sequence in ready:
-            groups.setdefault(self._effective(sequence, Phase.DECODE), []).append(sequence)
+            strategy = self._attempt(partial(self._effective, phase=Phase.DECODE, queries=1), sequence)
+            if strategy is not None and sequence.handle is not None:
+                groups.setdefault(strategy, []).append(sequence)
         if not groups:
             return None
         self._last_strategy = strategy = self._next_strategy(list(groups))
@@ -195,7 +237,7 @@ class Scheduler:
         spans = tuple(Span(_handle(sequence), sequence.computed, length) for sequence in sequences)
         return Batch(phase, strategy, tuple(sequences), spans)
 
-    def _effective(self, sequence: Sequence, phase: Phase, queries: int = 1) -> Strategy:
+    def _effective(self, sequence: Sequence, phase: Phase, queries: int) -> Strategy:
         """Strategy of the next step: the sequence's own or dense. Records which of them in the sequence."""
         chosen = sequence.runs(phase, queries)
         if chosen == sequence.strategy.part(phase):
@@ -205,13 +247,13 @@ class Scheduler:
         return chosen
 
     def _reserve_next(self, sequence: Sequence) -> bool:
-        """Reserve a page for the sequence's next token, preempting those of lowest priority, maybe itself."""
+        """Reserve a page for the sequence's next token, preempting the last in order, maybe itself."""
         while sequence.handle is not None:
             try:
                 self._cache.reserve(sequence.handle, len(sequence.tokens))
                 return True
             except OutOfFrames:
-                self._preempt(max(self.running, key=lambda running: running.order))
+                self._preempt(max(self.running, key=self._order))
         return False
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -230,7 +272,8 @@ class Scheduler:
         """Add pages that became full to the prefix cache, as far as other sequences may share them."""
         full = self._shareable(sequence, sequence.computed) // self._cache.spec.page_size
         if full > sequence.kept:
-            self._cache.keep(_handle(sequence), sequence.page_keys()[sequence.kept : full], sequence.kept)
+            keys = sequence.page_keys()[sequence.kept : full]
+            self._cache.keep(_handle(sequence), keys, sequence.kept, sequence.made())
             sequence.kept = full
 
 

@@ -4,11 +4,28 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from keysift.attention import Coverage, Dense, Locality, Reads, Strategy
 from keysift.kvcache import PageKeys, Phase, Traffic
 
 from ..request import PrefillProgress, PromptInfo, Request, Sparsity, Timings, Usage
+
+
+class Statistics(NamedTuple):
+    """Statistics of one step of one sequence."""
+
+    reads: Reads
+    coverage: Coverage
+    traffic: Traffic
+    locality: Locality
+
+
+class Made(NamedTuple):
+    """Statistics of the steps that computed a prefix, kept with its pages."""
+
+    reads: Reads
+    coverage: Coverage
 
 
 @dataclass(slots=True, eq=False)
@@ -21,10 +38,20 @@ class Sequence:
     """The request's own limit or what `max_model_len` leaves, whichever is less."""
     keys: PageKeys | None = None
     """Keys of its pages in the prefix cache; None: it neither reads nor fills that cache."""
+    reproducible: bool = False
+    """Its bits are those of the prompt computed in whole chunks, then token by token."""
     prompt_strategy: Strategy = field(init=False)
     """Strategy of the whole prompt; where it is dense, so is every chunk."""
+    remembers: bool = field(init=False)
+    """`Strategy.remembers`, asked once: what a strategy's own code raises then concerns nobody else."""
+    rows_at_the_end: int = field(init=False)
+    """`Strategy.rows_at_the_end` of the prompt's strategy, asked once."""
     serial: int = 0
     """Orders requests that arrived at the same time."""
+    added: int = 0
+    """Number of the scheduler's step at which the request arrived."""
+    blocked: int = -1
+    """Pages that were free when they were too few for the sequence; -1: it was not tried since."""
     tokens: list[int] = field(default_factory=list)
     handle: int | None = None
     """Number of the sequence in the cache while it holds pages."""
@@ -34,6 +61,8 @@ class Sequence:
     """Prompt tokens that the prefix cache held at the first admission."""
     kept: int = 0
     """Full pages added to the prefix cache."""
+    reused: Made = field(default_factory=lambda: Made(Reads(), Coverage()))
+    """Statistics of the steps that computed the cached prefix, in whichever request that was."""
     started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -52,6 +81,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.prompt_strategy = self.strategy.at(Phase.PREFILL, self.prompt_len, self.prompt_len)
+        self.remembers = self.strategy.remembers
+        self.rows_at_the_end = self.prompt_strategy.rows_at_the_end
 
     @property
     def prompt_len(self) -> int:
@@ -82,7 +113,7 @@ class Sequence:
 
     @property
     def order(self) -> tuple[int, float, int]:
-        """Sort key of scheduling: smaller runs first."""
+        """Sort key of requests that have not waited long: smaller runs first."""
         return self.request.priority, self.request.arrival, self.serial
 
     @property
@@ -91,11 +122,19 @@ class Sequence:
         return isinstance(self.prompt_strategy, Dense)
 
     @property
+    def any_cut(self) -> bool:
+        """The prompt may be cut into chunks anywhere, as far as rounding does not matter."""
+        return self.dense and not self.reproducible
+
+    @property
     def exact(self) -> bool:
-        """The prompt is dense, and every token so far read its whole context and left no state to the next."""
-        if Phase.DECODE in self.chose and self.strategy.remembers:
+        """The prompt may be cut anywhere, and every token so far read its whole context and left no state to the next.
+
+        So generated tokens may be computed in chunks, and their pages be those of a prompt.
+        """
+        if Phase.DECODE in self.chose and self.remembers:
             return False
-        return self.dense and all(reads.chosen == reads.possible for reads in self.reads.values())
+        return self.any_cut and all(reads.chosen == reads.possible for reads in self.reads.values())
 
     def runs(self, phase: Phase, queries: int) -> Strategy:
         """Strategy of the next tokens: the part for the phase, or dense where choosing is not worth it.
@@ -122,6 +161,17 @@ class Sequence:
         if self.started is None:
             self.started = now
             self.cached = self.computed
+
+    def count(self, phase: Phase, step: Statistics) -> None:
+        """Add a step's statistics."""
+        self.reads[phase] += step.reads
+        self.coverage[phase] += step.coverage
+        self.traffic[phase] += step.traffic
+        self.locality += step.locality
+
+    def made(self) -> Made:
+        """Statistics of all steps that computed what the sequence holds, those of its cached prefix included."""
+        return Made(sum(self.reads.values(), self.reused.reads), sum(self.coverage.values(), self.reused.coverage))
 
     def append(self, token: int, now: float) -> None:
         self.tokens.append(token)
@@ -157,14 +207,17 @@ class Sequence:
         """Statistics of the attention. Coverage is that of the phases in which the strategy chose pages.
 
         Within such a phase, steps and layers that ran dense count as 1. A phase that was dense throughout is left out,
-        so that many generated tokens cannot hide the loss of their prompt.
+        so that many generated tokens cannot hide the loss of their prompt. A cached prefix counts as it was computed,
+        but for bytes, which are those of this request's own steps.
         """
         prefill, decode = self.reads[Phase.PREFILL], self.reads[Phase.DECODE]
+        prompt, coverage = self.reused.reads + prefill, {**self.coverage}
+        coverage[Phase.PREFILL] = self.reused.coverage + coverage[Phase.PREFILL]
         prefill_traffic, decode_traffic = self.traffic[Phase.PREFILL], self.traffic[Phase.DECODE]
-        chose = sum((coverage for coverage in self.coverage.values() if coverage.chose), Coverage())
+        chose = sum((each for each in coverage.values() if each.chose), Coverage())
         return Sparsity(
             strategy=self.strategy.name,
-            prefill_density=prefill.density,
+            prefill_density=prompt.density,
             decode_density=decode.density,
             coverage=chose.mean,
             dense_fallback=bool(self.fell_back - self.chose),

@@ -120,7 +120,7 @@ def test_other_requests_of_a_failed_step_give_the_same_tokens(
     assert [said(outputs, name) for name in "ac"] == [clean(20, strategy)[name] for name in "ac"]
 
 
-def test_a_bug_is_no_failure_of_a_request(make: Make) -> None:
+def test_an_engine_that_cannot_run_a_token_is_broken(make: Make) -> None:
     engine = make()
 
     def fault(act: Act, layer: int, step: Step) -> None:
@@ -130,7 +130,7 @@ def test_a_bug_is_no_failure_of_a_request(make: Make) -> None:
     engine.add(requests()[0])
     with pytest.raises(RuntimeError, match="shapes do not match"):
         engine.step()
-    engine.abort("a")
+    assert finish_of(drain(engine), "a").reason is FinishReason.ERROR
 
 
 @pytest.mark.parametrize(("kind", "reused"), [("store full", 0), ("store broken", 0), ("memory", 64)])

@@ -160,7 +160,7 @@ def test_a_strategy_that_reads_on_the_host_is_detected(make: Make, monkeypatch: 
     """Without this the tests above could not fail."""
     plain, replaying = make(backend="reference", page_size=8), make(backend="reference", page_size=8)
     for engine in (plain, replaying):
-        engine.default = Counting()
+        engine.preparation.default = Counting()
     recorded(replaying)
     start(plain, prompts=[50])
     start(replaying, prompts=[50])
@@ -280,14 +280,14 @@ class Waiting(Strategy):
 def test_a_strategy_that_waits_is_left_to_itself(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     engine = make(backend="reference")
     recorder = recorded(engine)
-    usual, engine.default = engine.default, Waiting()
+    usual, engine.preparation.default = engine.default, Waiting()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             start(engine, prompts=[20], count=12)
             drain(engine)
     assert recorder.recorded == recorder.replayed == 0
     assert caplog.text.count("steps under waiting run kernel by kernel") == 1
-    engine.default = usual
+    engine.preparation.default = usual
     start(engine, prompts=[20], count=12)
     drain(engine)
     assert recorder.replayed > 0

@@ -36,7 +36,8 @@ def pages_in_use(scheduler: Scheduler) -> int:
 
 def run(scheduler: Scheduler, batch: Batch) -> list[Sequence]:
     """Commit made-up tokens and finish the sequences that are done."""
-    scheduler.commit(batch, [1] * len(batch.sampled))
+    for member, span in zip(batch.sequences, batch.spans, strict=True):
+        scheduler.commit(member, span, 1 if member in batch.sampled else None, 0.0)
     done = [member for member in batch.sequences if member.num_generated >= member.max_new_tokens]
     for member in done:
         scheduler.finish(member)
