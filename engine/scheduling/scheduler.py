@@ -117,11 +117,11 @@ class Scheduler:
         """Work of the next step, its pages reserved; None when nothing can run now."""
         self._steps += 1
         self._admit()
-        prefill = [sequence for sequence in self.running if sequence.phase is Phase.PREFILL]
-        decode = [sequence for sequence in self.running if sequence.phase is Phase.DECODE]
-        if prefill and (not decode or self._last_phase is Phase.DECODE):
-            return self._prefill_batch(prefill) or self._decode_batch(decode)
-        return self._decode_batch(decode)
+        turns = [self._prefill_batch, self._decode_batch]
+        for turn in turns if self._last_phase is Phase.DECODE else reversed(turns):
+            if (batch := turn()) is not None:
+                return batch
+        return None
 
     def commit(self, sequence: Sequence, span: Span, token: int | None, now: float) -> None:
         """Record a finished step of one sequence, and the token that it sampled, if any."""
@@ -129,6 +129,9 @@ class Scheduler:
         self._keep(sequence)
         if token is not None:
             sequence.append(token, now)
+
+    def _running(self, phase: Phase) -> list[Sequence]:
+        return [sequence for sequence in self.running if sequence.phase is phase]
 
     def _order(self, sequence: Sequence) -> tuple[int, int, float, int]:
         """Sort key of all choices: smaller goes first."""
@@ -202,8 +205,11 @@ class Scheduler:
         inside = sequence.prompt_len - sequence.rows_at_the_end * self._align
         return max(min(tokens, inside), 0) // self._chunk * self._chunk
 
-    def _prefill_batch(self, prefill: list[Sequence]) -> Batch | None:
+    def _prefill_batch(self) -> Batch | None:
         """A chunk of one prompt; None if no prompt can continue."""
+        prefill = self._running(Phase.PREFILL)
+        if not prefill:
+            return None
         key = self._order if self._oldest_turn else (lambda s: (s.remaining, self._order(s)))
         self._oldest_turn = not self._oldest_turn
         for sequence in sorted(prefill, key=key):
@@ -213,9 +219,11 @@ class Scheduler:
                 return self._batch(Phase.PREFILL, strategy, [sequence], length)
         return None
 
-    def _decode_batch(self, decode: list[Sequence]) -> Batch | None:
+    def _decode_batch(self) -> Batch | None:
+        """A token of each sequence of one strategy; None if none can continue."""
         groups: dict[Strategy, list[Sequence]] = {}
-        ready = [each for each in sorted(decode, key=self._order) if self._attempt(self._reserve_next, each)]
+        decode = sorted(self._running(Phase.DECODE), key=self._order)
+        ready = [sequence for sequence in decode if self._attempt(self._reserve_next, sequence)]
         for sequence in ready:
             strategy = self._attempt(partial(self._effective, phase=Phase.DECODE, queries=1), sequence)
             if strategy is not None and sequence.handle is not None:

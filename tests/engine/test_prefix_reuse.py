@@ -106,6 +106,48 @@ def test_a_sparse_prompt_holds_and_says_the_same_with_a_prefix_hit(
         assert warm.output == cold.output, name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_reproducible_dense_prompt_holds_and_says_the_same_with_a_prefix_hit(
+    make: Make, pair: str, dtype: str
+) -> None:
+    warm, cold = both(make(reproducible=True, dtype=dtype, queries_per_row=16), PAIRS[pair])
+    assert warm.finish.usage.cached_tokens == {"a shorter prompt": 192, "a longer prompt": 192}.get(pair, 128)
+    assert torch.equal(warm.held, cold.held)
+    assert warm.output == cold.output
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_dense_prompt_says_nearly_the_same_with_a_prefix_hit(make: Make, pair: str) -> None:
+    warm, cold = both(make(dtype="bfloat16", queries_per_row=16), PAIRS[pair])
+    assert warm.finish.usage.cached_tokens >= 128
+    assert torch.allclose(warm.held.float(), cold.held.float(), atol=0.02)
+
+
+def both(engine: Engine, pair: Pair) -> tuple[Witness, Witness]:
+    """The second prompt of a pair after the first one, and without the prefix cache."""
+    engine.add(Request("first", pair.first, greedy(max(pair.answer, 1))))
+    prompt = pair.prompt(said(drain(engine), "first"))
+    cold = witness(engine, Request("cold", prompt, greedy(3, logprobs=20), bypass_prefix_cache=True))
+    return witness(engine, Request("warm", prompt, greedy(3, logprobs=20))), cold
+
+
+def test_the_statistics_of_a_reused_prompt_are_those_of_its_computation(make: Make) -> None:
+    """Not those of the few tokens that are computed after the hit."""
+    args = ("dense_below=0", "last_rows_dense=0", "min_budget=0", "coverage=0.0", "sink=16", "local=32")
+    engine = make(strategy="ashape", strategy_args=args)
+    outputs: list[Output] = []
+    for name in ("cold", "warm"):
+        engine.add(Request(name, (*BASE[:256], *tokens(44, 1)), greedy(2)))
+        outputs += drain(engine)
+    cold, warm = (finish_of(outputs, name) for name in ("cold", "warm"))
+    assert (cold.usage.cached_tokens, warm.usage.cached_tokens) == (0, 256)
+    assert cold.sparsity.prefill_density < 0.9
+    assert warm.sparsity.prefill_density == pytest.approx(cold.sparsity.prefill_density)
+    assert warm.sparsity.coverage == pytest.approx(cold.sparsity.coverage)
+    assert warm.sparsity.kv_bytes_read < cold.sparsity.kv_bytes_read
+
+
 @dataclass(frozen=True)
 class Witness:
     finish: Finish

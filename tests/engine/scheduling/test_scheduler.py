@@ -16,9 +16,9 @@ PAGE, ROW, CHUNK, FRAMES = 4, 8, 16, 24
 SPEC = CacheSpec(num_layers=1, num_kv_heads=1, head_dim=8, page_size=PAGE)
 
 
-def make_scheduler(frames: int = FRAMES, max_running: int = 4) -> Scheduler:
+def make_scheduler(frames: int = FRAMES, max_running: int = 4, patience: int = 256) -> Scheduler:
     cache = PagedCache(SPEC, frames, max_sequences=max_running, max_len=96)
-    return Scheduler(cache, max_running=max_running, chunk=CHUNK, queries_per_row=ROW)
+    return Scheduler(cache, max_running=max_running, chunk=CHUNK, queries_per_row=ROW, patience=patience)
 
 
 def sequence(
@@ -168,6 +168,91 @@ def test_the_request_that_would_run_last_gives_way_and_is_computed_again() -> No
     assert first.preemptions == 0
     assert second.preemptions == scheduler.preemptions > 0
     assert second.num_generated == 14
+
+
+def test_generated_tokens_of_a_reproducible_request_are_decoded_again() -> None:
+    """Chunks would round otherwise."""
+    member = sequence("a", 20)
+    member.append(1, 0.0)
+    assert (member.in_chunks, len(member.page_keys())) == (21, 5)
+    member.reproducible = True
+    assert (member.in_chunks, len(member.page_keys())) == (20, 5)
+
+
+def test_one_that_fits_passes_one_that_waits_for_pages_until_that_is_old() -> None:
+    scheduler = make_scheduler(frames=8, patience=12)
+    scheduler.add(sequence("runs", 14, new=17))
+    run(scheduler, _next(scheduler))
+    scheduler.add(big := sequence("big", 28, new=2))
+    passed: list[int] = []
+    for number in range(40):
+        scheduler.add(small := sequence(f"small {number}", 2, new=1))
+        run(scheduler, _next(scheduler))
+        if big.handle is not None:
+            break
+        passed += [number] if small.started is not None or small in scheduler.running else []
+    assert big.handle is not None
+    assert passed
+    assert max(passed) <= 12
+
+
+def test_a_prompt_that_waits_for_pages_is_looked_up_again_only_when_pages_came_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = make_scheduler(frames=8)
+    scheduler.add(running := sequence("runs", 14, new=8))
+    run(scheduler, _next(scheduler))
+    scheduler.add(big := sequence("big", 28))
+    lookups: list[int] = []
+    match = scheduler._cache.prefix.match
+    monkeypatch.setattr(scheduler._cache.prefix, "match", lambda keys: lookups.append(len(keys)) or match(keys))
+    while running.num_generated < 8:
+        assert len(lookups) <= 1
+        run(scheduler, _next(scheduler))
+    run(scheduler, _next(scheduler))
+    assert (len(lookups), big.handle is not None) == (2, True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(prompts, st.integers(0, 40), st.integers(1, 60), st.integers(1, 12), st.sampled_from(STRATEGIES))
+def test_nobody_waits_longer_than_for_the_work_before_it(
+    rows: list[tuple[int, int, int, Strategy]], patience: int, prompt: int, new: int, strategy: Strategy
+) -> None:
+    """However many requests of a higher priority follow, without an end.
+
+    Once it is old, a request starts within the steps that those before it need, one after the other: each step may be
+    another phase's and another strategy's turn.
+    """
+    scheduler = make_scheduler(patience=patience)
+    for index, (length, count, priority, other) in enumerate(rows):
+        scheduler.add(sequence(str(index), length, count, other, priority))
+    scheduler.add(last := sequence("last", prompt, new, strategy, priority=9))
+    before, bound = rows[:], 0
+    for step in range(100_000):
+        while len(scheduler.waiting) < 3:
+            before.append((1 + step % 60, 1 + step % 12, 0, STRATEGIES[step % 4]))
+            length, count, _, other = before[-1]
+            scheduler.add(sequence(f"more {len(before)}", length, count, other, priority=-9))
+        run(scheduler, _next(scheduler))
+        if step == patience:
+            ahead = [*scheduler.running, *(each for each in scheduler.waiting if each.serial < last.serial)]
+            work = sum(-(-each.prompt_len // CHUNK) + 2 * each.max_new_tokens for each in ahead)
+            bound = step + 2 * len(STRATEGIES) * work + 2
+        if last.started is not None:
+            break
+        assert step <= patience or step < bound
+    own = -(-prompt // CHUNK) + 2 * new
+    for _ in range(2 * len(STRATEGIES) * (own + work_of(scheduler))):
+        if last.num_generated == new:
+            return
+        scheduler.add(sequence(f"more {len(before)}", 3, 2, priority=-9))
+        run(scheduler, _next(scheduler))
+    raise AssertionError("it never finished")
+
+
+def work_of(scheduler: Scheduler) -> int:
+    """Steps that the running requests may need, one after the other."""
+    return sum(-(-each.prompt_len // CHUNK) + 2 * each.max_new_tokens for each in scheduler.running)
 
 
 def test_a_prefix_is_shared_in_whole_rows_and_never_the_whole_prompt() -> None:
