@@ -2,6 +2,7 @@
 
 from .attend import Attend, bind
 from .contiguous import DenseKernel
+from .failure import StrategyFailure
 from .registry import DEFAULT, StrategyError, find, known, make, parse
 from .strategy import Dense, Split, Strategy
 from .telemetry import Telemetry
@@ -22,6 +23,7 @@ __all__ = [
     "Split",
     "Strategy",
     "StrategyError",
+    "StrategyFailure",
     "Stretch",
     "Telemetry",
     "bind",

@@ -11,6 +11,8 @@ from keysift.kvcache import Context, PagedCache, Phase, Selection, Step
 
 from .contiguous import DenseKernel, contiguous_attention, suits
 from .estimates import estimate
+from .failure import Blame
+from .laws import check
 from .ops.merge import merge
 from .ops.paged_attention import paged_attention
 from .strategy import Strategy
@@ -34,17 +36,22 @@ def bind(
 
     A layer computes on the device of its queries, to which the step's tensors are copied once. A layer with a sliding
     window reads exactly that window, without the strategy. `dense_kernel` takes prompt chunks that read everything.
+
+    `attend` raises `StrategyFailure` for what the strategy, its index or the telemetry of its selection raises.
     """
     spec = cache.spec
     on = functools.cache(step.on)
-    index_spec = strategy.index_spec()
-    choose = strategy.prefill if step.phase is Phase.PREFILL else strategy.decode
+    with Blame(strategy, "index_spec"):
+        index_spec = strategy.index_spec()
+    choose = _chooser(strategy, step.phase)
+    observing, recording = Blame(strategy, "index.observe"), Blame(strategy, "telemetry")
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         here = on(q.device)
         with spans("index", layer):
             cache.append(layer, k, v, here)
-            cache.observe(layer, q, here)
+            with observing:
+                cache.observe(layer, q, here)
         context = cache.context(layer, here, index_spec)
         window = spec.window(layer)
         with spans("selection", layer):
@@ -52,11 +59,25 @@ def bind(
         with spans("attention", layer):
             out, exact, lse = _compute(q, context, selection, window, dense_kernel)
         if telemetry is not None and not window:
-            with spans("other", layer):
+            with spans("other", layer), recording:
                 telemetry.record(layer, selection, exact, lse)
         return out
 
     return attend
+
+
+def _chooser(strategy: Strategy, phase: Phase) -> Callable[[Tensor, Context], Selection]:
+    """The strategy's method for this phase, whose exceptions and lawless selections become its `StrategyFailure`."""
+    choosing, lawful = Blame(strategy, "prefill" if phase is Phase.PREFILL else "decode"), check(strategy)
+    with choosing:
+        method = strategy.prefill if phase is Phase.PREFILL else strategy.decode
+
+    def choose(q: Tensor, context: Context) -> Selection:
+        with choosing:
+            lawful(selection := method(q, context), q, context)
+        return selection
+
+    return choose
 
 
 def _compute(

@@ -13,6 +13,7 @@ from torch import Tensor
 from keysift.kvcache import Context, Evidence, Phase, Selection, Step
 
 from . import estimates
+from .laws import check_masses
 from .ops.top_pages import top_pages
 from .strategy import Count, Dense, Positive, Share, Strategy, Tokens, option
 
@@ -57,7 +58,7 @@ class TokenStrategy(Strategy, ABC):
     def decode(self, q: Tensor, context: Context) -> Selection:
         if context.layer < self.dense_layers:
             return context.all()
-        masses = self.masses(q, context)
+        check_masses(masses := self.masses(q, context), q, context)
         selection = self.choose(masses, context)
         if self.certify:
             selection = self._certified(q, context, selection)

@@ -16,7 +16,7 @@ Axis letters, used in every shape of this project:
 from .allocator import FrameAllocator, OutOfFrames
 from .cache import PagedCache
 from .context import Context
-from .errors import OffloadError
+from .errors import OffloadError, out_of_memory
 from .prefix import PageKeys, PrefixCache
 from .recent import Past, Recent
 from .selection import Evidence, Selection
@@ -55,4 +55,5 @@ __all__ = [
     "Step",
     "Tier",
     "Traffic",
+    "out_of_memory",
 ]

@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
-from keysift.kvcache import OffloadError
+from keysift.attention import StrategyFailure
+from keysift.kvcache import OffloadError, out_of_memory
+from keysift.kvcache.errors import LONGEST_DETAIL
 
 from ..errors import EngineBroken
 
 logger = logging.getLogger(__name__)
-
-CPU_ALLOCATOR = re.compile(r"DefaultCPUAllocator: |not enough memory: ")
-"""Message of torch for a failed allocation on a CPU, which has no exception class of its own."""
-LONGEST_DETAIL = 300
-"""Characters kept of an exception's message: torch's end with advice about its settings."""
 
 
 class PartFailed(Exception):
@@ -50,7 +44,7 @@ def naming(part: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, GeneratorExit, OffloadError, EngineBroken):
         raise
     except BaseException as error:
-        if _out_of_memory(error) is not None:
+        if out_of_memory(error) is not None:
             raise
         raise PartFailed(part, error) from error
 
@@ -61,7 +55,7 @@ def failure_of(error: Exception, doing: str) -> Failure:
         raise error
     if isinstance(error, OffloadError):
         failure = Failure(str(error), error.exhausted, lost=True)
-    elif (detail := _out_of_memory(error)) is not None:
+    elif (detail := out_of_memory(error)) is not None:
         failure = Failure(f"memory: not enough for {doing}{detail and f' ({detail})'}", exhausted=True)
     else:
         failure = Failure(_described(error, doing), exhausted=False, unexpected=True)
@@ -74,14 +68,6 @@ def _described(error: Exception, doing: str) -> str:
 
     Other messages may tell of the server's files; they are in the log.
     """
-    if isinstance(error, PartFailed):
+    if isinstance(error, PartFailed | StrategyFailure):
         return str(error)
     return f"{doing} failed with {type(error).__name__}; see the log"
-
-
-def _out_of_memory(error: BaseException) -> str | None:
-    """Details of an allocation that failed, possibly empty; None: another error."""
-    text = str(error).partition("\n")[0]
-    if isinstance(error, RuntimeError) and (found := CPU_ALLOCATOR.search(text)):
-        return text[found.end() :][:LONGEST_DETAIL]
-    return text[:LONGEST_DETAIL] if isinstance(error, MemoryError | torch.OutOfMemoryError) else None
