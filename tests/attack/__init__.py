@@ -1,1 +1,1 @@
-"""Attacks: what strangers may send, and failures at every seam, against a real server. `make attack` runs them longer."""
+"""Attacks on a real server: what strangers may send, and failures at every seam. `make attack` runs them longer."""

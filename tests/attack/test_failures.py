@@ -167,18 +167,17 @@ def together(running: Running, strategy: tuple[str, dict[str, str]]) -> dict[str
 
 
 def answer(client: Client, name: str, strategy: tuple[str, dict[str, str]]) -> list[Output] | Internal:
-    params = SamplingParams(max_new_tokens=NEW, ignore_eos=True, temperature=1.0, seed=7)
+    stream = client.generate(
+        PROMPTS[name],
+        SamplingParams(max_new_tokens=NEW, ignore_eos=True, temperature=1.0, seed=7),
+        request_id=name,
+        strategy=strategy[0],
+        strategy_args={f"{strategy[0]}.{key}": value for key, value in strategy[1].items()},
+        bypass_prefix_cache=True,
+    )
     outputs: list[Output] = []
     try:
-        for output in client.generate(
-            PROMPTS[name],
-            params,
-            request_id=name,
-            strategy=strategy[0],
-            strategy_args={f"{strategy[0]}.{key}": value for key, value in strategy[1].items()},
-            bypass_prefix_cache=True,
-        ):
-            outputs.append(output)
+        outputs.extend(stream)
     except Internal as error:
         error.outputs = outputs  # type: ignore[attr-defined]
         return error
