@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+from reprlib import Repr
+
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+
+
+def shortened(value: object) -> str:
+    """A value as messages show it: of long ones the beginning and the end, whatever the whole would cost."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"{type(value).__name__} too long to show"
+
 
 class KeysiftError(Exception):
     """Base of every error that Keysift raises on purpose."""
@@ -26,6 +39,10 @@ class DuplicateRequest(KeysiftError):
 
 class Unsupported(KeysiftError):
     """A strategy, a model or an option does not fit the others; nothing was started."""
+
+
+class NoChoice(KeysiftError):
+    """The model returned scores that no next token can be chosen from, such as NaN."""
 
 
 class ResourceExhausted(KeysiftError):

@@ -4,29 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import (
-    MinNewTokensLengthLogitsProcessor,
-    MinPLogitsWarper,
-    PrefixConstrainedLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    SequenceBiasLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, NoChoice
 from ..request import Logprob, SamplingParams
-
-Processor = Callable[[Any, Tensor], Tensor]
-"""generated token ids [1, n], scores [1, V] -> scores [1, V]."""
+from .processors import Processor, processors
 
 UNIFORM_STEPS = 1 << 48
 MAX_BIAS = 1e4
@@ -47,7 +35,7 @@ class SamplerState:
     params: SamplingParams
     prompt: Sequence[int]
     generated: list[int]
-    """Generated tokens; the owner appends to the list."""
+    """Generated tokens; the owner appends to the list, whose tokens never change."""
     eos_token_ids: Set[int]
     seed: int
     """Seed if `params` have none; see `derive_seed`."""
@@ -57,7 +45,7 @@ class SamplerState:
     def __post_init__(self) -> None:
         seed = self.seed if self.params.seed is None else self.params.seed
         self.generator = torch.Generator().manual_seed(seed)
-        self.processors = _processors(self.params, self.prompt, self.eos_token_ids)
+        self.processors = processors(self.params, self.prompt, self.eos_token_ids)
 
     @property
     def plain(self) -> bool:
@@ -81,21 +69,29 @@ def check(params: SamplingParams, vocab_size: int, eos_token_ids: Set[int] = fro
     for name, ids in fields.items():
         if (largest := max(ids, default=0)) >= vocab_size:
             raise InvalidRequest(name, f"token ids below the vocabulary size {vocab_size}, got {largest}")
-    for token_id, bias in params.logit_bias.items():
-        if not (-MAX_BIAS <= bias <= MAX_BIAS or bias == -math.inf):
-            raise InvalidRequest(
-                "logit_bias", f"-{MAX_BIAS:g} to {MAX_BIAS:g} or -inf, got {bias} for token {token_id}"
-            )
+    _check_bias(params.logit_bias)
     _check_choice(params, vocab_size, params.endings(eos_token_ids) if params.min_new_tokens else frozenset())
+
+
+def _check_bias(logit_bias: Mapping[int, float]) -> None:
+    values = torch.tensor(list(logit_bias.values()), dtype=torch.float64)
+    wrong = ~(values.isneginf() | (values.abs() <= MAX_BIAS))
+    if wrong.any():
+        token_id, bias = list(logit_bias.items())[int(wrong.nonzero()[0])]
+        raise InvalidRequest("logit_bias", f"-{MAX_BIAS:g} to {MAX_BIAS:g} or -inf, got {bias} for token {token_id}")
 
 
 def _check_choice(params: SamplingParams, vocab_size: int, endings: Set[int]) -> None:
     """Raise `InvalidRequest` for parameters that leave no token to choose."""
-    allowed = set(params.allowed_token_ids) or set(range(vocab_size))
-    if allowed <= (banned := {token for token, bias in params.logit_bias.items() if bias == -math.inf}):
+    allowed = frozenset(params.allowed_token_ids)
+
+    def forbids(tokens: Set[int]) -> bool:
+        return allowed <= tokens if allowed else sum(token < vocab_size for token in tokens) == vocab_size
+
+    if forbids(banned := {token for token, bias in params.logit_bias.items() if bias == -math.inf}):
         raise InvalidRequest("logit_bias", f"at least one token that is not at -inf, got {len(banned)} that are")
-    if allowed <= endings | banned:
-        field = "allowed_token_ids" if params.allowed_token_ids else "stop_token_ids"
+    if endings and forbids(endings | banned):
+        field = "allowed_token_ids" if allowed else "stop_token_ids"
         raise InvalidRequest(field, "at least one token must not end the text before min_new_tokens, got none")
 
 
@@ -103,7 +99,8 @@ def sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
     """The next token of every row of logits [B, V] fp32, with the log probabilities that its request asks for.
 
     Log probabilities and ranks are of the model's own distribution, before temperature, penalties and masks. Waits for
-    the device once for the greedy rows and once for each other row. An error leaves all generators as they were.
+    the device once for all rows and once more for each that is not greedy. An error leaves all generators as they were.
+    Raises `NoChoice` for a row without a greatest logit that is finite.
     """
     with _restoring([state.generator for state in states if state.params.temperature > 0]):
         return _sample(logits, states)
@@ -122,19 +119,28 @@ def _restoring(generators: Sequence[torch.Generator]) -> Iterator[None]:
 
 
 def _sample(logits: Tensor, states: Sequence[SamplerState]) -> list[Sampled]:
-    greedy = logits.argmax(-1).tolist() if any(state.plain for state in states) else None
+    greedy = _most_likely(logits, any(state.plain for state in states))
     sampled = []
     for row, state in enumerate(states):
-        token_id = greedy[row] if greedy is not None and state.plain else _choose(logits[row : row + 1], state)
+        token_id = greedy[row] if state.plain else _choose(logits[row : row + 1], state)
         sampled.append(Sampled(token_id, _logprobs(logits[row], token_id, state.params.logprobs)))
     return sampled
 
 
+def _most_likely(logits: Tensor, wanted: bool) -> list[int]:
+    """The first most likely token of every row, empty unless `wanted`. Raises `NoChoice` as `sample` does."""
+    peaks, ids = logits.max(-1) if wanted else (logits.amax(-1), logits.new_empty(0))
+    found: list[float] = torch.cat((peaks.double(), ids.double())).tolist()  # exact, and one wait for the device
+    for row, peak in enumerate(found[: len(logits)]):
+        if not math.isfinite(peak):
+            raise NoChoice(f"logits of row {row} of {len(logits)}: the greatest must be finite, got {peak}")
+    return [int(token) for token in found[len(logits) :]]
+
+
 def _choose(scores: Tensor, state: SamplerState) -> int:
     """One token from scores [1, V]."""
-    generated = torch.tensor([state.generated], dtype=torch.long, device=scores.device)  # [1, n]
     for process in state.processors:
-        scores = process(generated, scores)
+        scores = process(state.generated, scores)
     return int(scores.argmax()) if state.params.temperature == 0 else _draw(scores[0], state.generator)
 
 
@@ -161,65 +167,3 @@ def _logprobs(logits: Tensor, token_id: int, candidates: int | None) -> tuple[Lo
     values, ids = logprobs.topk(min(candidates, logprobs.numel()))
     ranked = enumerate(zip(ids.tolist(), values.tolist(), strict=True), start=1)
     return (Logprob(token_id, float(chosen), rank), *(Logprob(other, value, place) for place, (other, value) in ranked))
-
-
-def _processors(params: SamplingParams, prompt: Sequence[int], eos_token_ids: Set[int]) -> tuple[Processor, ...]:
-    """Logits processors of a request, in the order of transformers' `generate`."""
-    built: list[Processor] = []
-    if params.logit_bias:
-        built.append(SequenceBiasLogitsProcessor([[[token], float(bias)] for token, bias in params.logit_bias.items()]))
-    if params.repetition_penalty != 1:
-        built.append(_repetition(params.repetition_penalty, prompt))
-    if params.presence_penalty or params.frequency_penalty:
-        built.append(_penalties(params.presence_penalty, params.frequency_penalty))
-    if params.allowed_token_ids:
-        allowed = sorted(set(params.allowed_token_ids))
-        built.append(PrefixConstrainedLogitsProcessor(lambda _batch, _ids: allowed, num_beams=1))
-    if params.min_new_tokens and (endings := params.endings(eos_token_ids)):
-        built.append(_minimum(params.min_new_tokens, sorted(endings)))
-    return (*built, *_warpers(params))
-
-
-def _warpers(params: SamplingParams) -> list[Processor]:
-    """Processors that reshape the distribution without moving its peak; none for a greedy request."""
-    built: list[Processor] = []
-    if params.temperature == 0:
-        return built
-    if params.temperature != 1:
-        built.append(TemperatureLogitsWarper(float(params.temperature)))
-    if params.top_k:
-        built.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
-        built.append(TopPLogitsWarper(params.top_p))
-    if params.min_p:
-        built.append(MinPLogitsWarper(params.min_p))
-    return built
-
-
-def _repetition(penalty: float, prompt: Sequence[int]) -> Processor:
-    process = RepetitionPenaltyLogitsProcessor(float(penalty))
-    distinct = torch.tensor(sorted(set(prompt)), dtype=torch.long)[None]  # [1, n]
-
-    def repetition(generated: Tensor, scores: Tensor) -> Tensor:
-        seen = torch.cat((distinct.to(scores.device), generated), dim=1)
-        return process(seen, scores)  # type: ignore[no-any-return]
-
-    return repetition
-
-
-def _penalties(presence: float, frequency: float) -> Processor:
-    """Penalties of generated tokens: `presence` once for each that occurred, `frequency` for each occurrence."""
-
-    def penalties(generated: Tensor, scores: Tensor) -> Tensor:
-        counts = torch.bincount(generated[0], minlength=scores.shape[-1])
-        return scores - presence * (counts > 0) - frequency * counts
-
-    return penalties
-
-
-def _minimum(min_new_tokens: int, endings: list[int]) -> Processor:
-    def minimum(generated: Tensor, scores: Tensor) -> Tensor:
-        process = MinNewTokensLengthLogitsProcessor(0, min_new_tokens, endings, device=str(scores.device))
-        return process(generated, scores)  # type: ignore[no-any-return]
-
-    return minimum

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from keysift.engine.errors import InvalidRequest
+from keysift.engine.errors import InvalidRequest, NoChoice
 from keysift.engine.execution.sampler import SamplerState, check, derive_seed, sample
 from keysift.engine.request import SamplingParams
 
@@ -195,3 +195,60 @@ def test_a_step_that_failed_has_drawn_nothing(later: bool) -> None:
         sample(flat, states)
     states[later].processors = processors
     assert [choice.token_id for choice in sample(flat, states)] == expected
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf], ids=str)
+def test_logits_without_a_finite_greatest_fail_before_anything_is_drawn(wrong: float) -> None:
+    flat = torch.zeros(3, 1000)
+    seeds = (1, 2, 3)
+    expected = sample(flat, [state(temperature=1.0, seed=seed) for seed in seeds])
+    states = [state(temperature=1.0, seed=seed) for seed in seeds]
+    with pytest.raises(NoChoice, match=rf"logits of row 1 of 3: .* got {wrong}"):
+        sample(flat.index_put((torch.tensor(1), torch.tensor(7)), torch.tensor(wrong)), states)
+    with pytest.raises(NoChoice, match=r"row 0 of 1: .* got -inf"):
+        sample(torch.full((1, 9), -torch.inf), [state()])
+    assert sample(flat, states) == expected
+
+
+def test_a_model_may_mask_tokens_itself() -> None:
+    masked = LOGITS.index_fill(0, torch.tensor([TOP]), -torch.inf)
+    assert pick(masked) == 3
+    assert pick(masked, temperature=1.0, top_k=1) == 3
+
+
+class Watched(list[int]):
+    """Generated tokens that count how many of them are read."""
+
+    read = 0
+
+    def __getitem__(self, key: Any) -> Any:
+        found = super().__getitem__(key)
+        self.read += len(found) if isinstance(key, slice) else 1
+        return found
+
+    def __iter__(self) -> Any:
+        raise AssertionError("all tokens are read again")
+
+
+@pytest.mark.parametrize("penalty", [{"frequency_penalty": 0.1}, {"repetition_penalty": 1.1}, {"presence_penalty": 1}])
+def test_penalties_read_each_generated_token_once(penalty: dict[str, float]) -> None:
+    one = state(**penalty, temperature=1.0)
+    one.generated = Watched([1, 2, 3])
+    for token in range(5):
+        sample(LOGITS[None], [one])
+        one.generated.append(token)
+    assert one.generated.read == 3 + 4
+
+
+def test_other_parameters_read_no_generated_token() -> None:
+    one = state(temperature=0.7, top_k=5, top_p=0.9, min_p=0.1, min_new_tokens=9, logit_bias={1: 1.0})
+    one.generated = Watched([1, 2, 3])
+    sample(LOGITS[None], [one])
+    assert one.generated.read == 0
+
+
+def test_a_step_that_runs_again_counts_nothing_twice() -> None:
+    one, other = (state(generated=(4,), frequency_penalty=0.3, presence_penalty=0.1) for _ in range(2))
+    for _ in range(3):
+        assert sample(LOGITS[None], [one]) == sample(LOGITS[None], [one])
+    assert sample(LOGITS[None], [one]) == sample(LOGITS[None], [other])
