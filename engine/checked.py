@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .errors import InvalidRequest
+from .errors import InvalidRequest, shortened
 
 
 def split(values: Any) -> Any:
@@ -41,4 +41,6 @@ class Checked(BaseModel):
             first = error.errors()[0]
             if isinstance(cause := first.get("ctx", {}).get("error"), InvalidRequest):
                 raise cause from None
-            raise InvalidRequest(".".join(map(str, first["loc"])), f"{first['msg']}, got {first['input']!r}") from None
+            raise InvalidRequest(
+                ".".join(map(str, first["loc"])), f"{first['msg']}, got {shortened(first['input'])}"
+            ) from None

@@ -32,7 +32,8 @@ class Job:
             text = self.transcript.push(token)
             reason = FinishReason.STOP if self.transcript.matched is not None else None
             if reason is None and self.sequence.num_generated >= self.sequence.max_new_tokens:
-                text, reason = text + self.transcript.flush(), FinishReason.LENGTH
+                text += self.transcript.flush()
+                reason = FinishReason.LENGTH if self.transcript.matched is None else FinishReason.STOP
         return TokenOutput(self.request_id, text, (token,), (logprobs,) if logprobs else ()), reason
 
     def finish(self, reason: FinishReason, failure: Failure | None = None) -> Finish:

@@ -8,13 +8,16 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
 
-from pydantic import Field, model_validator
+from pydantic import FailFast, Field, model_validator
 
 from .checked import Checked
 from .errors import InvalidRequest
 
 MIN_TEMPERATURE = 0.01
-TokenId = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
+"""Strict, as True is no number of anything."""
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+TokenIds = Annotated[tuple[Count, ...], FailFast()]
 
 
 class SamplingParams(Checked):
@@ -23,27 +26,29 @@ class SamplingParams(Checked):
     Field names follow ``vllm.Inference``; out-of-range values raise `InvalidRequest`.
     """
 
-    temperature: float = Field(0.0, ge=0, le=100)
+    temperature: Number = Field(0.0, ge=0, le=100)
     """0: the most likely token; else at least 0.01, below which scores overflow."""
-    top_k: int = Field(0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    min_p: float = Field(0.0, ge=0, le=1)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    top_k: Count = 0
+    top_p: Number = Field(1.0, gt=0, le=1)
+    min_p: Number = Field(0.0, ge=0, le=1)
+    seed: Count | None = None
 
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-    logit_bias: dict[TokenId, float] = Field(default_factory=dict)
-    allowed_token_ids: tuple[TokenId, ...] = ()
+    presence_penalty: Number = Field(0.0, ge=-2, le=2)
+    frequency_penalty: Number = Field(0.0, ge=-2, le=2)
+    repetition_penalty: Number = Field(1.0, ge=0.01, le=100)
+    logit_bias: dict[Count, float] = Field(default_factory=dict)
+    allowed_token_ids: TokenIds = ()
 
-    max_new_tokens: int = Field(256, ge=1)
-    min_new_tokens: int = Field(0, ge=0)
-    stop_token_ids: tuple[TokenId, ...] = ()
+    max_new_tokens: Count = Field(256, ge=1)
+    min_new_tokens: Count = 0
+    stop_token_ids: TokenIds = ()
     stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), max_length=64)
+    """Texts that end the answer, sought in all that the model says, special tokens that are not shown included."""
     include_stop_strings: bool = False
+    """The text ends with the stop string that ended it, in full; else it ends before it."""
     ignore_eos: bool = False
 
-    logprobs: int | None = Field(None, ge=0, le=20)
+    logprobs: Count | None = Field(None, le=20)
     """Most likely candidates whose log probabilities are returned with each token; 0: the chosen token's only."""
     skip_special_tokens: bool = True
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from keysift.engine.errors import InvalidRequest
 from keysift.engine.model.tokenizer import Tokenizer
 
@@ -24,7 +22,7 @@ def to_tokens(message: pb.GenerateRequest, tokenizer: Tokenizer, max_model_len: 
     if prompt == "token_ids":
         return _truncate(tuple(message.token_ids.ids), message)
     num_tokens = _max_tokens(message, max_model_len)
-    limit = num_tokens * _longest_token(tokenizer) * SHRINKAGE
+    limit = num_tokens * tokenizer.longest_token * SHRINKAGE
     if num_tokens == max_model_len:
         _check_length(_characters(message), limit, max_model_len)
     if prompt == "text":
@@ -60,12 +58,6 @@ def _check_length(characters: int, limit: int, max_model_len: int) -> None:
             f"1 to {max_model_len - 1} tokens (max_model_len is {max_model_len}), got {characters} characters, "
             f"which are more tokens than that",
         )
-
-
-@lru_cache(maxsize=1)
-def _longest_token(tokenizer: Tokenizer) -> int:
-    """Length of the longest token in characters."""
-    return max(map(len, tokenizer.backend.get_vocab()))
 
 
 def _truncate(prompt: tuple[int, ...], message: pb.GenerateRequest) -> tuple[int, ...]:

@@ -8,12 +8,22 @@ from typing import Any
 
 import tokenizers
 from jinja2 import TemplateError
-from tokenizers.decoders import DecodeStream
 
-from ..errors import InvalidRequest, Unsupported
+from ..errors import InvalidRequest, Unsupported, shortened
 
-TAIL = 16
-"""Prompt tokens that seed a stream, for decoders that treat the start of a text differently."""
+PASSED_ON = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)
+"""What says nothing about the text that was being read."""
+TAIL = 20
+"""Tokens before a stream, for decoders that treat the start of a text differently, and at the end of a window: its last
+characters, of up to four bytes each, begin within them."""
+HEAD = 4
+"""Tokens that decide whether a run of bytes can still be valid text."""
+WINDOW = 64
+"""Most tokens that are decoded at once."""
+UNKNOWN = "\ufffd"
+"""What stands in decoded text for bytes that are no character, or none yet."""
+BYTES = 4
+"""Most bytes of a character."""
 MARK = "keysift0message"
 """A message that no template contains."""
 
@@ -33,6 +43,15 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         self._hf = hf_tokenizer
+        added = self.backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(number for number, token in added.items() if token.special)
+        """Tokens that are left out of shown text."""
+        self.longest_token = max(map(len, self.backend.get_vocab()))
+        """Length of the longest token in characters."""
+        plain, whole = self._ids("x", False), self._ids("x", True)
+        starts = (at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
+        self.opening = tuple(whole[: next(starts, 0)])
+        """Special tokens that the model expects before a text."""
 
     @property
     def bos_token_id(self) -> int | None:
@@ -53,8 +72,31 @@ class Tokenizer:
         self._hf.save_pretrained(folder)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Tokens of `text`, with the special tokens that the model expects around a text."""
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Tokens of `text`, with the special tokens that the model expects around a text.
+
+        A text that begins with them, as one in the model's template does, gets no second ones. Other threads run
+        meanwhile. Raises `InvalidRequest` for what is no text.
+        """
+        try:
+            text.encode()
+            ids = self._ids(text, add_special_tokens)
+        except UnicodeEncodeError as error:
+            wrong = f"U+{ord(text[error.start]):04X} at character {error.start}"
+            raise InvalidRequest("prompt", f"text without lone surrogates, got {wrong}") from None
+        except PASSED_ON:
+            raise
+        except BaseException as error:  # a Rust panic, which is no Exception
+            raise InvalidRequest("prompt", f"the tokenizer cannot read it: {shortened(error)}") from error
+        begun = len(self.opening) if add_special_tokens else 0
+        return ids[begun:] if begun and tuple(ids[begun : 2 * begun]) == self.opening else ids
+
+    def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        # Unlike `encode`, this releases the interpreter's lock.
+        return self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+
+    def knows(self, token_id: int) -> bool:
+        """True for the id of a token; a model may have more outputs than there are tokens."""
+        return self.backend.id_to_token(token_id) is not None
 
     def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
         """Tokens of a conversation in the model's own template; messages carry ``role`` and ``content``.
@@ -97,7 +139,8 @@ class Detokenizer:
     """Incremental detokenizer: turns a stream of tokens into text that is final as soon as it is returned.
 
     All that `push` and `flush` return joins to the decoded text of all tokens, but for a space where bytes that are not
-    valid text were skipped. `prompt` precedes the stream, so that a first word keeps its leading space.
+    valid text were skipped. `prompt` precedes the stream, so that a first word keeps its leading space. A token costs
+    the same whatever came before it.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> None:
@@ -105,39 +148,59 @@ class Detokenizer:
         self._skip = skip_special_tokens
         self._context = self._whole_characters(prompt[-TAIL:])
         self._pending: list[int] = []
-        self._stream = self._start(self._context)
+        self._returned = self._decode(self._context)
+        """What was returned of the text of context and pending tokens."""
 
     def push(self, token_id: int) -> str:
         """Text that becomes final with this token; empty while a character is incomplete."""
-        try:
-            text = self._stream.step(self._tokenizer.backend, token_id)
-        except Exception:
-            # The library rejects invalid bytes once they have changed the meaning of earlier ones.
-            return self._restart(token_id)
-        self._pending.append(token_id)
-        if not text:
+        if self.hides(token_id) or not self._tokenizer.knows(token_id):
             return ""
+        text = self._decode([*self._context, *self._pending, token_id])
+        if not text.startswith(self._returned):  # the token has changed the meaning of bytes before it
+            rest = self.flush()
+            self._context, self._returned = [], ""
+            return rest + self.push(token_id)
+        self._pending.append(token_id)
+        fresh = text[len(self._returned) :]
+        if not fresh or fresh.endswith(UNKNOWN):
+            return self._narrow(fresh) if len(self._context) + len(self._pending) >= WINDOW else ""
         self._context, self._pending = self._pending, []
-        return text
+        self._returned = self._decode(self._context)
+        return fresh
 
     def flush(self) -> str:
         """Text of tokens that are held back for the rest of a character, which does not follow."""
-        before, after = self._decode(self._context), self._decode([*self._context, *self._pending])
+        text = self._decode([*self._context, *self._pending])
+        rest = text[len(self._returned) :]
         self._context, self._pending = self._pending or self._context, []
-        return after[len(before) :]
+        self._returned = self._decode(self._context)
+        return rest
 
-    def _restart(self, token_id: int) -> str:
-        rest = self.flush()
-        self._stream = self._start(())
-        return rest + self.push(token_id)
+    def hides(self, token_id: int) -> bool:
+        """True for a special token that is left out of the text."""
+        return self._skip and token_id in self._tokenizer.special_ids
 
-    def _start(self, prompt: Sequence[int]) -> DecodeStream:
-        return DecodeStream(ids=list(prompt), skip_special_tokens=self._skip)
+    def spelled(self, token_id: int) -> str:
+        """Text of one token alone, of a special one too."""
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def _narrow(self, fresh: str) -> str:
+        """Text of pending tokens that no later token can change, of which only the first and the last are kept.
+
+        The first ones keep a run of invalid bytes invalid, the last ones hold the character that may follow.
+        """
+        self._context, self._pending = [], [*self._pending[:HEAD], *self._pending[-TAIL:]]
+        self._returned = self._decode(self._pending)
+        if not self._returned.endswith(fresh[-BYTES:]):
+            return fresh
+        open_end = fresh[-BYTES:][1:]
+        self._returned = self._returned.removesuffix(open_end)
+        return fresh.removesuffix(open_end)
 
     def _whole_characters(self, prompt: Sequence[int]) -> list[int]:
         """`prompt` without an incomplete last character: a stream seeded with one repeats the prompt's text."""
         ids = list(prompt)
-        while ids and self._decode(ids).endswith("\ufffd"):
+        while ids and self._decode(ids).endswith(UNKNOWN):
             ids.pop()
         return ids
 

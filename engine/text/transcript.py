@@ -8,11 +8,15 @@ from .stop import StopStrings
 
 
 class Transcript:
-    """Text of one request: whole characters only, without stop strings, up to the token that ends it."""
+    """Text of one request: whole characters only, without stop strings, up to the token that ends it.
+
+    Stop strings are sought in all that the model said: special tokens that are not shown are spelled for them, and so
+    is the token that ends the text.
+    """
 
     def __init__(self, detokenizer: Detokenizer, params: SamplingParams, eos_token_ids: frozenset[int]) -> None:
         self.matched: str | int | None = None
-        """Stop string or token id that ended the text."""
+        """Stop string or token id that ended the text; where one token completes both, the string."""
         self._detokenizer = detokenizer
         self._stops = StopStrings(params.stop_strings, params.include_stop_strings)
         self._ends = params.endings(eos_token_ids)
@@ -22,19 +26,29 @@ class Transcript:
     def push(self, token: int) -> str:
         """Text that becomes final with this token."""
         self._count += 1
-        if self._count > self._min_new_tokens and token in self._ends:
-            self.matched = token
-            return self.flush()
-        return self._push_text(self._detokenizer.push(token))
+        if self._may_end and token in self._ends:
+            return self._end(token)
+        if self._detokenizer.hides(token):
+            return self._match(self._detokenizer.spelled(token), shown=False)
+        return self._match(self._detokenizer.push(token))
 
     def flush(self) -> str:
         """Text that was held back, once no token follows."""
-        rest = self._detokenizer.flush()
-        return self._stops.flush() + rest if self.matched is not None else self._push_text(rest) + self._stops.flush()
+        return self._match(self._detokenizer.flush()) + self._stops.flush()
 
-    def _push_text(self, text: str) -> str:
-        if self._count <= self._min_new_tokens:
-            return text
-        out, stop = self._stops.push(text)
+    @property
+    def _may_end(self) -> bool:
+        return self._count > self._min_new_tokens
+
+    def _end(self, token: int) -> str:
+        text = self._match(self._detokenizer.flush())
+        if self.matched is None:
+            text += self._match(self._detokenizer.spelled(token), shown=False)
+        if self.matched is None:
+            self.matched = token
+        return text + self._stops.flush()
+
+    def _match(self, text: str, shown: bool = True) -> str:
+        out, stop = self._stops.push(text, shown, ends=self._may_end)
         self.matched = stop if self.matched is None else self.matched
         return out

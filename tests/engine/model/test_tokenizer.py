@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from keysift.engine.errors import InvalidRequest, Unsupported
 from keysift.engine.model import embedded
-from keysift.engine.model.tokenizer import Detokenizer, Tokenizer
+from keysift.engine.model.tokenizer import WINDOW, Detokenizer, Tokenizer
+from tests.models import make_tokenizer
 
 ByteTokenizer = Callable[..., PreTrainedTokenizerFast]
 HARD = "naïve 👨‍👩‍👧 你好，世界 🇨🇭 e\u0301 \ufffd fin"
@@ -25,8 +30,7 @@ def byte_level(byte_tokenizer: ByteTokenizer) -> Tokenizer:
     return Tokenizer(byte_tokenizer())
 
 
-@pytest.fixture(scope="module")
-def metaspace() -> Tokenizer:
+def make_metaspace() -> Tokenizer:
     """Decoder like SentencePiece's: underscores are spaces, the first of a text is dropped, bytes fall back."""
     words = ["<s>", "▁Hello", "▁world", "!", *(f"<0x{byte:02X}>" for byte in range(256))]
     backend = tokenizers.Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
@@ -34,6 +38,14 @@ def metaspace() -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"))
+
+
+@pytest.fixture(scope="module")
+def metaspace() -> Tokenizer:
+    return FALLBACK
+
+
+BYTES, FALLBACK = Tokenizer(make_tokenizer()), make_metaspace()
 
 
 def stream(tokenizer: Tokenizer, tokens: list[int], skip: bool = True, prompt: tuple[int, ...] = ()) -> list[str]:
@@ -112,6 +124,92 @@ def test_threads_share_one_tokenizer(byte_level: Tokenizer) -> None:
     texts = [HARD * n for n in range(1, 40)]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(byte_level.encode, texts)) == [byte_level.encode(text) for text in texts]
+
+
+def test_long_texts_leave_the_interpreter_to_other_threads(byte_level: Tokenizer) -> None:
+    """Tokenising a million characters takes seconds, in which others must run."""
+    text, gaps, done = "你好世界" * 100_000, [0.0], threading.Event()
+
+    def tick() -> None:
+        last = time.perf_counter()
+        while not done.is_set():
+            time.sleep(0.001)
+            gaps.append(time.perf_counter() - last)
+            last = time.perf_counter()
+
+    with ThreadPoolExecutor(1) as pool:
+        ticking = pool.submit(tick)
+        begun = time.perf_counter()
+        byte_level.encode(text)
+        taken = time.perf_counter() - begun
+        done.set()
+        ticking.result()
+    assert max(gaps) < 0.5 * taken
+
+
+def test_texts_that_are_none_are_the_requests_errors(byte_level: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidRequest, match=r"prompt: text without lone surrogates, got U\+D800 at character 1"):
+        byte_level.encode("a\ud800")
+    assert byte_level.decode(byte_level.encode("a\0b")) == "a\0b"
+
+    class PanicException(BaseException):
+        """What a panic of the library is in Python."""
+
+    def panic(text: str, add_special_tokens: bool) -> list[int]:
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(byte_level, "_ids", panic)
+    with pytest.raises(InvalidRequest, match="prompt: the tokenizer cannot read it: PanicException"):
+        byte_level.encode("a")
+
+
+def test_a_text_that_begins_as_the_model_expects_gets_no_second_beginning(byte_tokenizer: ByteTokenizer) -> None:
+    library = byte_tokenizer()
+    library.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A <|end|>", special_tokens=[("<|start|>", 1), ("<|end|>", 2)]
+    )
+    tokenizer = Tokenizer(library)
+    plain = tokenizer.encode("hi", add_special_tokens=False)
+    assert tokenizer.encode("hi") == tokenizer.encode("<|start|>hi") == [1, *plain, 2]
+    assert tokenizer.encode("<|start|><|start|>hi") == [1, 1, *plain, 2]
+    assert tokenizer.encode("<|start|>hi", add_special_tokens=False) == [1, *plain]
+    assert tokenizer.encode("") == [1, 2]
+
+
+def test_tokens_without_text_cost_the_same_after_thousands(byte_level: Tokenizer) -> None:
+    """Also where decoding them gives only what stands for broken characters."""
+    for token in (1, 300, byte_level.encode("你")[0], byte_level.encode("你")[1]):
+        detokenizer = Detokenizer(byte_level, skip_special_tokens=True)
+        text = "".join(detokenizer.push(token) for _ in range(5000))
+        assert len(detokenizer._pending) <= WINDOW
+        assert text + detokenizer.flush() == byte_level.decode([token] * 5000)
+
+
+def test_a_stream_in_which_no_token_ends_a_character_still_comes_out() -> None:
+    """Each token is the rest of one character and the beginning of the next."""
+    first, rest = "".join(BYTES.backend.id_to_token(token) for token in BYTES.encode("你")[:2]), BYTES.encode("你")[2]
+    words = {"<unk>": 0, first: 1, BYTES.backend.id_to_token(rest) + first: 2}
+    backend = tokenizers.Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    *pieces, last = stream(tokenizer, [1, *[2] * 500])
+    assert "".join(pieces) + last == "你" * 500 + "\ufffd"
+    assert len(last) <= WINDOW
+
+
+@given(runs=st.lists(st.tuples(st.lists(st.integers(0, 270), min_size=1, max_size=4), st.integers(1, 90)), max_size=6))
+def test_a_stream_of_repeated_tokens_equals_decoding_at_once(runs: list[tuple[list[int], int]]) -> None:
+    """Also of special tokens and of ids that are no token."""
+    tokens = [token for run, times in runs for token in run * times]
+    for skip in (True, False):
+        assert "".join(stream(BYTES, tokens, skip)) == BYTES.decode(tokens, skip)
+
+
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 3, *(4 + byte for byte in range(128, 193))]), st.integers(1, 90))))
+def test_runs_of_invalid_bytes_of_a_fallback_equal_decoding_at_once(runs: list[tuple[int, int]]) -> None:
+    """Bytes of which no text consists: no part of a run is a character until a later byte makes it none."""
+    tokenizer, tokens = FALLBACK, [token for token, times in runs for _ in range(times)]
+    assert "".join(stream(tokenizer, tokens)) == tokenizer.decode(tokens)
 
 
 def test_a_tokenizer_without_a_fast_backend_is_refused() -> None:

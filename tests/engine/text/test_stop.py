@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from keysift.engine.text.stop import StopStrings
 
@@ -55,3 +58,62 @@ def test_flush_returns_text_that_was_held_back() -> None:
     stops = StopStrings(["END"])
     assert stops.push("weekEN") == ("week", None)
     assert (stops.flush(), stops.flush()) == ("EN", "")
+
+
+Piece = tuple[str, bool, bool]
+"""Text, whether it is shown, and whether a stop string that completes in it ends the text."""
+
+
+def found(pieces: list[Piece], strings: list[str], include: bool) -> tuple[str, str | None]:
+    """Reference: every end of every string tried at every character."""
+    said, shown = "", ""
+    places: list[int] = []
+    for text, visible, ends in pieces:
+        for character in text:
+            said += character
+            shown += character * visible
+            places.append(len(shown))
+            if ends and (complete := [string for string in strings if said.endswith(string)]):
+                longest = max(complete, key=len)
+                before = [0, *places][len(said) - len(longest)]
+                return shown[:before] + longest * include, longest
+    return shown, None
+
+
+words = st.text("ab<", min_size=1, max_size=5)
+
+
+@given(
+    pieces=st.lists(st.tuples(st.text("ab<", max_size=6), st.booleans(), st.booleans()), max_size=12),
+    strings=st.lists(words, max_size=5),
+    include=st.booleans(),
+)
+def test_hidden_text_and_text_that_is_no_end_count(pieces: list[Piece], strings: list[str], include: bool) -> None:
+    stops, text, matched = StopStrings(strings, include), "", None
+    for piece in pieces:
+        out, matched = stops.push(*piece)
+        text += out
+        if matched is not None:
+            break
+    assert (text + stops.flush(), matched) == found(pieces, strings, include)
+
+
+@given(pieces=st.lists(st.text("ab<", max_size=6), max_size=12), strings=st.lists(words, max_size=5))
+def test_no_more_is_held_back_than_may_still_match(pieces: list[str], strings: list[str]) -> None:
+    stops, seen, given_out = StopStrings(strings), "", ""
+    for piece in pieces:
+        out, matched = stops.push(piece)
+        if matched is not None:
+            return
+        seen, given_out = seen + piece, given_out + out
+        parts = {string[:size] for string in strings for size in range(len(string))}
+        held = max((len(part) for part in parts if seen.endswith(part)), default=0)
+        assert given_out == seen[: len(seen) - held]
+
+
+def test_strings_of_megabytes_cost_what_the_text_matches() -> None:
+    strings = [f"{letter}{'ab' * 2**20}" for letter in "abcdefgh"]
+    begun = time.perf_counter()
+    stops = StopStrings(strings)
+    assert feed(stops, ["once upon a time", "babababab"] * 20) == (("once upon a time" + "babababab") * 20, None)
+    assert time.perf_counter() - begun < 0.1

@@ -25,7 +25,7 @@ class Pieces:
     """Tokenizer of parts of a text; pieces begin at a line or a word."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._backend = tokenizer.backend
+        self._tokenizer = tokenizer
 
     def __call__(self, text: str, before: str = "\n") -> Tokens:
         """Tokens of `text` after the text `before`, as a tokenizer may treat the start of a text differently.
@@ -37,13 +37,11 @@ class Pieces:
 
     def alone(self, text: str) -> Tokens:
         """Tokens of `text`, without special tokens around it."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def opening(self) -> Tokens:
         """The special tokens that begin a text."""
-        plain, whole = self.alone("x"), list(self._backend.encode("x").ids)
-        starts = range(len(whole) - len(plain) + 1)
-        return whole[: next((at for at in starts if whole[at : at + len(plain)] == plain), 0)]
+        return list(self._tokenizer.opening)
 
 
 @dataclass(frozen=True, slots=True)
