@@ -11,7 +11,7 @@ PYTEST := -m pytest -q -m "not slow and not gpu" -n $(TESTERS) --dist loadfile
 MATRIX := tests/engine/model tests/engine/execution tests/engine/parallel tests/engine/text tests/engine/test_parity.py \
 	tests/engine/test_engine.py tests/engine/test_llm.py tests/server tests/test_examples.py
 
-.PHONY: install lock demo test test-matrix check bench docs proto format clean
+.PHONY: install lock demo test test-matrix check bench soak docs proto format clean
 
 install:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or later is needed"; exit 1; }
@@ -57,6 +57,10 @@ bench: install
 	$(BIN)/python -m benchmarks.quality.decode --plot benchmarks/quality/decode.svg
 	$(BIN)/python -m benchmarks.quality.locality --texts manual scripture --lengths 8000 --plot benchmarks/quality/locality.svg
 	$(BIN)/python -m benchmarks.engine.offload
+
+# Two servers under mixed load for an hour, or as long as `make soak MINUTES=3` says.
+soak: install
+	$(BIN)/python -m benchmarks.soak --minutes $(or $(MINUTES),60)
 
 # The site, in site/: no network, and a warning is an error.
 docs: install

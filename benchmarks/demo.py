@@ -7,18 +7,9 @@ if every answer came over the wire and the report was written.
 
 from __future__ import annotations
 
-import os
-import re
-import signal
 import subprocess
 import sys
-import sysconfig
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Thread
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -29,6 +20,7 @@ from keysift.server.client import Client
 
 from .lib import cli
 from .lib.document import TOPICS
+from .lib.served import keysift, own_environment, serve
 
 STRATEGIES = ("dense", "sift+retrieval")
 DOCUMENT = ("assignment", "import", "naming", "class")
@@ -37,9 +29,6 @@ CHARACTERS = 28_000
 """Length of the other topics, about 6,500 tokens; it differs between Python versions."""
 QUESTION = "According to the text above, what does the assert statement do?"
 LEAST_TOKENS = 6000
-START_SECONDS = 300
-KEPT = ("KEYSIFT_CACHE",)
-"""The user's settings that the demo's server takes."""
 REPORT = Path("keysift-demo")
 PROFILE = ("--input-lens", "1000,3000", "--output-len", "12", "--runs", "1", "--warmup", "0", "--attempts", "1")
 """Half a minute: one run of each length, and a second one for the parts of the time."""
@@ -50,11 +39,16 @@ def main() -> int:
     cli.parser("benchmarks.demo", __doc__).parse_args()
     document = "\n\n".join(TOPICS[name] for name in DOCUMENT)[:CHARACTERS] + f"\n\n{TOPICS[ABOUT]}"
     console.print(f"Document: CPython's help on {', '.join(DOCUMENT)} and {ABOUT} ({len(document):,} characters)")
-    with serve() as address, Client(address) as client:
-        console.print(f"Serving {client.info().model} on {address}")
+    with serve(report=show) as served, Client(served.address) as client:
+        console.print(f"Serving {client.info().model} on {served.address}")
         finishes = [ask(client, strategy, document) for strategy in STRATEGIES]
     console.print(table(finishes))
     return 0 if all(complete(finish) for finish in finishes) and profile() else 1
+
+
+def show(line: str) -> None:
+    """One line of the server's log."""
+    console.print(line, style="dim", highlight=False, markup=False)
 
 
 def profile() -> bool:
@@ -67,55 +61,6 @@ def profile() -> bool:
     if done.returncode == 0 and page.exists():
         console.print(f"Open {page} in a browser: latency, where the time goes, density, memory.", highlight=False)
     return done.returncode == 0 and page.exists()
-
-
-@contextmanager
-def serve() -> Iterator[str]:
-    """`keysift serve` on a free port, its log shown; yields its address once the model is loaded."""
-    command = [str(keysift()), "serve", "--port", "0"]
-    server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=own_environment())
-    log: Queue[str] = Queue()
-    Thread(target=_follow, args=(server, log), daemon=True).start()
-    try:
-        yield wait_until_ready(log)
-    finally:
-        server.send_signal(signal.SIGTERM)
-        try:
-            server.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            raise
-    console.print(f"Server stopped with status {server.returncode}")
-    if server.returncode:
-        raise SystemExit(1)
-
-
-def keysift() -> Path:
-    return Path(sysconfig.get_path("scripts")) / "keysift"
-
-
-def own_environment() -> dict[str, str]:
-    """The environment without the user's settings, except those of `KEPT`."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("KEYSIFT_") or name in KEPT}
-
-
-def _follow(server: subprocess.Popen[str], log: Queue[str]) -> None:
-    assert server.stderr is not None
-    for line in server.stderr:
-        console.print(line.rstrip(), style="dim", highlight=False, markup=False)
-        log.put(line)
-    log.put("")
-
-
-def wait_until_ready(log: Queue[str]) -> str:
-    address, deadline = "", time.monotonic() + START_SECONDS
-    with suppress(Empty):
-        while line := log.get(timeout=max(deadline - time.monotonic(), 0)):
-            if found := re.search(r"listening on (\S+)", line):
-                address = found[1]
-            if "ready: " in line:
-                return address
-    raise SystemExit(f"the server did not become ready within {START_SECONDS} s")
 
 
 def ask(client: Client, strategy: str, document: str) -> Finish:

@@ -1,0 +1,1 @@
+"""Soak: servers under mixed load for as long as one likes."""
