@@ -23,11 +23,15 @@ def to_tokens(message: pb.GenerateRequest, tokenizer: Tokenizer, max_model_len: 
         return _truncate(tuple(message.token_ids.ids), message)
     num_tokens = _max_tokens(message, max_model_len)
     limit = num_tokens * tokenizer.longest_token * SHRINKAGE
-    if num_tokens == max_model_len:
+    whole = num_tokens == max_model_len
+    if whole:
         _check_length(_characters(message), limit, max_model_len)
     if prompt == "text":
         return _truncate(tuple(tokenizer.encode(message.text[-limit:])), message)
-    return _truncate(tuple(tokenizer.chat(_last_turns(message.chat, limit))), message)
+    written = tokenizer.write(_last_turns(message.chat, limit))
+    if whole:
+        _check_length(len(written.text), limit, max_model_len)
+    return _truncate(tuple(tokenizer.read(written.last(limit))), message)
 
 
 def _max_tokens(message: pb.GenerateRequest, max_model_len: int) -> int:
@@ -48,7 +52,7 @@ def _last_turns(chat: pb.Chat, limit: int) -> list[dict[str, str]]:
 
 
 def _characters(message: pb.GenerateRequest) -> int:
-    return len(message.text) + sum(len(turn.content) for turn in message.chat.messages)
+    return len(message.text) + sum(len(turn.role) + len(turn.content) for turn in message.chat.messages)
 
 
 def _check_length(characters: int, limit: int, max_model_len: int) -> None:

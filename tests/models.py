@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,13 @@ import torch
 import transformers
 from packaging.version import Version
 from tokenizers import decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
+from keysift.engine.model import embedded
+
+needs_embedded = pytest.mark.skipif(
+    importlib.util.find_spec(embedded.PACKAGE) is None, reason=f"needs {embedded.INSTALL}"
+)
 splits_odd_heads = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"),
     reason="transformers 5.17 does not split a head of 259 outputs between two ranks, 5.23 and later do",
@@ -41,6 +48,13 @@ def make_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
         eos_token="<|end|>",
         chat_template=chat_template,
     )
+
+
+@cache
+def embedded_tokenizer() -> PreTrainedTokenizerFast:
+    """The embedded model's tokenizer, which takes seconds to read."""
+    gguf = embedded.package_file()
+    return AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)  # type: ignore[no-any-return]
 
 
 def llama(**changes: Any) -> LlamaConfig:

@@ -19,6 +19,7 @@ from ..support import Facts, check
 from . import key_bias, placement, seam
 from .checks import check_model, served_length
 from .cpu.swap import swap_modules
+from .endings import eos_token_ids
 from .fingerprint import fingerprint
 from .loaded import LoadedModel
 from .rope import stretched
@@ -49,15 +50,16 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
     digest = fingerprint(module, config.quantization)  # of the modules as transformers names them
     if device.type == "cpu" and config.tensor_parallel_size == 1:  # split layers stay transformers' own
         swap_modules(module, config.quantization, layers=not bias_channels)  # a swapped layer knows no bias
+    tokenizer = _load_tokenizer(source, config.trust_remote_code)
     return LoadedModel(
         name=config.served_model_name or source.name,
         module=module,
-        tokenizer=_load_tokenizer(source, config.trust_remote_code),
+        tokenizer=tokenizer,
         max_model_len=max_model_len,
         vocab_size=text.vocab_size,
         dtype=module.dtype,
         device=device,
-        eos_token_ids=_eos_token_ids(module),
+        eos_token_ids=eos_token_ids(source, module, tokenizer, text.vocab_size),
         **seam.facts(calls),
         fingerprint=digest,
         bias_channels=bias_channels,
@@ -110,8 +112,3 @@ def _load_tokenizer(source: Source, trust_remote_code: bool) -> Tokenizer:
     except (OSError, ValueError) as error:
         raise ModelNotFound(f"{source.name}: no tokenizer ({error})") from error
     return Tokenizer(found)
-
-
-def _eos_token_ids(module: Any) -> frozenset[int]:
-    ids = module.generation_config.eos_token_id
-    return frozenset([ids] if isinstance(ids, int) else ids or ())

@@ -29,6 +29,7 @@ class LoadedModel:
     dtype: torch.dtype
     device: torch.device
     eos_token_ids: frozenset[int]
+    """Tokens that end a text, whichever of the model's files states them; see `endings`."""
     scale: float
     """Factor of query-key products before the softmax."""
     windows: tuple[int, ...]

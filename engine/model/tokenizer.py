@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import tokenizers
 from jinja2 import TemplateError
 
 from ..errors import InvalidRequest, Unsupported, shortened
+from .quoting import Quoting, Written, check_text
 
 PASSED_ON = (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)
 """What says nothing about the text that was being read."""
@@ -26,6 +28,23 @@ BYTES = 4
 """Most bytes of a character."""
 MARK = "keysift0message"
 """A message that no template contains."""
+
+
+LONGEST = 300
+"""Characters kept of a template's message, which may repeat what it was given."""
+WRONG_MESSAGES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""What templates raise for messages of a form that they do not expect."""
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Block in which the library reads what a request says: what it cannot read is the request's error."""
+    try:
+        yield
+    except (InvalidRequest, *PASSED_ON):
+        raise
+    except BaseException as error:  # a Rust panic is no Exception
+        raise InvalidRequest("prompt", f"the tokenizer cannot read it: {shortened(error)}") from error
 
 
 class Tokenizer:
@@ -52,6 +71,8 @@ class Tokenizer:
         starts = (at for at in range(len(whole)) if whole[at : at + len(plain)] == plain)
         self.opening = tuple(whole[: next(starts, 0)])
         """Special tokens that the model expects before a text."""
+        template = hf_tokenizer.chat_template
+        self._quoting = Quoting(self.backend, str(template), hf_tokenizer.unk_token_id) if template else None
 
     @property
     def bos_token_id(self) -> int | None:
@@ -77,16 +98,9 @@ class Tokenizer:
         A text that begins with them, as one in the model's template does, gets no second ones. Other threads run
         meanwhile. Raises `InvalidRequest` for what is no text.
         """
-        try:
-            text.encode()
+        check_text(text)
+        with _reading():
             ids = self._ids(text, add_special_tokens)
-        except UnicodeEncodeError as error:
-            wrong = f"U+{ord(text[error.start]):04X} at character {error.start}"
-            raise InvalidRequest("prompt", f"text without lone surrogates, got {wrong}") from None
-        except PASSED_ON:
-            raise
-        except BaseException as error:  # a Rust panic, which is no Exception
-            raise InvalidRequest("prompt", f"the tokenizer cannot read it: {shortened(error)}") from error
         begun = len(self.opening) if add_special_tokens else 0
         return ids[begun:] if begun and tuple(ids[begun : 2 * begun]) == self.opening else ids
 
@@ -98,12 +112,44 @@ class Tokenizer:
         """True for the id of a token; a model may have more outputs than there are tokens."""
         return self.backend.id_to_token(token_id) is not None
 
-    def chat(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        special_tokens_in_content: bool = False,
+    ) -> list[int]:
         """Tokens of a conversation in the model's own template; messages carry ``role`` and ``content``.
 
-        Raises `InvalidRequest` where the model has no template or the template rejects the messages.
+        Raises what `write` raises.
         """
-        return self.encode(self.render(messages, add_generation_prompt), add_special_tokens=False)
+        return self.read(self.write(messages, add_generation_prompt, special_tokens_in_content))
+
+    def write(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        special_tokens_in_content: bool = False,
+    ) -> Written:
+        """A conversation in the model's template, for `read`.
+
+        Control tokens that messages spell are plain text, so that none forges a turn, unless
+        `special_tokens_in_content`. Raises `InvalidRequest` where the model has no template or the template rejects the
+        messages, and for roles and names with characters that none has.
+        """
+        if self._quoting is None or special_tokens_in_content:
+            return Written(self.render(messages, add_generation_prompt), {})
+        with _reading():
+            quoted, stand_ins = self._quoting.quote(messages)
+        return Written(self.render(quoted, add_generation_prompt), stand_ins)
+
+    def read(self, written: Written) -> list[int]:
+        """Tokens of a conversation."""
+        if not written.quoted or self._quoting is None:
+            return self.encode(written.text, add_special_tokens=False)
+        check_text(written.text)
+        with _reading():
+            return self._quoting.tokens(written)
 
     def around(self) -> tuple[str, str] | None:
         """Text of the chat template before and after a single user message; None: there is no template.
@@ -117,8 +163,11 @@ class Tokenizer:
             raise InvalidRequest("chat", f"the model's template shows a message {len(parts) - 1} times instead of once")
         return parts[0], parts[1]
 
-    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True, **options: Any) -> str:
-        """Text of a conversation in the model's template; `options` are those of transformers."""
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **options: Any) -> str:
+        """Text of a conversation in the model's template; `options` are those of transformers.
+
+        Control tokens that messages spell are among it, as if the template had written them.
+        """
         if not self._hf.chat_template:
             raise InvalidRequest("chat", "the model has no chat template")
         try:
@@ -128,8 +177,10 @@ class Tokenizer:
                 tokenize=False,
                 **options,
             )
-        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise InvalidRequest("chat", f"the model's template rejects the messages: {error}") from error
+        except (TemplateError, *WRONG_MESSAGES) as error:
+            raise InvalidRequest(
+                "chat", f"the model's template rejects the messages: {str(error)[:LONGEST]}"
+            ) from error
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import threading
 import time
@@ -14,12 +13,11 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from keysift.engine.errors import InvalidRequest, Unsupported
-from keysift.engine.model import embedded
 from keysift.engine.model.tokenizer import WINDOW, Detokenizer, Tokenizer
-from tests.models import make_tokenizer
+from tests.models import embedded_tokenizer, make_tokenizer, needs_embedded
 
 ByteTokenizer = Callable[..., PreTrainedTokenizerFast]
 HARD = "naïve 👨‍👩‍👧 你好，世界 🇨🇭 e\u0301 \ufffd fin"
@@ -217,10 +215,9 @@ def test_a_tokenizer_without_a_fast_backend_is_refused() -> None:
         Tokenizer(object())
 
 
-@pytest.mark.skipif(importlib.util.find_spec(embedded.PACKAGE) is None, reason=f"needs {embedded.INSTALL}")
+@needs_embedded
 def test_the_embedded_tokenizer_streams_hard_text() -> None:
-    gguf = embedded.package_file()
-    library = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    library = embedded_tokenizer()
     tokenizer = Tokenizer(library)
     tokens = tokenizer.encode(HARD)
     assert tokens == library(HARD).input_ids
