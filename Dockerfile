@@ -1,6 +1,6 @@
 # CPU:  docker build -t keysift .
 # CUDA: docker build -t keysift:cuda --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 --build-arg TORCH_BACKEND=cu130 .
-# Run:  docker run -p 50051:50051 keysift serve --strategy streaming
+# Run:  docker run -p 127.0.0.1:50051:50051 keysift serve --strategy streaming
 # Linux x86-64. Every package has the version and hash of requirements/run.txt; torch has its version, in the build of TORCH_BACKEND,
 # which uv takes from PyTorch's own index (TORCH_BACKEND= takes the package index's).
 ARG BASE=python:3.12-slim
@@ -29,7 +29,9 @@ RUN pip install --no-cache-dir --require-hashes --requirement /requirements/uv.t
     && rm -rf /wheels /requirements
 RUN useradd --create-home keysift
 USER keysift
-ENV KEYSIFT_HOST=0.0.0.0
+# All addresses of the container, whose network is its own: who publishes its port beyond loopback gives it TLS and tokens,
+# and KEYSIFT_INSECURE=false, with which it does not start without them.
+ENV KEYSIFT_HOST=0.0.0.0 KEYSIFT_METRICS_HOST=0.0.0.0 KEYSIFT_INSECURE=true
 EXPOSE 50051
 # The health service asks for no token. A server with TLS wants a probe of its own: override or --no-healthcheck.
 HEALTHCHECK --start-period=5m CMD ["python", "-c", "import grpc; \

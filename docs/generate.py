@@ -1,4 +1,4 @@
-"""Tables of the documentation that are made from the code: strategies, flags, metrics, tasks and modules.
+"""Tables of the documentation that are made from the code: strategies, flags, limits, metrics, tasks and modules.
 
 `python docs/generate.py NAME` prints one of them; the site takes them through `hooks.py`.
 """
@@ -100,6 +100,27 @@ def _default(parameter: Any) -> str:
     return " ".join(_code(each) for each in (default if isinstance(default, list | tuple) else [default]))
 
 
+def limits() -> str:
+    """Limits of what callers may send: flag, default, bounded field of a message, and meaning."""
+    from keysift.server.limits import RULES, Limits
+
+    fields = {rule.limit: rule.field for rules in reversed(RULES.values()) for rule in reversed(rules)}
+    rows = [
+        (
+            f"`--{name.replace('_', '-')}`",
+            _size(each.default),
+            f"`{fields[name]}`" if name in fields else "-",
+            each.description or "",
+        )
+        for name, each in Limits.model_fields.items()
+    ]
+    return table(("flag", "default", "field", "bounds"), rows)
+
+
+def _size(value: Any) -> str:
+    return _code(value.human_readable() if hasattr(value, "human_readable") else value)
+
+
 def combinations() -> str:
     """Values of the engine's options that are refused beside others."""
     from keysift.engine.support import rows
@@ -112,7 +133,7 @@ def metrics() -> str:
     """Every Prometheus metric: name, kind, labels and meaning."""
     from prometheus_client import REGISTRY
 
-    import keysift.engine.metrics  # noqa: F401  # registers them
+    import keysift.server.metrics  # noqa: F401  # registers them, with those of the engine
 
     found = {
         each for each in REGISTRY._names_to_collectors.values() if getattr(each, "_name", "").startswith("keysift_")
@@ -185,6 +206,7 @@ def _code(value: object) -> str:
 GENERATORS: dict[str, Callable[..., str]] = {
     "strategies": strategies,
     "flags": flags,
+    "limits": limits,
     "combinations": combinations,
     "metrics": metrics,
     "tasks": tasks,

@@ -43,16 +43,17 @@ def _plain(value: Any) -> Any:
     return dict(value) if hasattr(value, "items") else tuple(value)
 
 
-def to_request(message: pb.GenerateRequest, request_id: str, prompt: tuple[int, ...]) -> Request:
+def to_request(message: pb.GenerateRequest, request_id: str, prompt: tuple[int, ...], **fields: Any) -> Request:
+    """Request of a message; `fields` are those that the server sets or changes."""
     return Request(
         request_id=request_id,
         prompt=prompt,
         params=to_params(message),
         strategy=message.strategy or None,
         strategy_args=tuple(f"{name}={value}" for name, value in sorted(message.strategy_args.items())),
-        cache_salt=message.kv.cache_salt,
         bypass_prefix_cache=message.kv.bypass_prefix_cache,
         priority=message.priority,
+        **fields,
     )
 
 
@@ -89,7 +90,9 @@ def to_reply(output: Output) -> pb.GenerateReply:
 
 
 def _to_logprobs(candidates: tuple[Logprob, ...]) -> pb.TokenLogprobs:
-    return pb.TokenLogprobs(candidates=[pb.Logprob(**asdict(candidate)) for candidate in candidates])
+    return pb.TokenLogprobs(
+        candidates=[pb.Logprob(token_id=each.token_id, logprob=each.logprob, rank=each.rank) for each in candidates]
+    )
 
 
 def _to_finish(finish: Finish) -> pb.Finish:

@@ -25,7 +25,10 @@ from keysift.engine.errors import (
 )
 from keysift.engine.request import Finish, FinishReason
 
+from .logs import RateLimit
+
 logger = logging.getLogger(__name__)
+logger.addFilter(RateLimit(burst=10, seconds=10))
 
 MAX_MESSAGE_BYTES, MAX_FIELD_BYTES = 1000, 200
 """Longest error message and field name: both are sent in metadata, which peers limit to 8 KiB."""
@@ -101,7 +104,7 @@ def failure(finish: Finish) -> KeysiftError | None:
 
 def to_status(error: KeysiftError) -> Status:
     """Rich status of an error: BadRequest has the field, RetryInfo the time to wait."""
-    status = Status(code=_code(error).value[0], message=_shorten(str(error)))
+    status = Status(code=code(error).value[0], message=_shorten(str(error)))
     for detail in _details(error):
         status.details.add().Pack(detail)
     return status
@@ -115,7 +118,8 @@ def _shorten(text: str, limit: int = MAX_MESSAGE_BYTES) -> str:
     return encoded.decode(errors="ignore")
 
 
-def _code(error: KeysiftError) -> grpc.StatusCode:
+def code(error: KeysiftError) -> grpc.StatusCode:
+    """Status code of an error."""
     known = (CODES[base] for base in type(error).__mro__ if base in CODES)
     return next(known, grpc.StatusCode.INTERNAL)
 

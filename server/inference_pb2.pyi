@@ -109,8 +109,8 @@ class GenerateRequest(google.protobuf.message.Message):
     STRATEGY_FIELD_NUMBER: builtins.int
     STRATEGY_ARGS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """Names the request for Abort and in logs; unique among live requests, at most 256 characters of printable ASCII.
-    Empty: the server makes one.
+    """Names the request for Abort and in logs; unique among live requests of the same token, printable ASCII. Empty: the
+    server makes one.
     """
     model: builtins.str
     """Must be the name that GetModelInfo reports. Empty: the loaded model."""
@@ -121,7 +121,7 @@ class GenerateRequest(google.protobuf.message.Message):
     truncate_prompt_tokens: builtins.int
     """Number of prompt tokens to keep, from the end, at least 1. Default: all."""
     priority: builtins.int
-    """Smaller runs earlier; equal priorities run in order of arrival. Default 0."""
+    """Smaller runs earlier; equal priorities run in order of arrival. A token may allow a range only. Default 0."""
     strategy: builtins.str
     """Attention strategy of this request, such as "streaming" or "flexprefill+retrieval". Empty: the server's."""
     @property
@@ -355,7 +355,7 @@ class Stopping(google.protobuf.message.Message):
 
     @property
     def stop_strings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Any of these texts ends the completion, across token borders too. At most 64, none empty."""
+        """Any of these texts ends the completion, across token borders too. None empty."""
 
     def __init__(
         self,
@@ -418,7 +418,7 @@ class Kv(google.protobuf.message.Message):
     bypass_prefix_cache: builtins.bool
     """Neither reads nor fills the prefix cache. Default false."""
     cache_salt: builtins.str
-    """Requests share cached prefixes only with others of the same salt."""
+    """Requests share cached prefixes only with others of the same salt and, unless the server says otherwise, tenant."""
     def __init__(
         self,
         *,
@@ -796,7 +796,7 @@ class AbortRequest(google.protobuf.message.Message):
     REQUEST_IDS_FIELD_NUMBER: builtins.int
     @property
     def request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Ids of live requests; unknown and finished ones are ignored."""
+        """Ids of live requests of the same token; unknown and finished ones are ignored."""
 
     def __init__(
         self,
@@ -908,7 +908,7 @@ class ServerInfo(google.protobuf.message.Message):
     uptime_s: builtins.float
     """Seconds since the server started."""
     max_message_bytes: builtins.int
-    """Largest request or reply."""
+    """Largest GenerateRequest or reply."""
     max_num_seqs: builtins.int
     """Most requests that run at once, and most that wait."""
     max_queue: builtins.int

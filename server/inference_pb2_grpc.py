@@ -29,7 +29,8 @@ class InferenceStub(object):
     """Long-context text generation with pluggable sparse attention.
 
     Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
-    fields are only added. The server also offers grpc.health.v1.Health and reflection.
+    fields are only added. The server also offers grpc.health.v1.Health and reflection. Strings and lists have limits,
+    which the server's flags set (docs/serving.md); an error names field, limit and value.
     """
 
     def __init__(self, channel):
@@ -64,7 +65,8 @@ class InferenceServicer(object):
     """Long-context text generation with pluggable sparse attention.
 
     Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
-    fields are only added. The server also offers grpc.health.v1.Health and reflection.
+    fields are only added. The server also offers grpc.health.v1.Health and reflection. Strings and lists have limits,
+    which the server's flags set (docs/serving.md); an error names field, limit and value.
     """
 
     def Generate(self, request, context):
@@ -132,7 +134,8 @@ class Inference(object):
     """Long-context text generation with pluggable sparse attention.
 
     Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
-    fields are only added. The server also offers grpc.health.v1.Health and reflection.
+    fields are only added. The server also offers grpc.health.v1.Health and reflection. Strings and lists have limits,
+    which the server's flags set (docs/serving.md); an error names field, limit and value.
     """
 
     @staticmethod

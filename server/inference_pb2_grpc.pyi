@@ -93,7 +93,8 @@ class InferenceStub(typing.Generic[_InferenceGenerateType, _InferenceAbortType, 
     """Long-context text generation with pluggable sparse attention.
 
     Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
-    fields are only added. The server also offers grpc.health.v1.Health and reflection.
+    fields are only added. The server also offers grpc.health.v1.Health and reflection. Strings and lists have limits,
+    which the server's flags set (docs/serving.md); an error names field, limit and value.
     """
 
     @typing.overload
@@ -174,7 +175,8 @@ class InferenceServicer(metaclass=abc.ABCMeta):
     """Long-context text generation with pluggable sparse attention.
 
     Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
-    fields are only added. The server also offers grpc.health.v1.Health and reflection.
+    fields are only added. The server also offers grpc.health.v1.Health and reflection. Strings and lists have limits,
+    which the server's flags set (docs/serving.md); an error names field, limit and value.
     """
 
     @abc.abstractmethod

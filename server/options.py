@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import ipaddress
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import ByteSize, Field, SecretStr
+from pydantic import Field, SecretStr
 
 from keysift.engine.checked import Checked
 from keysift.engine.errors import InvalidRequest
 from keysift.engine.request import SamplingParams
 
-MIB = 2**20
-DEFAULT_MESSAGE_BYTES = 64 * MIB
-"""Message limit: a prompt of a million tokens is about 5 MB of text, and gRPC's default is 4 MiB."""
+from .limits import Limits
+
+DEFAULT_MESSAGE_BYTES = 64 * 2**20
+"""Largest message of a client; the server's own limit is smaller."""
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat messages with `role` and `content`."""
@@ -28,16 +30,26 @@ class ServerConfig(Checked):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(50051, ge=0, le=65535, description="port to listen on; 0: a free one, which the log names")
+    metrics_host: str = Field("127.0.0.1", description="address of the Prometheus metrics")
     metrics_port: int = Field(0, ge=0, le=65535, description="HTTP port of the Prometheus metrics; 0: none")
-    max_message_size: ByteSize = Field(
-        ByteSize(DEFAULT_MESSAGE_BYTES), ge=MIB, lt=2**31, description="largest request or reply, such as 64MiB"
-    )
     drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests get after SIGTERM or SIGINT")
     api_key: SecretStr | None = Field(None, min_length=1, description="bearer token that clients must send")
-    api_key_file: Path | None = Field(None, description="file with the bearer token")
+    api_key_file: Path | None = Field(
+        None,
+        description="file with the bearer token, or with a line NAME TOKEN [streams=N] [queue=N] [priority=A..B] for "
+        "each tenant; read again when it changes",
+    )
+    share_prefix_cache: bool = Field(
+        False, description="let tenants find each other's cached prefixes, and so learn which ones are known"
+    )
     ssl_keyfile: Path | None = Field(None, description="private key in PEM, for TLS")
     ssl_certfile: Path | None = Field(None, description="certificate chain in PEM, for TLS")
     ssl_ca_certs: Path | None = Field(None, description="CA of the clients' certificates in PEM, for mTLS")
+    insecure: bool = Field(
+        False,
+        description="listen beyond loopback without TLS, or without a token or mTLS: whoever reaches the port can use "
+        "the model, or read prompts, answers and tokens on their way",
+    )
 
     def __init__(self, **fields: Any) -> None:
         super().__init__(**fields)
@@ -47,6 +59,29 @@ class ServerConfig(Checked):
             raise InvalidRequest("ssl_ca_certs", "mTLS takes ssl_keyfile and ssl_certfile too")
         if self.api_key and self.api_key_file:
             raise InvalidRequest("api_key_file", "either api_key or api_key_file, got both")
+        if self.exposed and not self.insecure:
+            raise InvalidRequest(
+                "host",
+                f"a loopback address, or TLS and tokens (or mTLS), or --insecure; got {self.host!r}, {self.exposed}",
+            )
+
+    @property
+    def exposed(self) -> str:
+        """What strangers can do; empty on loopback, and where TLS and tokens or client certificates keep them out."""
+        if is_loopback(self.host):
+            return ""
+        missing = [] if self.ssl_certfile else ["no TLS: prompts, answers and tokens can be read on their way"]
+        if not (self.api_key or self.api_key_file or self.ssl_ca_certs):
+            missing.append("no token: everybody can use the model")
+        return "; ".join(missing)
+
+
+def is_loopback(host: str) -> bool:
+    """The address is one that only this machine reaches."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host in ("localhost", "") or host.startswith("unix:")
 
 
 class Document(Checked):
@@ -120,9 +155,18 @@ def pair(argument: str) -> tuple[str, str]:
     return name, value
 
 
-def server_options(max_message_bytes: int) -> ChannelOptions:
+def server_options(limits: Limits) -> ChannelOptions:
+    """Options of the gRPC server, which bound its connections and what it holds for each."""
     return [
-        *_message_limits(max_message_bytes),
+        *_message_limits(limits.max_message_size),
+        ("grpc.max_metadata_size", limits.max_metadata_size),
+        ("grpc.absolute_max_metadata_size", limits.max_metadata_size),
+        ("grpc.max_concurrent_streams", limits.max_streams_per_connection),
+        ("grpc.max_allowed_incoming_connections", limits.max_connections),
+        ("grpc.max_connection_idle_ms", _milliseconds(limits.idle_timeout)),
+        ("grpc.server_handshake_timeout_ms", _milliseconds(limits.handshake_timeout)),
+        # Else the window of a stream that nobody reads yet grows to megabytes; that of a message that is read does.
+        ("grpc.http2.bdp_probe", 0),
         # By default a client that pings during a silent prefill is disconnected after two pings in five minutes.
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.http2.max_ping_strikes", 0),
@@ -133,6 +177,10 @@ def server_options(max_message_bytes: int) -> ChannelOptions:
         # By default a second server on the same port starts without an error and takes half of the calls.
         ("grpc.so_reuseport", 0),
     ]
+
+
+def _milliseconds(seconds: float) -> int:
+    return min(round(seconds * 1000), 2**31 - 1)
 
 
 def client_options(max_message_bytes: int, keepalive_s: float) -> ChannelOptions:

@@ -20,7 +20,7 @@ def to_tokens(message: pb.GenerateRequest, tokenizer: Tokenizer, max_model_len: 
     if prompt is None:
         raise InvalidRequest("prompt", "one of text, token_ids and chat, got none")
     if prompt == "token_ids":
-        return _truncate(tuple(message.token_ids.ids), message)
+        return _last_tokens(message, max_model_len)
     num_tokens = _max_tokens(message, max_model_len)
     limit = num_tokens * tokenizer.longest_token * SHRINKAGE
     whole = num_tokens == max_model_len
@@ -32,6 +32,16 @@ def to_tokens(message: pb.GenerateRequest, tokenizer: Tokenizer, max_model_len: 
     if whole:
         _check_length(len(written.text), limit, max_model_len)
     return _truncate(tuple(tokenizer.read(written.last(limit))), message)
+
+
+def _last_tokens(message: pb.GenerateRequest, max_model_len: int) -> tuple[int, ...]:
+    """Tokens of a prompt of tokens, of which there may be millions more than the model takes."""
+    ids, most = message.token_ids.ids, _max_tokens(message, max_model_len)
+    if len(ids) > most and not message.HasField("truncate_prompt_tokens"):
+        raise InvalidRequest(
+            "prompt", f"1 to {max_model_len - 1} tokens (max_model_len is {max_model_len}), got {len(ids)}"
+        )
+    return _truncate(tuple(ids[-most:]), message)
 
 
 def _max_tokens(message: pb.GenerateRequest, max_model_len: int) -> int:

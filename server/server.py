@@ -17,10 +17,13 @@ from keysift.engine.engine import Engine
 
 from . import inference_pb2 as pb
 from .errors import Internal, Unavailable
+from .guard import Guard
 from .inference_pb2_grpc import add_InferenceServicer_to_server
+from .limits import Limits
 from .options import ServerConfig, server_options
-from .security import interceptors, server_credentials
+from .security import server_credentials, tokens
 from .service import InferenceService
+from .threads import PreparationThreads
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -35,16 +38,24 @@ ENGINE_GRACE_S = 10.0
 class Server:
     """Server of one engine on one port. `start`, `drain` and `stop` run inside one event loop."""
 
-    def __init__(self, config: ServerConfig, load: Callable[[], Engine]) -> None:
-        self.config = config
-        self.worker = Worker(load)
-        self.service = InferenceService(self.worker, config.max_message_size)
+    def __init__(self, config: ServerConfig, load: Callable[[], Engine], limits: Limits | None = None) -> None:
+        """Raises `InvalidRequest` for files of tokens that cannot be used."""
+        self.config, self.limits = config, limits or Limits()
+        self._threads = PreparationThreads(self.limits.preparation_threads)
+        self._guard = Guard(self.limits, tokens(config), self._threads)
+        self.worker = Worker(load, self._threads)
+        self.service = InferenceService(self.worker, self._guard, self.limits, config.share_prefix_cache)
         self.health = health.aio.HealthServicer()
         self.port = 0
 
     async def start(self) -> None:
-        """Listen and start to load the model; raises `Unavailable` if the port is taken."""
+        """Listen and start to load the model.
+
+        Raises `Unavailable` if the port is taken, and `InvalidRequest` for TLS files that cannot be used.
+        """
         await self._set_health(HealthCheckResponse.NOT_SERVING)
+        if self.config.exposed:
+            logger.warning("%s is not loopback, and there is %s", self.config.host, self.config.exposed)
         self._grpc = self._build()
         self.port = self._bind()
         await self._grpc.start()
@@ -78,15 +89,14 @@ class Server:
     async def stop(self) -> None:
         """Close the port and end the engine's thread."""
         await self._grpc.stop(STOP_GRACE_S)
+        self._threads.close()
         await self.worker.close(ENGINE_GRACE_S if self.worker.loaded.done() else STOP_GRACE_S)
         self._health_task.cancel()
         await asyncio.gather(self._health_task, return_exceptions=True)
         logger.info("stopped")
 
     def _build(self) -> grpc.aio.Server:
-        server = grpc.aio.server(
-            interceptors=interceptors(self.config), options=server_options(self.config.max_message_size)
-        )
+        server = grpc.aio.server(interceptors=[self._guard], options=server_options(self.limits))
         add_InferenceServicer_to_server(self.service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
         reflection.enable_server_reflection((NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
@@ -102,6 +112,11 @@ class Server:
             return self._grpc.add_insecure_port(address)
         except RuntimeError as error:
             raise Unavailable(f"cannot listen on {address}: address or port taken or not available ({error})") from None
+
+    @property
+    def alive(self) -> bool:
+        """True after `stop` if a thread did not end in time: the engine's, or one that prepares a request."""
+        return self.worker.alive or self._threads.alive
 
     async def _follow_health(self) -> None:
         """Report SERVING while the engine runs; raises the error that ended it."""

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from itertools import chain
 
 from keysift.engine.request import Output, TokenOutput
+
+from .places import Place
+
+AT_ONCE = 64
+"""Outputs that become one message at most, so that what a slow reader left keeps neither the loop nor a limit busy."""
 
 
 class Stream:
     """Outputs of one request, in order, on the event loop's thread.
 
-    A slow reader never blocks the engine: queued tokens are joined into one output and only the latest progress is
-    kept, so that the queue is bounded by the completion of the request.
+    A slow reader never blocks the engine: queued tokens are joined and only the latest progress is kept, so that the
+    queue is bounded by the completion of the request.
     """
 
-    def __init__(self) -> None:
-        self._queue: list[Output] = []
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._queue: deque[Output] = deque()
         self._error: BaseException | None = None
         self._arrived = asyncio.Event()
 
@@ -31,12 +38,12 @@ class Stream:
         self._arrived.set()
 
     async def take(self) -> list[Output]:
-        """Wait for outputs, and return all that are queued; raises the error of `fail` once the queue is empty."""
+        """Wait for outputs, and return the first `AT_ONCE`; raises the error of `fail` once the queue is empty."""
         await self._arrived.wait()
-        outputs, self._queue = self._queue, []
-        if not outputs and self._error:
+        if not self._queue and self._error:
             raise self._error
-        if not self._error:
+        outputs = [self._queue.popleft() for _ in range(min(AT_ONCE, len(self._queue)))]
+        if not self._queue and not self._error:
             self._arrived.clear()
         return coalesce(outputs)
 

@@ -2,7 +2,7 @@
 
 The engine's thread owns the engine, the event loop's thread owns the streams and the state. Commands go to the engine
 through one queue; outputs and results return with `call_soon_threadsafe`, in order. So there is no lock, and a result
-never overtakes an output.
+never overtakes an output. Requests are prepared on threads of their own before they become commands.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ from typing import Any, TypeVar
 
 from keysift.engine.engine import Engine
 from keysift.engine.errors import DuplicateRequest
-from keysift.engine.request import Finish, Output, Request
+from keysift.engine.job import Job
+from keysift.engine.request import Finish, FinishReason, Output, Sparsity, Timings, Usage
 
+from . import metrics
 from .errors import Internal, Unavailable
+from .places import Place, Places
 from .stream import Stream
+from .tenants import Tenant
+from .threads import PreparationThreads
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +48,15 @@ class State(Enum):
 class Worker:
     """Runner of one engine. All public methods belong to the event loop's thread; `start` runs inside the loop."""
 
-    def __init__(self, load: Callable[[], Engine]) -> None:
+    def __init__(self, load: Callable[[], Engine], threads: PreparationThreads) -> None:
         self.state = State.LOADING
         self.engine: Engine | None = None
         self._load = load
+        self._threads = threads
         self._commands: SimpleQueue[Command | None] = SimpleQueue()
+        self._places = Places()
         self._streams: dict[str, Stream] = {}
+        self._preparing: dict[str, asyncio.Task[Any]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
         self._thread = Thread(target=self._run, name="keysift-engine", daemon=True)
@@ -60,27 +68,74 @@ class Worker:
         self.failed = asyncio.Event()
         self._thread.start()
 
-    async def submit(self, request: Request) -> Stream:
-        """Add a request; raises the errors of `Engine.add`, and `Unavailable` unless the engine is ready."""
+    @property
+    def preparing(self) -> int:
+        """Requests that are being prepared or wait for it."""
+        return len(self._preparing)
+
+    def place(self, tenant: Tenant) -> Place:
+        """A place for a request, taken before any work on it; raises `ResourceExhausted`, or `Unavailable`."""
         self.require_accepting()
-        if request.request_id in self._streams:
-            raise DuplicateRequest(f"request_id: {request.request_id!r} is already running")
-        stream = self._streams[request.request_id] = Stream()
+        return self._places.take(tenant)
+
+    async def submit(self, place: Place, request_id: str, size: int, prepare: Callable[[Engine], Job]) -> Stream:
+        """Add the job that `prepare` makes of a message of `size` bytes, on a thread of the preparation.
+
+        Raises the errors of `prepare` and of `Engine.add`, and `Unavailable` unless the engine is ready.
+        """
+        engine = self.require_accepting()
+        if request_id in self._streams:
+            raise DuplicateRequest(f"request_id: {place.tenant.external(request_id)!r} is already running")
+        stream = self._streams[request_id] = Stream(place)
+        place.kept = True
         self._idle.clear()
-        added = self.call(lambda engine: engine.add(request))
-        added.add_done_callback(lambda added: self._remove(request.request_id) if _has_failed(added) else None)
+        try:
+            if (job := await self._prepare(request_id, size, lambda: prepare(engine))) is None:
+                return self._never_started(request_id, engine)
+            added = self.call(lambda engine: engine.add(job))
+        except BaseException:
+            self._remove(request_id)
+            raise
+        added.add_done_callback(lambda added: self._remove(request_id) if _has_failed(added) else None)
         try:
             await asyncio.shield(added)
         except asyncio.CancelledError:
-            self.abort_stream(request.request_id, stream)
+            self.abort_stream(request_id, stream)
             raise
+        metrics.REQUESTS.labels(place.tenant.label).inc()
+        return stream
+
+    async def _prepare(self, request_id: str, size: int, work: Callable[[], Job]) -> Job | None:
+        """The job, made on a thread of the preparation; None: it was aborted before."""
+        task = asyncio.ensure_future(self._threads.run(size, work))
+        self._preparing[request_id] = task
+        metrics.PREPARING.set(len(self._preparing))
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if (caller := asyncio.current_task()) and caller.cancelling():
+                raise
+            return None
+        finally:
+            del self._preparing[request_id]
+            metrics.PREPARING.set(len(self._preparing))
+
+    def _never_started(self, request_id: str, engine: Engine) -> Stream:
+        """Stream of a request that was aborted before the engine had it."""
+        stream = self._streams[request_id]
+        sparsity = Sparsity(engine.config.strategy, 0.0, 0.0, None, False, 0, 0, None, 0.0)
+        stream.put(Finish(request_id, FinishReason.CANCELLED, Usage(0, 0, 0), Timings(0, 0, 0, 0, 0), sparsity))
+        self._remove(request_id)
         return stream
 
     def abort(self, request_id: str) -> bool:
         """Abort a request; returns True if it was live. Its id is in use until the engine has finished it."""
         if request_id not in self._streams:
             return False
-        self.call(lambda engine: engine.abort(request_id)).add_done_callback(_has_failed)
+        if preparing := self._preparing.get(request_id):
+            preparing.cancel()
+        else:
+            self.call(lambda engine: engine.abort(request_id)).add_done_callback(_has_failed)
         return True
 
     def abort_stream(self, request_id: str, stream: Stream) -> None:
@@ -191,6 +246,7 @@ class Worker:
 
     def _on_loaded(self, engine: Engine) -> None:
         self.engine = engine
+        self._places.room = engine.config.max_num_seqs + engine.config.max_queue
         if self.state is State.LOADING:
             self.state = State.READY
         self.loaded.set_result(engine)
@@ -201,8 +257,8 @@ class Worker:
         self.state = State.FAILED
         for stream in self._streams.values():
             stream.fail(_engine_error(error))
-        self._streams.clear()
-        self._idle.set()
+        for request_id in tuple(self._streams):
+            self._remove(request_id)
         while not self._commands.empty():
             if command := self._commands.get_nowait():
                 _resolve(command[1], None, Unavailable("the engine has failed"))
@@ -216,9 +272,12 @@ class Worker:
                 stream.put(output)
             if isinstance(output, Finish):
                 self._remove(output.request_id)
+                if stream:
+                    metrics.observe_finish(stream.place.tenant, output)
 
     def _remove(self, request_id: str) -> None:
-        self._streams.pop(request_id, None)
+        if stream := self._streams.pop(request_id, None):
+            stream.place.release()
         if not self._streams:
             self._idle.set()
 

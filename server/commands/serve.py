@@ -8,15 +8,16 @@ import os
 import sys
 
 from keysift.engine.config import EngineConfig
-from keysift.engine.errors import InvalidRequest
 
 from ..interrupts import importing
+from ..limits import Limits
+from ..logs import RateLimit
 from ..options import ServerConfig
 from .flags import Config, from_fields
 
 
-@from_fields(server=ServerConfig, engine=EngineConfig)
-def serve(server: ServerConfig, engine: EngineConfig, config: Config = None) -> None:
+@from_fields(server=ServerConfig, limits=Limits, engine=EngineConfig)
+def serve(server: ServerConfig, limits: Limits, engine: EngineConfig, config: Config = None) -> None:
     """Serve a model over gRPC until SIGTERM or SIGINT.
 
     [bold]Examples[/bold]
@@ -30,16 +31,17 @@ def serve(server: ServerConfig, engine: EngineConfig, config: Config = None) -> 
     with importing():
         from keysift.engine.engine import Engine
 
+        from ..exporter import Exporter
         from ..server import Server
 
     _log_to_stderr()
     if server.metrics_port:
-        _export_metrics(server.host, server.metrics_port)
+        Exporter(server.metrics_host, server.metrics_port).start()
     report = logging.getLogger("keysift.engine").info
 
-    grpc_server = Server(server, lambda: Engine(engine, report))
+    grpc_server = Server(server, lambda: Engine(engine, report), limits)
     asyncio.run(grpc_server.run())
-    if grpc_server.worker.alive:
+    if grpc_server.alive:
         # A load cannot be interrupted, and an interpreter that ends around a thread in native code aborts.
         logging.shutdown()
         os._exit(0)
@@ -48,12 +50,4 @@ def serve(server: ServerConfig, engine: EngineConfig, config: Config = None) -> 
 def _log_to_stderr() -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("keysift").setLevel(logging.INFO)
-
-
-def _export_metrics(host: str, port: int) -> None:
-    from prometheus_client import start_http_server
-
-    try:
-        start_http_server(port, host)
-    except OSError as error:
-        raise InvalidRequest("metrics_port", f"a free port, got {port} ({error.strerror})") from None
+    logging.getLogger("grpc._cython.cygrpc").addFilter(RateLimit(burst=10, seconds=10))

@@ -16,6 +16,7 @@ import pytest
 from keysift.engine import Engine, EngineConfig, Output
 from keysift.server.client import Client
 from keysift.server.commands import cli
+from keysift.server.limits import Limits
 from keysift.server.options import ServerConfig
 from keysift.server.server import Server
 from tests.models import llama, save
@@ -55,9 +56,11 @@ class SlowEngine(Engine):
 class Running:
     """`Server` whose event loop runs on another thread, so that tests can call it over the network."""
 
-    def __init__(self, config: ServerConfig, load: Callable[[], Engine], loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, config: ServerConfig, limits: Limits, load: Callable[[], Engine], loop: asyncio.AbstractEventLoop
+    ) -> None:
         self.loop = loop
-        self.server = self.do(_build(config, load))
+        self.server = self.do(_build(config, load, limits))
         self.do(self.server.start())
 
     @property
@@ -84,8 +87,8 @@ class Running:
         self.do(self.server.stop())
 
 
-async def _build(config: ServerConfig, load: Callable[[], Engine]) -> Server:
-    return Server(config, load)
+async def _build(config: ServerConfig, load: Callable[[], Engine], limits: Limits) -> Server:
+    return Server(config, load, limits)
 
 
 async def _result(future: Any, *arguments: Any) -> Any:
@@ -106,11 +109,12 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 @pytest.fixture(scope="session")
 def start(engine_config: EngineConfig, loop: asyncio.AbstractEventLoop) -> Iterator[Callable[..., Running]]:
-    """Function that starts a server on a free port; its keywords are fields of `ServerConfig`."""
+    """Function that starts a server on a free port; its keywords are fields of `ServerConfig` and `Limits`."""
     started: list[Running] = []
 
     def start_one(load: Callable[[], Engine] | None = None, wait: bool = True, **options: Any) -> Running:
-        running = Running(ServerConfig(port=0, **options), load or (lambda: Engine(engine_config)), loop)
+        limits = Limits(**{name: options.pop(name) for name in set(options) & set(Limits.model_fields)})
+        running = Running(ServerConfig(port=0, **options), limits, load or (lambda: Engine(engine_config)), loop)
         started.append(running)
         if wait:
             running.wait_until_loaded()

@@ -163,6 +163,6 @@ def test_ipv6(start: Callable[..., Running]) -> None:
             probe.bind(("::1", 0))
     except OSError:
         pytest.skip("this machine has no IPv6")
-    running = start(host="::")
+    running = start(host="::", insecure=True)
     with Client(f"[::1]:{running.server.port}") as client:
         assert client.info().model == "tiny"

@@ -61,17 +61,17 @@ def test_mtls(start: Callable[..., Running], pki: Path) -> None:
 @pytest.fixture(scope="module")
 def locked(start: Callable[..., Running], tmp_path_factory: pytest.TempPathFactory) -> Running:
     file = tmp_path_factory.mktemp("token") / "token"
-    file.write_text("open sesame\n")
+    file.write_text("open-sesame\n")
     return start(api_key_file=file)
 
 
 def test_the_right_token(locked: Running) -> None:
-    with Client(locked.address, api_key="open sesame") as client:
+    with Client(locked.address, api_key="open-sesame") as client:
         assert client.info().model == "tiny"
         assert list(client.generate("x"))
 
 
-@pytest.mark.parametrize("key", [None, "open barley", "open sesam"], ids=["none", "wrong", "cut"])
+@pytest.mark.parametrize("key", [None, "open-barley", "open-sesam"], ids=["none", "wrong", "cut"])
 def test_another_token(locked: Running, key: str | None) -> None:
     with Client(locked.address, api_key=key) as client:
         for call in (client.info, client.server_info, lambda: list(client.generate("x")), lambda: client.abort(["x"])):
@@ -104,4 +104,4 @@ def test_a_bad_setting_is_named(fields: dict[str, object], field: str) -> None:
 
 
 def test_the_token_is_not_shown() -> None:
-    assert "sesame" not in repr(ServerConfig(api_key="open sesame"))
+    assert "sesame" not in repr(ServerConfig(api_key="open-sesame"))

@@ -7,11 +7,14 @@ import asyncio
 import pytest
 
 from keysift.engine import Logprob, PrefillProgress, PromptInfo, TokenOutput
+from keysift.server.places import Place, Places
 from keysift.server.stream import Stream, coalesce
+from keysift.server.tenants import ANYONE
 
 INFO = PromptInfo("r", 9, 0, "dense", 0.0)
 A = TokenOutput("r", "a", (1,), ((Logprob(1, -1.0, 1),),))
 B = TokenOutput("r", "b", (2, 3), ((Logprob(2, -1.0, 1),), (Logprob(3, -2.0, 2),)))
+PLACE = Place(Places(), ANYONE)
 HALF, DONE = PrefillProgress("r", 9, 0, 4), PrefillProgress("r", 9, 0, 9)
 
 
@@ -26,7 +29,7 @@ def test_nothing_is_joined_across_other_outputs() -> None:
 
 def test_an_error_comes_after_the_queued_outputs() -> None:
     async def read() -> None:
-        stream = Stream()
+        stream = Stream(PLACE)
         stream.put(A)
         stream.fail(RuntimeError("gone"))
         assert await stream.take() == [A]
@@ -38,7 +41,7 @@ def test_an_error_comes_after_the_queued_outputs() -> None:
 
 def test_a_reader_waits_for_outputs() -> None:
     async def read() -> None:
-        stream = Stream()
+        stream = Stream(PLACE)
         asyncio.get_running_loop().call_later(0.01, stream.put, A)
         assert await stream.take() == [A]
         waiting = asyncio.create_task(stream.take())
