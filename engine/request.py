@@ -39,7 +39,7 @@ class SamplingParams(Checked):
     logit_bias: dict[Count, float] = Field(default_factory=dict)
     allowed_token_ids: TokenIds = ()
 
-    max_new_tokens: Count = Field(256, ge=1)
+    max_new_tokens: Annotated[int, Field(strict=True, ge=1, lt=2**63)] = 256
     min_new_tokens: Count = 0
     stop_token_ids: TokenIds = ()
     stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = Field((), max_length=64)
