@@ -121,6 +121,11 @@ class EngineConfig(Checked):
         description="reuse cached prefixes in whole chunks only, and never pages of generated tokens, so that answers "
         "have the same bits with and without them; without it those after a reused dense prompt may differ by rounding",
     )
+    checked: bool = Field(
+        False,
+        description="check every tensor and number that native kernels follow, and end a request rather than read "
+        "foreign memory; slower",
+    )
     trust_remote_code: bool = Field(False, description="run model code that comes with the weights")
     seed: int = Field(0, ge=0, description="seed of requests that sample without one of their own")
 

@@ -1,4 +1,5 @@
-"""What holds for every test: the same bits each run, poisoned memory, and a GPU or Triton's interpreter."""
+"""What holds for every test: the same bits each run, poisoned memory, checked native calls, and a GPU or Triton's
+interpreter."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+os.environ.setdefault("KEYSIFT_CHECKED", "1")  # in subprocesses too; read by the first import of the native package
 GPU = torch.cuda.is_available()
 if GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms need it

@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from keysift.kvcache.native import checks
+
 from .. import ranks
 from ..config import EngineConfig
 from ..devices import choose_device, choose_dtype
@@ -34,6 +36,8 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
 
     Raises `ModelNotFound`, `Unsupported` naming what cannot be served, or `InvalidRequest` naming the field.
     """
+    if config.checked:
+        checks.enable()
     device = ranks.local_device(choose_device(config.device), config.tensor_parallel_size)
     check(config, Facts(runs_on=device))
     source = locate(config.model, report)

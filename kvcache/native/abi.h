@@ -36,7 +36,7 @@ struct LinearCall {
   const void* x;  // [B, K]
   void* out;      // [B, N], contiguous
   Matrix matrix;
-  std::int64_t x_stride, batch;
+  std::int64_t x_strides[1], batch;
   Type type;
 };
 
@@ -146,7 +146,7 @@ struct ProbeCall {
   const std::int32_t* const* ends;    // [Hkv, C]
   const std::int16_t* const* tokens;  // [Hkv, segment]
   float* masses;                      // [R, Hq, F], contiguous
-  std::int64_t q_strides[2], k_strides[3], frames_strides[3], places_stride;
+  std::int64_t q_strides[2], k_strides[3], frames_strides[3], places_strides[1];
   std::int64_t rows, heads, kv_heads, dim, page_size, pages, width, segment, lists, probes;
   Type type;
   float scale;

@@ -1,207 +1,268 @@
-"""Call structures of the native library: ctypes mirrors of abi.h, filled by field name."""
+"""Call structures of the native library: ctypes mirrors of abi.h.
+
+Each declares the memory that its pointers point to, which checked mode compares with the tensors of a call.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from ctypes import c_float, c_int64, c_void_p
-from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
+from .call import Call, layout
+from .checks import DTYPES as DTYPES
+from .checks import Each, Numbers, Operand, named
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Values of the field `type`."""
-
-Fields = Sequence[tuple[str, type[Any]]]
-
-
-class Call(ctypes.Structure):
-    """A structure that `pack` fills by name, except for strides: those of the tensor of that name.
-
-    A pointer is a tensor, an address or None, whose strides are 0; the caller keeps tensors alive until the kernel
-    returns. `pack` raises `TypeError` for a field that is missing or unknown.
-    """
-
-    pack: ClassVar[Callable[..., Any]]
-
-    def __init_subclass__(cls) -> None:
-        cls.pack = staticmethod(_make_pack(cls))
-
-
-def _make_pack(kind: type[Call]) -> Callable[..., Any]:
-    """A function with a keyword for each field, generated so that it is as fast as a call by position."""
-    fields = [(field[0], field[1]) for field in kind._fields_]
-    names = ", ".join(name for name, _ in fields if not name.endswith("_strides"))
-    values = ", ".join(_value_of(name, of) for name, of in fields)
-    scope: dict[str, Any] = {"kind": kind, "Tensor": Tensor}
-    exec(f"def pack(*, {names}): return kind({values})", scope)
-    return scope["pack"]  # type: ignore[no-any-return]
-
-
-def _value_of(name: str, kind: Any) -> str:
-    """The source of one field's value."""
-    if name.endswith("_strides"):
-        tensor, axes = name.removesuffix("_strides"), kind._length_
-        return f"{tensor}.stride()[:{axes}] if {tensor} is not None else {(0,) * axes}"
-    return f"{name}.data_ptr() if isinstance({name}, Tensor) else {name}" if kind is c_void_p else name
-
-
-def _fields(kind: type[Any], names: str) -> Fields:
-    return [(name, kind) for name in names.split()]
-
-
-def _pointers(names: str) -> Fields:
-    return _fields(c_void_p, names)
-
-
-def _sizes(names: str) -> Fields:
-    return _fields(c_int64, names)
-
-
-def _strides(axes: int, names: str) -> Fields:
-    """Strides of the first axes of tensors, in elements."""
-    return [(f"{name}_strides", c_int64 * axes) for name in names.split()]
+QUERIES = Operand("type", "rows heads dim", strides=2)
+KEYS = Operand("type", "N kv_heads page_size dim", strides=3)
+POSITIONS = Numbers("int32", "rows", "pages * page_size", least=-1)
+TABLE = Numbers("int32", "rows kv_heads pages", "N", strides=3)
+MASSES = Operand("float32", "rows heads pages")
+GROUPED = ("page_size > 0", "kv_heads > 0", "heads % kv_heads == 0", "0 < dim <= 256")
 
 
 class AttentionCall(Call):
-    _fields_ = (
-        *_pointers("q k v frames pages starts out lse"),
-        *_strides(2, "q"),
-        *_strides(3, "k v frames pages"),
-        *_sizes("tokens heads kv_heads lists dim page_size rows pages_per_list queries_per_row window type"),
-        ("scale", c_float),
+    operands = named(
+        q=Operand("type", "tokens heads dim", strides=2),
+        k=KEYS,
+        v=KEYS,
+        frames=Numbers("int32", "rows kv_heads F", "N", strides=3),
+        pages=Numbers("int32", "rows lists pages_per_list", "F", least=-1, ordered=True, strides=3),
+        starts=Numbers("int32", "rows", "F * page_size"),
+        out=Operand("type", "tokens heads dim"),
+        lse=Operand("float32", "tokens heads"),
+    )
+    rules = (*GROUPED, "lists % kv_heads == 0", "lists > 0 and heads % lists == 0", "dim % 8 == 0")
+    _fields_ = layout(
+        operands, "tokens heads kv_heads lists dim page_size rows pages_per_list queries_per_row window type", "scale"
     )
 
 
 class Matrix(Call):
     """Weights of one linear layer; not a call, but a part of some."""
 
-    _fields_ = (*_pointers("weight scales bias"), *_sizes("outputs inputs"))
+    operands = named(
+        weight=Operand("any", "outputs inputs"),
+        scales=Operand("float32", "outputs inputs//64", optional=True),
+        bias=Operand("any", "outputs", optional=True),
+    )
+    rules = ("inputs % 32 == 0",)
+    _fields_ = layout(operands, "outputs inputs")
 
 
 class LinearCall(Call):
-    _fields_ = (*_pointers("x out"), ("matrix", Matrix), *_sizes("x_stride batch type"))
+    operands = named(
+        x=Operand("type", "batch matrix.inputs", strides=1),
+        out=Operand("type", "batch matrix.outputs"),
+    )
+    _fields_ = layout(operands, "batch type", parts={"matrix": Matrix})
 
 
 class LayerInCall(Call):
-    _fields_ = (
-        *_pointers("x norm cos sin q k v"),
-        *_fields(Matrix, "to_q to_k to_v"),
-        *_sizes("batch dim type"),
-        ("eps", c_float),
+    operands = named(
+        x=Operand("type", "batch to_q.inputs", optional=True),
+        norm=Operand("type", "to_q.inputs"),
+        cos=Operand("type", "batch dim", optional=True),
+        sin=Operand("type", "batch dim", optional=True),
+        q=Operand("type", "batch to_q.outputs", optional=True),
+        k=Operand("type", "batch to_k.outputs", optional=True),
+        v=Operand("type", "batch to_v.outputs", optional=True),
     )
+    rules = (
+        *("to_q.inputs == to_k.inputs == to_v.inputs", "dim > 0 and dim % 2 == 0"),
+        *("to_q.outputs % dim == 0", "to_k.outputs % dim == 0"),
+    )
+    _fields_ = layout(operands, "batch dim type", "eps", parts=dict.fromkeys(("to_q", "to_k", "to_v"), Matrix))
 
 
 class LayerOutCall(Call):
-    _fields_ = (
-        *_pointers("x attended norm out"),
-        *_fields(Matrix, "to_out gate up down"),
-        *_sizes("batch type"),
-        ("eps", c_float),
+    operands = named(
+        x=Operand("type", "batch to_out.outputs", optional=True),
+        attended=Operand("type", "batch to_out.inputs", optional=True),
+        norm=Operand("type", "to_out.outputs"),
+        out=Operand("type", "batch to_out.outputs", optional=True),
     )
+    rules = (
+        *("to_out.outputs == gate.inputs == up.inputs == down.outputs", "gate.outputs == up.outputs == down.inputs"),
+    )
+    _fields_ = layout(operands, "batch type", "eps", parts=dict.fromkeys(("to_out", "gate", "up", "down"), Matrix))
 
 
 class ScoresCall(Call):
-    _fields_ = (
-        *_pointers("q k frames positions mass peak bands"),
-        *_strides(2, "q"),
-        *_strides(3, "k frames"),
-        *_sizes("probes queries_per_probe heads kv_heads dim page_size pages type"),
-        ("scale", c_float),
+    operands = named(
+        q=Operand("type", "probes*queries_per_probe heads dim", strides=2),
+        k=KEYS,
+        frames=Numbers("int32", "probes kv_heads pages", "N", strides=3),
+        positions=Numbers("int32", "probes*queries_per_probe", "pages * page_size", least=-1),
+        mass=Operand("float32", "probes heads pages"),
+        peak=Operand("float32", "probes heads pages"),
+        bands=Operand("float32", "probes heads pages", optional=True),
     )
+    rules = (*GROUPED, "dim % 8 == 0")
+    _fields_ = layout(operands, "probes queries_per_probe heads kv_heads dim page_size pages type", "scale")
 
 
 class PagesCall(Call):
-    _fields_ = (
-        *_pointers("q k own summaries levels bounds scales frames positions masses"),
-        *_strides(2, "q"),
-        *_strides(3, "k frames"),
-        *_strides(2, "own"),
-        *_sizes("rows heads kv_heads dim page_size pages words candidates type"),
-        *_fields(c_float, "scale slack"),
+    operands = named(
+        q=QUERIES,
+        k=Operand("type", "K kv_heads page_size dim", strides=3),
+        own=Numbers("int32", "rows kv_heads", "K", strides=2),
+        summaries=Operand("type", "N kv_heads 4 dim", optional=True),
+        levels=Operand("int32", "N kv_heads words page_size", optional=True),
+        bounds=Operand("int8", "N kv_heads 2 dim", optional=True),
+        scales=Operand("float32", "N kv_heads 2", optional=True),
+        frames=TABLE,
+        positions=POSITIONS,
+        masses=MASSES,
+    )
+    rules = (*GROUPED, "dim % 16 == 0", "words in (0, dim // 16, dim // 8)")
+    _fields_ = layout(
+        operands,
+        "rows heads kv_heads dim page_size pages words candidates type",
+        "scale slack",
+        strides=("q", "k", "frames", "own"),
     )
 
 
 class TopCall(Call):
-    _fields_ = (
-        *_pointers("masses firsts lasts out kept"),
-        *_sizes("rows heads lists pages width sinks budget"),
-        ("epsilon", c_float),
+    operands = named(
+        masses=MASSES,
+        firsts=Numbers("int32", "rows", "pages"),
+        lasts=Numbers("int32", "rows", "pages"),
+        out=Operand("int32", "rows lists width"),
+        kept=Operand("float32", "rows heads"),
     )
+    rules = ("lists > 0", "heads % lists == 0", "budget <= pages")
+    _fields_ = layout(operands, "rows heads lists pages width sinks budget", "epsilon")
 
 
 class SteadyCall(Call):
-    _fields_ = (
-        ("top", TopCall),
-        *_pointers("known read averages refused now_read now_averages overlap bound_exceeded"),
-        *_sizes("queried most refusable"),
-        *_fields(c_float, "factor keep"),
+    operands = named(
+        known=Operand("bool", "top.rows"),
+        read=Operand("bool", "top.rows top.lists top.pages"),
+        averages=Operand("float32", "top.rows top.lists top.pages"),
+        refused=Operand("int32", "top.rows top.lists queried"),
+        now_read=Operand("bool", "top.rows top.lists top.pages"),
+        now_averages=Operand("float32", "top.rows top.lists top.pages"),
+        overlap=Operand("float32", "top.rows top.lists"),
+        bound_exceeded=Operand("bool", "top.rows top.lists"),
     )
+    rules = ("queried <= top.budget",)
+    signed = ("most",)
+    _fields_ = (("top", TopCall), *layout(operands, "queried most refusable", "factor keep"))
 
 
 class ClusterCall(Call):
-    _fields_ = (
-        *_pointers("k frames centroids ends tokens"),
-        *_strides(3, "k frames"),
-        *_sizes("segments kv_heads dim page_size pages lists iterations type"),
+    operands = named(
+        k=KEYS,
+        frames=Numbers("int32", "segments kv_heads pages", "N", strides=3),
+        centroids=Operand("type", "segments kv_heads lists dim"),
+        ends=Operand("int32", "segments kv_heads lists"),
+        tokens=Operand("int16", "segments kv_heads pages*page_size"),
     )
+    rules = ("0 < pages * page_size <= 2**15", "lists > 0", "iterations > 0", "dim % 32 == 0", "0 < dim <= 256")
+    _fields_ = layout(operands, "segments kv_heads dim page_size pages lists iterations type")
 
 
 class ProbeCall(Call):
-    _fields_ = (
-        *_pointers("q k frames positions places centroids ends tokens masses"),
-        *_strides(2, "q"),
-        *_strides(3, "k frames"),
-        *_sizes("places_stride rows heads kv_heads dim page_size pages width segment lists probes type"),
-        ("scale", c_float),
+    operands = named(
+        q=QUERIES,
+        k=KEYS,
+        frames=TABLE,
+        positions=POSITIONS,
+        places=Numbers("int32", "rows width", "L", strides=1),
+        centroids=Each(Operand("type", "kv_heads lists dim"), "L"),
+        ends=Each(Numbers("int32", "kv_heads lists", "segment + 1", ordered=True), "L"),
+        tokens=Each(Numbers("int16", "kv_heads segment", "segment"), "L"),
+        masses=MASSES,
     )
+    rules = (*GROUPED, "heads <= 32 * kv_heads", "dim % 32 == 0", "segment > 0", "lists % 4 == 0", "0 < probes < 2**31")
+    _fields_ = layout(operands, "rows heads kv_heads dim page_size pages width segment lists probes type", "scale")
 
 
 class GraphSearchCall(Call):
-    _fields_ = (
-        *_pointers("q k frames positions ends hubs entries links points keys scores scanned masses"),
-        *_strides(2, "q"),
-        *_strides(3, "k frames"),
-        *_sizes("rows heads kv_heads dim page_size pages degree beam top_k sink window type"),
-        ("scale", c_float),
+    operands = named(
+        q=QUERIES,
+        k=KEYS,
+        frames=TABLE,
+        positions=POSITIONS,
+        ends=Numbers("int32", "rows", "pages * page_size + 1"),
+        hubs=Operand("int32", "rows"),
+        entries=Operand("int32", "rows"),
+        links=Each(Numbers("int32", "kv_heads ends degree", "ends", least=-1), "rows", ("ends",)),
+        points=Each(Numbers("int32", "kv_heads hubs+entries", "ends", least=-1), "rows", ("ends", "hubs", "entries")),
+        keys=Operand("int32", "rows heads top_k"),
+        scores=Operand("float32", "rows heads top_k"),
+        scanned=Operand("int32", "rows heads"),
+        masses=MASSES,
     )
+    rules = (
+        *(*GROUPED, "heads <= 64 * kv_heads", "dim % 16 == 0"),
+        *("0 < beam < 2**31", "0 < top_k < 2**31", "sink <= pages * page_size"),
+    )
+    _fields_ = layout(operands, "rows heads kv_heads dim page_size pages degree beam top_k sink window type", "scale")
 
 
 class GraphNearestCall(Call):
-    _fields_ = (
-        *_pointers("q k frames nearest"),
-        *_strides(3, "k"),
-        *_sizes("kv_heads queries dim page_size wanted first end type"),
+    operands = named(
+        q=Operand("type", "kv_heads queries dim"),
+        k=KEYS,
+        frames=Numbers("int32", "F", "N"),
+        nearest=Operand("int32", "kv_heads queries wanted"),
     )
+    rules = ("page_size > 0", "end <= F * page_size", "wanted > 0", "dim % 16 == 0")
+    _fields_ = layout(operands, "kv_heads queries dim page_size wanted first end type")
 
 
 class GraphLinksCall(Call):
-    _fields_ = (*_pointers("nearest links"), *_sizes("kv_heads queries wanted tokens degree"))
+    operands = named(
+        nearest=Numbers("int32", "kv_heads queries wanted", "tokens", least=-1),
+        links=Operand("int32", "kv_heads tokens degree"),
+    )
+    _fields_ = layout(operands, "kv_heads queries wanted tokens degree")
 
 
 class FillCall(Call):
-    _fields_ = (
-        *_pointers("k v summaries levels bounds scales frames"),
-        *_strides(3, "k v summaries levels bounds"),
-        *_strides(2, "scales"),
-        *_sizes("filled kv_heads dim page_size words bits type"),
+    operands = named(
+        k=KEYS,
+        v=Operand("type", "N kv_heads page_size dim", optional=True, strides=3),
+        summaries=Operand("type", "N kv_heads 4 dim", strides=3),
+        levels=Operand("int32", "N kv_heads words page_size", optional=True, strides=3),
+        bounds=Operand("int8", "N kv_heads 2 dim", optional=True, strides=3),
+        scales=Operand("float32", "N kv_heads 2", optional=True, strides=2),
+        frames=Numbers("int64", "filled", "N"),
     )
+    rules = ("page_size > 0", "bits in (0, 2, 4)", "words * 32 >= dim * bits")
+    _fields_ = layout(operands, "filled kv_heads dim page_size words bits type")
 
 
 class AdmitCall(Call):
-    _fields_ = (
-        *_pointers("where owner used frames pages loads slots found table"),
-        *_strides(3, "frames pages"),
-        *_sizes("count capacity rows kv_heads lists pages_per_list width max_pages now before"),
+    operands = named(
+        where=Operand("int32", "kv_heads count"),
+        owner=Numbers("int32", "kv_heads capacity", "count", least=-1),
+        used=Operand("int32", "kv_heads capacity"),
+        frames=Numbers("int32", "rows kv_heads max_pages", "count", strides=3),
+        pages=Numbers("int32", "rows lists pages_per_list", "max_pages", least=-1, strides=3),
+        loads=Operand("int32", "kv_heads width"),
+        slots=Operand("int32", "kv_heads width"),
+        found=Operand("int64", "kv_heads 3"),
+        table=Operand("int32", "rows kv_heads max_pages"),
     )
+    rules = (
+        "kv_heads > 0",
+        "lists % kv_heads == 0",
+        "width >= capacity or width >= rows * lists // kv_heads * pages_per_list",
+    )
+    signed = ("before",)
+    _fields_ = layout(operands, "count capacity rows kv_heads lists pages_per_list width max_pages now before")
 
 
 class ReadCall(Call):
-    _fields_ = (
-        *_pointers("pool loads slots"),
-        *_sizes("kv_heads width file extent extent_bytes layer_offset piece_bytes error"),
+    operands = named(
+        pool=Operand("bytes", "C kv_heads piece_bytes"),
+        loads=Operand("int32", "kv_heads width"),
+        slots=Numbers("int32", "kv_heads width", "C", least=-1),
     )
+    rules = ("extent > 0",)
+    _fields_ = layout(operands, "kv_heads width file extent extent_bytes layer_offset piece_bytes error")
 
 
 STRUCTURES: tuple[type[Call], ...] = (

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import calls
+from .call import Call
 
 LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 """Instruction sets from the least to the most capable; a machine that runs one runs all before it."""
@@ -21,7 +22,7 @@ LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
 NO_MEMORY = 1
 """Status of a kernel that could not allocate its working memory; 0: done."""
 
-KERNELS: dict[str, type[calls.Call]] = {
+KERNELS: dict[str, type[Call]] = {
     "keysift_paged_attention": calls.AttentionCall,
     "keysift_linear": calls.LinearCall,
     "keysift_layer_in": calls.LayerInCall,

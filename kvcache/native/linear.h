@@ -83,7 +83,7 @@ void linear(const LinearCall& call, int threads) {
   const Matrix& matrix = call.matrix;
   for_each_task((matrix.outputs + kOutputsOfTask - 1) / kOutputsOfTask, threads, [&](std::int64_t task) {
     const std::int64_t begin = task * kOutputsOfTask, end = std::min(matrix.outputs, begin + kOutputsOfTask);
-    multiply<Math>(matrix, static_cast<const T*>(call.x), call.x_stride, call.batch, begin, end,
+    multiply<Math>(matrix, static_cast<const T*>(call.x), call.x_strides[0], call.batch, begin, end,
                    [&](std::int64_t token, std::int64_t output, float sum) {
                      static_cast<T*>(call.out)[token * matrix.outputs + output] = rounded(sum, T());
                    });

@@ -64,7 +64,7 @@ struct ProbeTask {
     position = call.positions[row];
     size = static_cast<std::uint32_t>(call.page_size);
     segments = static_cast<int>(std::min(position / call.page_size * call.page_size / call.segment, call.width));
-    places = call.places + row * call.places_stride;
+    places = call.places + row * call.places_strides[0];
     frames = call.frames + row * call.frames_strides[0] + head * call.frames_strides[1];
     for (int g = 0; g < group; ++g)
       queries[g] = static_cast<const T*>(call.q) + row * call.q_strides[0] + (head * group + g) * call.q_strides[1];

@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, scales: Tensor
     if matrix is None:
         raise UnsupportedCall
     out = torch.empty((len(x), matrix.outputs), dtype=x.dtype)
-    call = LinearCall.pack(x=x, out=out, matrix=matrix, x_stride=x.stride(0), batch=len(x), type=DTYPES[x.dtype])
+    call = LinearCall.pack(x=x, out=out, matrix=matrix, batch=len(x), type=DTYPES[x.dtype])
     kernels.keysift_linear(call, level(), num_threads())
     return out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -25,15 +24,16 @@ def search_graphs(
     scale: float,
 ) -> Found:
     """See the reference; `UnsupportedCall` off the CPU, for unequal dtypes and for head dims that do not fit."""
-    if not _supports(q, k) or frames.dtype != torch.int32 or q.shape[1] > 64 * k.shape[1]:
+    tables = frames.dtype == positions.dtype == torch.int32 and frames.is_cpu and positions.is_cpu
+    if not (_supports(q, k) and tables and q.shape[1] <= 64 * k.shape[1] and min(reach.beam, reach.top_k) > 0):
         raise UnsupportedCall
     rows, heads, dim = q.shape
     pages = frames.shape[2]
     positions = positions.contiguous()
+    reach = reach.within(pages * k.shape[2])
     found = _empty(rows, heads, reach.top_k, pages)
     sizes = [(0, 0, 0) if graph is None else (graph.tokens, graph.hubs, graph.entries) for graph in graphs]
     ends, hubs, entries = torch.tensor(sizes, dtype=torch.int32).T.contiguous()
-    links, points = ((ctypes.c_void_p * rows)(*of) for of in zip(*map(_addresses, graphs), strict=True))
     call = GraphSearchCall.pack(
         q=q,
         k=k,
@@ -42,8 +42,8 @@ def search_graphs(
         ends=ends,
         hubs=hubs,
         entries=entries,
-        links=ctypes.addressof(links),
-        points=ctypes.addressof(points),
+        links=[None if graph is None else graph.links for graph in graphs],
+        points=[None if graph is None else graph.points for graph in graphs],
         **found._asdict(),
         rows=rows,
         heads=heads,
@@ -61,7 +61,7 @@ def search_graphs(
 
 def nearest_keys(q: Tensor, k: Tensor, frames: Tensor, first: int, end: int, wanted: int, threads: int = 0) -> Tensor:
     """See the reference; `UnsupportedCall` as `search_graphs`."""
-    if not _supports(q, k):
+    if not (_supports(q, k) and frames.dtype == torch.int32 and frames.is_cpu and wanted > 0):
         raise UnsupportedCall
     q, frames = q.contiguous(), frames.contiguous()
     kv_heads, queries, dim = q.shape
@@ -86,7 +86,7 @@ def nearest_keys(q: Tensor, k: Tensor, frames: Tensor, first: int, end: int, wan
 
 def link_keys(nearest: Tensor, tokens: int, degree: int, threads: int = 0) -> Tensor:
     """See the reference; `UnsupportedCall` off the CPU."""
-    if not nearest.is_cpu:
+    if not nearest.is_cpu or nearest.dtype != torch.int32:
         raise UnsupportedCall
     nearest = nearest.contiguous()
     kv_heads, queries, wanted = nearest.shape
@@ -111,10 +111,6 @@ def _empty(rows: int, heads: int, top_k: int, pages: int) -> Found:
         scanned=torch.empty((rows, heads), dtype=torch.int32),
         masses=torch.empty((rows, heads, pages)),
     )
-
-
-def _addresses(graph: KeyGraph | None) -> tuple[int | None, int | None]:
-    return (None, None) if graph is None else (graph.links.data_ptr(), graph.points.data_ptr())
 
 
 def _supports(q: Tensor, k: Tensor) -> bool:

@@ -49,6 +49,11 @@ class Reach(NamedTuple):
     window: int
     """Last tokens that are scanned, in whole pages, and are no hits."""
 
+    def within(self, tokens: int) -> Reach:
+        """The same search in a context of so many tokens; a walk reserves memory for its beam."""
+        most = max(tokens, 1)
+        return self._replace(beam=min(self.beam, most), sink=min(self.sink, most), window=min(self.window, most))
+
 
 class Found(NamedTuple):
     """The best keys outside of sink and window, and page masses by them and all scanned keys."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -60,19 +59,16 @@ def list_masses(
     rows, heads, dim = q.shape
     pages = frames.shape[2]
     masses = torch.empty((rows, heads, pages))
-    addresses = ctypes.c_void_p * len(lists)
-    centroids, ends, tokens = (addresses(*(part[i].data_ptr() for part in lists)) for i in range(3))
     call = ProbeCall.pack(
         q=q,
         k=k,
         frames=frames,
         positions=positions,
         places=places,
-        centroids=ctypes.addressof(centroids),
-        ends=ctypes.addressof(ends),
-        tokens=ctypes.addressof(tokens),
+        centroids=[part.centroids for part in lists],
+        ends=[part.ends for part in lists],
+        tokens=[part.tokens for part in lists],
         masses=masses,
-        places_stride=places.stride(0),
         rows=rows,
         heads=heads,
         kv_heads=k.shape[1],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import gc
 import os
 import re
 import shutil
@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from keysift.kvcache.native import calls
-from keysift.kvcache.native.calls import STRUCTURES, FillCall, LinearCall, Matrix, ReadCall, TopCall
+from keysift.kvcache.native.calls import STRUCTURES, FillCall, LinearCall, Matrix, ProbeCall, TopCall
+from keysift.kvcache.native.checks import OutOfBounds, checked
 
 NATIVE = Path(calls.__file__).parent
 COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
@@ -50,30 +51,44 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
 
 
 def test_fields_are_filled_by_name() -> None:
-    x, out = torch.zeros(2, 8), torch.zeros(2, 4)
-    matrix = Matrix.pack(inputs=8, outputs=4, bias=None, scales=None, weight=out)
-    call = LinearCall.pack(batch=2, x=x, type=1, out=out, matrix=matrix, x_stride=8)
-    assert (call.x, call.out, call.x_stride, call.batch, call.type) == (x.data_ptr(), out.data_ptr(), 8, 2, 1)
-    assert (call.matrix.weight, call.matrix.scales, call.matrix.bias) == (out.data_ptr(), None, None)
-    assert (call.matrix.outputs, call.matrix.inputs) == (4, 8)
+    x, out, weight = torch.zeros(2, 40)[:, :32], torch.zeros(2, 4), torch.zeros(4, 32)
+    matrix = Matrix.pack(inputs=32, outputs=4, bias=None, scales=None, weight=weight)
+    call = LinearCall.pack(batch=2, x=x, type=0, out=out, matrix=matrix)
+    assert (call.x, call.out, call.x_strides[0], call.batch) == (x.data_ptr(), out.data_ptr(), 40, 2)
+    assert (call.matrix.weight, call.matrix.scales, call.matrix.bias) == (weight.data_ptr(), None, None)
+    assert (call.matrix.outputs, call.matrix.inputs) == (4, 32)
 
 
 def test_strides_are_those_of_the_tensors() -> None:
     k, scales = torch.zeros(5, 4, 3, 2).transpose(0, 1), torch.zeros(5, 2, 2)
     tensors = dict.fromkeys(("v", "summaries", "levels", "bounds", "frames"))
     sizes = dict.fromkeys(("filled", "kv_heads", "dim", "page_size", "words", "bits", "type"), 0)
-    call = FillCall.pack(k=k, scales=scales, **tensors, **sizes)
+    with checked(False):
+        call = FillCall.pack(k=k, scales=scales, **tensors, **sizes)
     assert list(call.k_strides) == [6, 24, 2]
     assert list(call.scales_strides) == [4, 2]
     assert list(call.v_strides) == [0, 0, 0]
     assert call.v is None
 
 
-def test_addresses_pass_through() -> None:
-    numbers = (ctypes.c_int32 * 2)(3, 4)
-    sizes = ("kv_heads", "width", "file", "extent", "extent_bytes", "layer_offset", "piece_bytes", "error")
-    call = ReadCall.pack(pool=ctypes.addressof(numbers), loads=None, slots=None, **dict.fromkeys(sizes, 1))
-    assert ctypes.cast(call.pool, ctypes.POINTER(ctypes.c_int32))[1] == 4
+def test_a_list_of_tensors_becomes_addresses_that_the_call_keeps_alive() -> None:
+    lists, others = [torch.zeros(1), None, torch.zeros(2)], dict.fromkeys(field[0] for field in ProbeCall._fields_)
+    others = {name: None if name in ProbeCall.operands else 0 for name in others if not name.endswith("_strides")}
+    with checked(False):
+        call = ProbeCall.pack(**{**others, "centroids": lists, "ends": [], "tokens": []})
+    gc.collect()
+    addresses = [call.centroids[i] for i in range(3)]
+    assert addresses == [tensor if tensor is None else tensor.data_ptr() for tensor in lists]
+
+
+def test_a_kept_call_is_filled_again() -> None:
+    matrix, x, out = torch.zeros(2, 32), torch.zeros(3, 32), torch.zeros(3, 2)
+    packed = Matrix.pack(inputs=32, outputs=2, bias=None, scales=None, weight=matrix)
+    call = LinearCall.pack(batch=3, x=x, type=0, out=out, matrix=packed)
+    call.fill(batch=1, x=x[1:2], out=out[1:2])
+    assert (call.batch, call.x, call.out) == (1, x[1].data_ptr(), out[1].data_ptr())
+    with pytest.raises(OutOfBounds, match=r"LinearCall\.x: shape \[3, 32\]: 3, needs batch, which is 1"):
+        call.fill(x=x)
 
 
 def test_missing_and_unknown_fields_are_refused() -> None:
