@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._decode = partial(tokenizer.backend.decode, skip_special_tokens=skip_special_tokens)
         self._context = self._whole_characters(prompt[-TAIL:])
         self._pending: list[int] = []
         self._returned = self._decode(self._context)
@@ -204,18 +206,17 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Text that becomes final with this token; empty while a character is incomplete."""
-        if self.hides(token_id) or not self._tokenizer.knows(token_id):
+        if token_id in self._hidden:
             return ""
         text = self._decode([*self._context, *self._pending, token_id])
         if not text.startswith(self._returned):  # the token has changed the meaning of bytes before it
             rest = self.flush()
             self._context, self._returned = [], ""
             return rest + self.push(token_id)
-        self._pending.append(token_id)
         fresh = text[len(self._returned) :]
-        if not fresh or fresh.endswith(UNKNOWN):
-            return self._narrow(fresh) if len(self._context) + len(self._pending) >= WINDOW else ""
-        self._context, self._pending = self._pending, []
+        if not fresh or fresh[-1] == UNKNOWN:
+            return self._wait(token_id, fresh)
+        self._context, self._pending = [*self._pending, token_id], []
         self._returned = self._decode(self._context)
         return fresh
 
@@ -229,17 +230,23 @@ class Detokenizer:
 
     def hides(self, token_id: int) -> bool:
         """True for a special token that is left out of the text."""
-        return self._skip and token_id in self._tokenizer.special_ids
+        return token_id in self._hidden
 
     def spelled(self, token_id: int) -> str:
         """Text of one token alone, of a special one too."""
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
 
-    def _narrow(self, fresh: str) -> str:
-        """Text of pending tokens that no later token can change, of which only the first and the last are kept.
+    def _wait(self, token_id: int, fresh: str) -> str:
+        """Text that is final although the last character may not be complete: some once many tokens are pending.
 
-        The first ones keep a run of invalid bytes invalid, the last ones hold the character that may follow.
+        Of those the first and the last are kept: the first keep a run of invalid bytes invalid, the last hold the
+        character that may follow.
         """
+        if not self._tokenizer.knows(token_id):
+            return ""
+        self._pending.append(token_id)
+        if len(self._context) + len(self._pending) < WINDOW:
+            return ""
         self._context, self._pending = [], [*self._pending[:HEAD], *self._pending[-TAIL:]]
         self._returned = self._decode(self._pending)
         if not self._returned.endswith(fresh[-BYTES:]):
@@ -254,6 +261,3 @@ class Detokenizer:
         while ids and self._decode(ids).endswith(UNKNOWN):
             ids.pop()
         return ids
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, self._skip)
