@@ -60,10 +60,14 @@ class Client:
         cache_salt: str = "",
         bypass_prefix_cache: bool = False,
         truncate_prompt_tokens: int | None = None,
+        special_tokens_in_content: bool = False,
         priority: int = 0,
         timeout: float | None = None,
     ) -> Iterator[Output]:
-        """Outputs as they arrive; closing the iterator, or `timeout` seconds, ends the request on the server too."""
+        """Outputs as they arrive; closing the iterator, or `timeout` seconds, ends the request on the server too.
+
+        Control tokens that messages of a conversation spell are plain text, unless `special_tokens_in_content`.
+        """
         message = from_params(params or SamplingParams())
         fill(message.kv, cache_salt=cache_salt, bypass_prefix_cache=bypass_prefix_cache)
         fill(
@@ -76,6 +80,8 @@ class Client:
             priority=priority,
         )
         message.MergeFrom(_prompt(prompt))
+        if message.HasField("chat"):
+            fill(message.chat, special_tokens_in_content=special_tokens_in_content)
         return self._stream(message, timeout)
 
     def _stream(self, message: pb.GenerateRequest, timeout: float | None) -> Iterator[Output]:

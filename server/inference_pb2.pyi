@@ -199,14 +199,20 @@ class Chat(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: builtins.int
+    SPECIAL_TOKENS_IN_CONTENT_FIELD_NUMBER: builtins.int
+    special_tokens_in_content: builtins.bool
+    """Takes control tokens that contents spell, such as "<|im_end|>", as tokens: a content can forge turns then. Default
+    false: they are plain text.
+    """
     @property
     def messages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
     def __init__(
         self,
         *,
         messages: collections.abc.Iterable[Global___ChatMessage] | None = ...,
+        special_tokens_in_content: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["messages", b"messages"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["messages", b"messages", "special_tokens_in_content", b"special_tokens_in_content"]) -> None: ...
 
 Global___Chat: typing_extensions.TypeAlias = Chat
 
@@ -217,7 +223,7 @@ class ChatMessage(google.protobuf.message.Message):
     ROLE_FIELD_NUMBER: builtins.int
     CONTENT_FIELD_NUMBER: builtins.int
     role: builtins.str
-    """A role of the model's chat template: usually "system", "user" or "assistant"."""
+    """A role of the model's chat template: usually "system", "user" or "assistant". Letters, digits, spaces and _ - . : /"""
     content: builtins.str
     def __init__(
         self,
@@ -346,7 +352,7 @@ class Stopping(google.protobuf.message.Message):
     min_new_tokens: builtins.int
     """Shortest completion in tokens, at most max_new_tokens. Default 0."""
     include_stop_strings: builtins.bool
-    """Keeps the matched stop string in the text. Default false."""
+    """Keeps the matched stop string in the text, the whole of it. Default false."""
     ignore_eos: builtins.bool
     """Continues after the model's own end token. Default false."""
     @property
@@ -355,7 +361,9 @@ class Stopping(google.protobuf.message.Message):
 
     @property
     def stop_strings(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Any of these texts ends the completion, across token borders too. None empty."""
+        """Any of these texts ends the completion, across token borders too, and within special tokens that are not shown. None
+        empty.
+        """
 
     def __init__(
         self,
@@ -849,6 +857,7 @@ class ModelInfo(google.protobuf.message.Message):
     DTYPE_FIELD_NUMBER: builtins.int
     DEVICE_FIELD_NUMBER: builtins.int
     STRATEGY_FIELD_NUMBER: builtins.int
+    EOS_TOKEN_IDS_FIELD_NUMBER: builtins.int
     model: builtins.str
     max_model_len: builtins.int
     """Longest prompt and completion together, in tokens."""
@@ -863,6 +872,10 @@ class ModelInfo(google.protobuf.message.Message):
     """Such as "cpu" or "cuda:0"."""
     strategy: builtins.str
     """The default attention strategy."""
+    @property
+    def eos_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Tokens that end a completion unless Stopping.ignore_eos, ascending."""
+
     def __init__(
         self,
         *,
@@ -876,8 +889,9 @@ class ModelInfo(google.protobuf.message.Message):
         dtype: builtins.str = ...,
         device: builtins.str = ...,
         strategy: builtins.str = ...,
+        eos_token_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["device", b"device", "dtype", b"dtype", "head_dim", b"head_dim", "max_model_len", b"max_model_len", "model", b"model", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "num_query_heads", b"num_query_heads", "strategy", b"strategy", "vocab_size", b"vocab_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["device", b"device", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "head_dim", b"head_dim", "max_model_len", b"max_model_len", "model", b"model", "num_kv_heads", b"num_kv_heads", "num_layers", b"num_layers", "num_query_heads", b"num_query_heads", "strategy", b"strategy", "vocab_size", b"vocab_size"]) -> None: ...
 
 Global___ModelInfo: typing_extensions.TypeAlias = ModelInfo
 

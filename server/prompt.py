@@ -28,7 +28,8 @@ def to_tokens(message: pb.GenerateRequest, tokenizer: Tokenizer, max_model_len: 
         _check_length(_characters(message), limit, max_model_len)
     if prompt == "text":
         return _truncate(tuple(tokenizer.encode(message.text[-limit:])), message)
-    written = tokenizer.write(_last_turns(message.chat, limit))
+    special = message.chat.special_tokens_in_content
+    written = tokenizer.write(_last_turns(message.chat, limit), special_tokens_in_content=special)
     if whole:
         _check_length(len(written.text), limit, max_model_len)
     return _truncate(tuple(tokenizer.read(written.last(limit))), message)

@@ -140,6 +140,7 @@ def model_info(engine: Engine) -> pb.ModelInfo:
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         strategy=engine.config.strategy,
+        eos_token_ids=sorted(model.eos_token_ids),
     )
 
 

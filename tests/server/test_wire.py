@@ -145,6 +145,7 @@ def test_the_client_names_a_field_that_does_not_fit(
 
 def test_info(client: Client, running: Running) -> None:
     info, engine = client.info(), running.engine
+    assert list(info.eos_token_ids) == [2]
     assert (info.model, info.max_model_len, info.vocab_size) == ("tiny", 2048, 259)
     assert (info.num_layers, info.num_query_heads, info.num_kv_heads, info.head_dim) == (2, 4, 2, 8)
     assert (info.device, info.strategy) == ("cpu", "sift+retrieval")
