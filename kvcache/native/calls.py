@@ -26,7 +26,7 @@ class AttentionCall(Call):
         v=KEYS,
         frames=Numbers("int32", "rows kv_heads F", "N", strides=3),
         pages=Numbers("int32", "rows lists pages_per_list", "F", least=-1, ordered=True, strides=3),
-        starts=Numbers("int32", "rows", "F * page_size"),
+        starts=Numbers("int32", "rows", "F * page_size", least=-1),
         out=Operand("type", "tokens heads dim"),
         lse=Operand("float32", "tokens heads"),
     )
