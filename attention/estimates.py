@@ -35,13 +35,9 @@ def estimate(q: Tensor, context: Context, pages: Tensor) -> tuple[Tensor, Tensor
 
 def bound(q: Tensor, context: Context, chosen: Tensor) -> Tensor:
     """[R, Hq], upper bound on the log mass of the pages outside the mask `chosen` [R, H, F], for q [R, Hq, D]."""
+    described, starts = context.described(), context.step.starts
     bounds = page_bounds(
-        q,
-        *context.own_page(),
-        context.tier.summaries(context.layer),
-        context.step.table,
-        context.step.starts,
-        scale=context.spec.softmax_scale,
+        q, *context.own_page(), described.summaries, described.table, starts, scale=context.spec.softmax_scale
     )
     per_head = chosen.repeat_interleave(q.shape[1] // chosen.shape[1], 1)
     return bounds.masked_fill(per_head, -torch.inf).logsumexp(-1)

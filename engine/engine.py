@@ -111,8 +111,6 @@ class Engine:
         self._check_place(request.request_id)
         job = request if isinstance(request, Job) else self.prepare(request)
         self._jobs[job.request_id] = job
-        if (spec := job.sequence.strategy.index_spec()) is not None:
-            self.cache.index(spec)  # before the first chunk, whose keys it must contain
         self.scheduler.add(job.sequence)
 
     def check(self, request: Request) -> None:
@@ -188,14 +186,6 @@ class Engine:
                 f"max_queue: {len(self._jobs)} requests are running or waiting, at most {room}", retry_after_s=1.0
             )
 
-    def _retire_index(self, sequence: Sequence) -> None:
-        """Drop the index that only this sequence searched, since each request may bring another one."""
-        spec = sequence.strategy.index_spec()
-        kept = {self.default.index_spec()}
-        in_use = kept | {job.sequence.strategy.index_spec() for job in self._jobs.values()}
-        if spec is not None and spec not in in_use:
-            self.cache.retire(spec)
-
     def _job_of(self, sequence: Sequence) -> Job:
         return self._jobs[sequence.request.request_id]
 
@@ -225,5 +215,4 @@ class Engine:
     def _finish(self, job: Job, reason: FinishReason, failure: Failure | None = None) -> Finish:
         del self._jobs[job.request_id]
         self.scheduler.finish(job.sequence)
-        self._retire_index(job.sequence)
         return job.finish(reason, failure)

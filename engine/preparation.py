@@ -89,19 +89,21 @@ class Preparation:
         try:
             strategy.check(self._cache.spec)
             if spec is not None:
-                self._cache.new_index(spec)
+                self._cache.indexes.check(spec)
         except ValueError as error:
             raise Unsupported(f"strategy {strategy.name}: {error}") from None
 
     def _page_keys(self, sequence: Sequence) -> PageKeys | None:
         """Prefix-cache keys of the sequence's pages; None where it does not use that cache.
 
-        A page's content depends on the model, on the prompt's strategy with all its options, and on the tokens before.
+        A page's content depends on the model, on the prompt's strategy with all its options, on the tokens before, and
+        on what the strategy's index keeps with it.
         """
         request = sequence.request
         if not self._config.prefix_cache or request.bypass_prefix_cache:
             return None
-        root = f"{self._model.fingerprint}|{sequence.prompt_strategy!r}|{request.cache_salt}"
+        kept = "".join(spec.page_key for spec in sequence.index_specs)
+        root = f"{self._model.fingerprint}|{sequence.prompt_strategy!r}|{kept}|{request.cache_salt}"
         return PageKeys(root, self._config.page_size)
 
     def _check_size(self, sequence: Sequence) -> None:

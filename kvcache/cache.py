@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .allocator import FrameAllocator
 from .context import Context, PageIndex
-from .index.protocol import IndexSpec, Stateless
+from .index.protocol import IndexSpec
+from .indexes import Indexes
 from .prefix import PrefixCache
 from .recent import NULL_SEQUENCE, Recent, place
 from .spec import CacheSpec
@@ -37,8 +38,12 @@ class PagedCache:
         max_len: int,
         device: torch.device | str = "cpu",
         tier: Tier | None = None,
+        index_bytes: int | None = None,
     ) -> None:
-        """`tier` has room for as many frames and sequences; None: a `DeviceTier`."""
+        """`tier` has room for as many frames and sequences; None: a `DeviceTier`.
+
+        `index_bytes`: most memory of what indexes keep; None: no limit.
+        """
         self.spec = spec
         self.device = torch.device(device)
         self.allocator = FrameAllocator(num_frames)
@@ -49,7 +54,7 @@ class PagedCache:
         self._tables[max_sequences] = num_frames
         self._null_sequence, self._null_frames = max_sequences, [num_frames]
         self._frames: dict[int, list[int]] = {}
-        self._indexes: dict[IndexSpec, PageIndex] = {}
+        self.indexes = Indexes(spec, self.device, index_bytes)
         self.recent = Recent(spec)
         self._closed = list(range(max_sequences - 1, -1, -1))
 
@@ -63,8 +68,13 @@ class PagedCache:
         """Pages of a sequence of `max_len` tokens."""
         return self._tables.shape[1]
 
-    def open(self) -> int:
-        """Open a sequence without pages; returns its number."""
+    def open(self, *specs: IndexSpec) -> int:
+        """Open a sequence without pages; returns its number. The indexes of these specifications observe it.
+
+        Raises:
+            ValueError: an index does not fit the cache; nothing was opened.
+        """
+        self.indexes.open(self._closed[-1], specs)
         sequence = self._closed.pop()
         self._frames[sequence] = []
         return sequence
@@ -92,6 +102,7 @@ class PagedCache:
             for frame in reversed(frames):
                 self.allocator.release(frame)
             raise
+        self.indexes.claim(frames)
         self._append(sequence, frames)
 
     def _append(self, sequence: int, frames: list[int]) -> None:
@@ -105,6 +116,7 @@ class PagedCache:
         for frame in reversed(self._frames.pop(sequence)):
             self.allocator.release(frame)
         self.recent.drop(sequence)
+        self.indexes.close(sequence)
         self._closed.append(sequence)
 
     def rollback(self, sequence: int, tokens: int) -> None:
@@ -165,8 +177,7 @@ class PagedCache:
         sequences = to_device([span.sequence for span in spans], self.device)
         table = self._tables[:, :max_pages].index_select(0, sequences)[:, None]  # [B, 1, F]
         filled = [frame for span in spans for frame in self._filled(span)]
-        for index in self._indexes.values():
-            index.forget(filled)
+        self.indexes.begin(filled)
         last = to_device(lasts, self.device, torch.int32)
         return Step(
             phase=phase,
@@ -207,35 +218,13 @@ class PagedCache:
         """Write the step's keys and values [T, Hkv, D] of one layer."""
         self.tier.write(layer, k, v, step)
 
-    def index(self, spec: IndexSpec) -> PageIndex:
-        """The cache's one index of this spec, which observes every step from the first call on.
-
-        Raises:
-            ValueError: it does not fit the cache.
-        """
-        if spec not in self._indexes:
-            self._indexes[spec] = self.new_index(spec)
-        return self._indexes[spec]
-
-    def new_index(self, spec: IndexSpec) -> PageIndex:
-        """An empty index for the cache that observes nothing. Raises `ValueError` if it does not fit."""
-        if spec.host and self.device.type != "cpu":
-            raise ValueError(f"index: {type(spec).__name__.lower()} lives on the host, pages are on {self.device}")
-        return spec.make(self.spec)
-
-    def retire(self, spec: IndexSpec) -> None:
-        """Discard an index and its contents; a later `index` of the same spec begins with an empty one."""
-        self._indexes.pop(spec, None)
-
-    @property
-    def observed(self) -> bool:
-        """True if some index keeps a state of its own, and therefore has to observe every step on the host."""
-        return not all(isinstance(index, Stateless) for index in self._indexes.values())
-
     def observe(self, layer: int, q: Tensor, step: Step) -> None:
-        """Pass the queries [T, Hq, D] of one layer, whose keys are written, to all indexes."""
-        for index in self._indexes.values():
-            index.observe(q, self.context(layer, step))
+        """Pass the queries [T, Hq, D] of one layer, whose keys are written, to the indexes of their sequences."""
+        self.indexes.observe(q, self.context(layer, step))
+
+    def index(self, spec: IndexSpec) -> PageIndex:
+        """The cache's one index of this specification, empty at first. Raises `ValueError` if it does not fit."""
+        return self.indexes.find(spec)
 
     def context(self, layer: int, step: Step, spec: IndexSpec | None = None) -> Context:
         """One layer in a step, for a strategy that searches an index of this spec, if any."""

@@ -8,11 +8,38 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from .ops.encode import Codes
 from .recent import Past, Recent, turns
 from .selection import Selection
 from .spec import CacheSpec
 from .step import Step
 from .tiers.base import Frames, Tier
+
+
+class Entries(Protocol):
+    """What indexes keep about the pages of sequences whose strategy names one of them.
+
+    A method that raises leaves entries that are right, if fewer: the step that it belongs to fails, or runs again.
+    """
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that the entries take, those that are being built included."""
+
+    def observe(self, q: Tensor, context: Context, rows: Sequence[int]) -> None:
+        """Learn from one layer of a step, queries [T, Hq, D], after its keys are cached.
+
+        `rows`: numbers of the spans whose sequences named the index; the others are not to be looked at.
+        """
+
+    def forget(self, frames: Sequence[int]) -> None:
+        """Discard what was made from these frames' pages, which are about to become full of other tokens."""
+
+    def claim(self, frames: Sequence[int]) -> None:
+        """Discard all that belongs to these frames, which are about to hold pages of another sequence."""
+
+    def clear(self) -> None:
+        """Discard everything, as nobody will search it."""
 
 
 class PageIndex(Protocol):
@@ -28,11 +55,21 @@ class PageIndex(Protocol):
         in the page. The page after the last full one, the row's own, is known exactly or not at all.
         """
 
-    def observe(self, q: Tensor, context: Context) -> None:
-        """Index a step of one layer by its queries [T, Hq, D], after its keys are cached."""
+    @property
+    def entries(self) -> Entries | None:
+        """What it searches, maybe shared with other indexes; None: nothing but pages, summaries and codes."""
 
-    def forget(self, frames: Sequence[int]) -> None:
-        """Discard the contents of these frames, which are about to become full of other tokens."""
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """Summaries and codes of full pages, and the table of each row's pages in them."""
+
+    summaries: Tensor
+    """[N, Hkv, 4, D]: see `Tier.summaries`."""
+    codes: Codes
+    """See `Tier.codes`."""
+    table: Tensor
+    """[R, Hkv, F] int32, page -> place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +104,10 @@ class Context:
         """[R, Hq, F] fp32, log mass of each page by the index: see `PageIndex.masses`."""
         assert self.index is not None, "the strategy names an index"
         return self.index.masses(q, self)
+
+    def described(self) -> Described:
+        """Summaries and codes of every page: of full pages, others may have any."""
+        return Described(self.tier.summaries(self.layer), self.tier.codes(self.layer), self.step.table)
 
     def page_means(self) -> Frames:
         """Every page as one token, its mean key and its mean value: of full pages, others may hold anything."""

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .contents import Contents
+
 
 class Phase(Enum):
     """Kind of a step."""
@@ -73,7 +75,7 @@ class Step:
     max_pages: int
     """F, as a host integer."""
     held: tuple[Sequence[int], ...] = ()
-    """Frames of each span's sequence as host integers, page by page."""
+    """Frames of each span's sequence as host integers, page by page: for tiers, which move pages by them."""
     rows_left: int = 0
     """Rows of the same prompt in later steps."""
     num_padding_rows: int = 0
@@ -88,6 +90,10 @@ class Step:
     def active_spans(self) -> tuple[Span, ...]:
         """Spans without those of padding rows."""
         return self.spans[: len(self.spans) - self.num_padding_rows]
+
+    def contents(self, row: int, first: int, stop: int) -> Contents:
+        """What pages `first` to `stop` of a span's sequence hold, as an identity; they are full."""
+        return Contents(self.held[row][first:stop])
 
     def on(self, device: torch.device) -> Step:
         """The step with its tensors on this device, itself if they are there; copies do not block."""

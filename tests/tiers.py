@@ -48,7 +48,7 @@ def run(cache: PagedCache, strategy: Strategy, lengths: Sequence[int], chunk: in
     Queries, keys and values depend on the sequence, token and layer alone.
     """
     outs = []
-    sequences = [cache.open() for _ in lengths]
+    sequences = [open_for(cache, strategy) for _ in lengths]
     for number, (sequence, length) in enumerate(zip(sequences, lengths, strict=True)):
         cache.reserve(sequence, length)
         for start in range(0, length, chunk):
@@ -65,6 +65,12 @@ def run(cache: PagedCache, strategy: Strategy, lengths: Sequence[int], chunk: in
             each = [qkv(cache.spec, number, span, layer) for number, span in enumerate(spans)]
             outs.append(attend(layer, *(torch.cat(parts) for parts in zip(*each, strict=True))))
     return outs
+
+
+def open_for(cache: PagedCache, strategy: Strategy) -> int:
+    """A new sequence, which the strategy's index observes."""
+    spec = strategy.index_spec()
+    return cache.open() if spec is None else cache.open(spec)
 
 
 def qkv(spec: CacheSpec, number: int, span: Span, layer: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,7 +34,7 @@ class Retrieval(TokenStrategy):
     nprobe: Few = option(64, "of ivf: clusters that are read, 16 keys each on average")
     beam: Few = option(128, "of graph: keys that a search keeps in view; long contexts need more, 512 at 128k tokens")
     top_k: Few = option(100, "of graph: keys that a search returns for each query head")
-    wait: bool = option(False, "of graph: build it before the first token, not while codes give the first ones")
+    wait: bool = option(False, "of graph: build it before the first token; false: codes give tokens meanwhile")
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for an option of another index than the chosen one."""

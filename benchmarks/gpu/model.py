@@ -140,7 +140,7 @@ def _request(
     new: int,
 ) -> Times:
     """One greedy request, as `Engine.step` runs it: next batch, run, commit."""
-    running, state = _begin(settings, model, cache, name, prompt, new)
+    running, state = _begin(settings, model, name, prompt, new)
     scheduler = Scheduler(cache, max_running=1, chunk=config.prefill_chunk, queries_per_row=config.queries_per_row)
     scheduler.add(running)
     reads = dict.fromkeys(Phase, Reads())
@@ -161,13 +161,9 @@ def _request(
     return Times(times[0] - start, between, (reads[Phase.PREFILL].density, reads[Phase.DECODE].density))
 
 
-def _begin(
-    settings: Settings, model: LoadedModel, cache: PagedCache, name: str, prompt: int, new: int
-) -> tuple[Running, SamplerState]:
+def _begin(settings: Settings, model: LoadedModel, name: str, prompt: int, new: int) -> tuple[Running, SamplerState]:
     options = () if name == "dense" else tuple(f"{part}.dense_below=0" for part in name.split("+"))
     strategy = parse(name, options)
-    if (spec := strategy.index_spec()) is not None:
-        cache.index(spec)
     numbers = random.Random(settings.seed)
     tokens = tuple(numbers.randrange(model.vocab_size) for _ in range(prompt))
     params = SamplingParams(max_new_tokens=new, ignore_eos=True)

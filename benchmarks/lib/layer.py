@@ -78,9 +78,8 @@ class Layer:
         frames = own + (batch - 1) * (own - tokens // spec.page_size if shared else own)
         cache = PagedCache(spec, frames, max_sequences=batch, max_len=tokens + new, device=source.k.device)
         _scatter(cache)
-        for index in filter(None, (strategy.index_spec() for strategy in strategies)):
-            cache.index(index)
-        sequences = [cache.open() for _ in range(batch)]
+        indexes = {index for strategy in strategies if (index := strategy.index_spec()) is not None}
+        sequences = [cache.open(*indexes) for _ in range(batch)]
         for sequence in sequences[:1] if shared else sequences:
             cache.reserve(sequence, tokens + new)
             _fill(cache, source, sequence, tokens, chunk)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
@@ -95,11 +95,14 @@ class Paged:
         spec = CacheSpec(num_layers=1, num_kv_heads=num_kv_heads, head_dim=dim, page_size=PAGE)
         count = spec.pages_for(tokens) + BATCH
         cache = PagedCache(spec, count, max_sequences=BATCH + 1, max_len=tokens + 1)
+        first = cache.open(*specs.values())
         built = {setting: cache.index(which) for setting, which in specs.items()}
         made = cls(problem, cache, [], built, dict.fromkeys(specs, 0.0))
-        made._fill()
+        made._fill(first)
         for setting in specs:
             made._finish(setting)
+        alike = {setting: [other for other in built if _share(built[setting], built[other])] for setting in built}
+        made.build_seconds = {setting: sum(made.build_seconds[other] for other in alike[setting]) for setting in built}
         return made
 
     def search(self, q: Tensor, setting: str) -> Found:
@@ -119,9 +122,8 @@ class Paged:
         share = scanned / count / tokens if keys else _stand_ins(which, tokens) / tokens
         return Found(torch.cat(keys) if keys else None, torch.cat(masses), share, seconds / count)
 
-    def _fill(self) -> None:
+    def _fill(self, first: int) -> None:
         cache, keys = self.cache, self.problem.keys
-        first = cache.open()
         cache.reserve(first, len(keys))
         for start in range(0, len(keys), CHUNK):
             stop = min(start + CHUNK, len(keys))
@@ -129,7 +131,8 @@ class Paged:
             cache.append(0, keys[start:stop], torch.zeros_like(keys[start:stop]), step)
             for setting, which in self.built.items():
                 began = time.perf_counter()
-                which.observe(self.problem.shown[start:stop], cache.context(0, step))
+                if which.entries is not None:
+                    which.entries.observe(self.problem.shown[start:stop], cache.context(0, step), [0])
                 self.build_seconds[setting] += time.perf_counter() - began
         self._build(first)
         for _ in range(BATCH):
@@ -138,7 +141,7 @@ class Paged:
             cache.reserve(self.sequences[-1], len(keys) + 1)
 
     def _build(self, first: int) -> None:
-        """The prompt's own sequence searches first: it alone has the queries that a graph is trained by."""
+        """Have the prompt's own sequence search, for what is built then."""
         keys = self.problem.keys
         step = self.cache.decode([Span(first, len(keys) - 1, 1)])
         self.cache.append(0, keys[-1:], torch.zeros_like(keys[-1:]), step)
@@ -153,7 +156,7 @@ class Paged:
         first, second = (self.search(query, setting).seconds * query.shape[1] for _ in range(2))
         self.build_seconds[setting] += max(first - second, 0.0)
         which, (tokens, heads, _) = self.built[setting], self.problem.keys.shape
-        self.bytes_per_key[setting] = _page_bytes(which, self.cache.spec) / PAGE or _held(which) / tokens / heads
+        self.bytes_per_key[setting] = _page_bytes(which, self.cache.spec) / PAGE or _kept(which) / tokens / heads
 
     def _decode(self, q: Tensor) -> Step:
         step = self.cache.decode([Span(sequence, len(self.problem.keys), 1) for sequence in self.sequences[: len(q)]])
@@ -171,25 +174,19 @@ def _hits(index: PageIndex, q: Tensor, context: Context) -> tuple[Tensor, Tensor
 
 def _graph_hits(index: GraphIndex, q: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     """Best keys [n, H, BEST_KEYS] of a search, and the number [n, H] of keys that it scored."""
-    own, frames, held = index.options, context.fetch(context.all()), tuple(context.step.held[0])
-    pages = range(len(held), 0, -1)
-    graph = next((graph for count in pages if (graph := index.graphs.get(0, held[:count])) is not None), None)
+    own, rows, frames = index.options, index.entries.of(context), context.fetch(context.all())
     reach = Reach(own.degree, own.beam, BEST_KEYS, own.sink, own.window)
-    rows = [graph] * len(q)
     found = search_graphs(q, frames.k, frames.table, context.step.starts, rows, reach, context.spec.softmax_scale)
     return found.keys, found.scanned
 
 
 def _ivf_hits(index: IvfIndex, q: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     """Best keys [n, H, BEST_KEYS] of a search over pages of one token, and the number [n, H] of keys and centroids."""
-    own, frames, held = index.options, context.fetch(context.all()), tuple(context.step.held[0])
-    width = own.segment // PAGE
-    found = [index.segments.get(None, held[page : page + width]) for page in range(0, len(held), width)]
-    lists = [segment[0] for segment in found if segment is not None]
+    own, (lists, places), frames = index.options, index.entries.of(context), context.fetch(context.all())
     slots = frames.table[..., None] * PAGE + torch.arange(PAGE, dtype=torch.int32)
     scores = list_masses(
         *(q, frames.k.transpose(1, 2).flatten(0, 1)[:, :, None], slots.flatten(2), context.step.starts),
-        *(lists, torch.arange(len(lists), dtype=torch.int32).expand(len(q), -1)),
+        *(lists, places),
         scale=context.spec.softmax_scale,
         segment=own.segment,
         probes=own.nprobe,
@@ -208,40 +205,21 @@ def _stand_ins(which: PageIndex, tokens: int) -> float:
     return (2 if isinstance(which, BoundIndex) else 1) * pages
 
 
+def _share(one: PageIndex, other: PageIndex) -> bool:
+    """True if what the one builds is the other's too."""
+    return one is other or (one.entries is not None and one.entries is other.entries)
+
+
+def _kept(which: PageIndex) -> int:
+    """Bytes that the index keeps of its own."""
+    return 0 if which.entries is None else which.entries.bytes
+
+
 def _page_bytes(which: PageIndex, spec: CacheSpec) -> int:
     """Bytes that the cache stores for the index per page and KV head, summaries at 2 bytes; 0: none."""
     if isinstance(which, CodeIndex):
         return spec.page_size * spec.code_words * 4 + 2 * spec.head_dim + 8
     return (4 * isinstance(which, BoundIndex) + 2 * isinstance(which, MeanIndex)) * spec.head_dim
-
-
-def _held(thing: object) -> int:
-    """Bytes of the tensors that an object holds, through its fields, lists and dicts."""
-    seen: dict[int, Tensor] = {}
-    _collect(thing, seen, set())
-    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
-
-
-def _collect(thing: object, tensors: dict[int, Tensor], seen: set[int]) -> None:
-    if id(thing) in seen or isinstance(thing, (str, bytes, int, float, Step)):
-        return
-    seen.add(id(thing))
-    if isinstance(thing, Tensor):
-        tensors[thing.untyped_storage().data_ptr()] = thing
-        return
-    for part in _parts(thing):
-        _collect(part, tensors, seen)
-
-
-def _parts(thing: object) -> Iterator[object]:
-    if isinstance(thing, Mapping):
-        yield from thing.values()
-    elif isinstance(thing, (list, tuple, set)):
-        yield from thing
-    elif is_dataclass(thing):
-        yield from (getattr(thing, part.name) for part in fields(thing))
-    elif type(thing).__module__.startswith("keysift"):
-        yield from getattr(thing, "__dict__", {}).values()
 
 
 def own_families() -> dict[str, tuple[Family, list[str]]]:

@@ -76,8 +76,8 @@ class Graphs:
     def take(self, work: ForwardInput, last: Tensor) -> tuple[Tensor, Telemetry] | None:
         """As `Runner.compute`, but valid until the next step only; None: this step has to run kernel by kernel.
 
-        Only decode steps are replayed, under a strategy that is `replayable`, while no index observes steps on the host
-        and no tracer wraps the tier.
+        Only decode steps are replayed, under a strategy that is `replayable`, while no tracer wraps the tier, of
+        sequences that no index observes on the host.
         """
         if not self._fits(work, last) or not self._used_enough(kind := Kind(work.strategy, self._padded_shape(work))):
             return None
@@ -107,7 +107,7 @@ class Graphs:
             and last.shape[0] == len(work.spans)
             and len({span.sequence for span in work.spans}) == len(work.spans)
             and isinstance(self._cache.tier, DeviceTier)
-            and not self._cache.observed
+            and not self._cache.indexes.observes(work.spans)
             and not self._broken
         )
 

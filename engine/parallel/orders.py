@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from keysift.kvcache import PagedCache
-from keysift.kvcache.context import PageIndex
 from keysift.kvcache.index import IndexSpec
 
 from ..execution.forward import ForwardInput
@@ -43,9 +42,9 @@ class RecordedCache(PagedCache):
     def _note(self, name: str, *arguments: Any) -> None:
         self._changes.append((name, arguments))
 
-    def open(self) -> int:
-        sequence = super().open()
-        self._note("open")
+    def open(self, *specs: IndexSpec) -> int:
+        sequence = super().open(*specs)
+        self._note("open", *specs)
         return sequence
 
     def share(self, sequence: int, frames: Sequence[int]) -> None:
@@ -75,17 +74,6 @@ class RecordedCache(PagedCache):
     def withdraw(self, sequence: int) -> None:
         super().withdraw(sequence)
         self._note("withdraw", sequence)
-
-    def index(self, spec: IndexSpec) -> PageIndex:
-        known = spec in self._indexes
-        index = super().index(spec)
-        if not known:
-            self._note("index", spec)
-        return index
-
-    def retire(self, spec: IndexSpec) -> None:
-        super().retire(spec)
-        self._note("retire", spec)
 
 
 def replay(cache: PagedCache, order: Order) -> None:

@@ -170,7 +170,7 @@ class Scheduler:
         shared = self._cache.prefix.match(sequence.page_keys()[: self._reusable(sequence)])
         grain = (self._align if sequence.any_cut else self._chunk) // spec.page_size
         aligned = len(shared) // grain * grain
-        handle = self._cache.open()
+        handle = self._cache.open(*sequence.index_specs)
         try:
             self._cache.share(handle, shared[:aligned])
             self._cache.reserve(handle, known + 1)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from keysift.attention import Coverage, Dense, Locality, Reads, Strategy
 from keysift.kvcache import PageKeys, Phase, Traffic
+from keysift.kvcache.index import IndexSpec
 
 from ..request import PrefillProgress, PromptInfo, Request, Sparsity, Timings, Usage
 
@@ -87,6 +88,13 @@ class Sequence:
     @property
     def prompt_len(self) -> int:
         return len(self.request.prompt)
+
+    @property
+    def index_specs(self) -> tuple[IndexSpec, ...]:
+        """The index that its tokens search; none if all of them are so early that they run dense."""
+        spec = self.strategy.index_spec()
+        dense = isinstance(self.strategy.at(Phase.DECODE, self.prompt_len + self.max_new_tokens, 1), Dense)
+        return () if spec is None or dense else (spec,)
 
     @property
     def num_generated(self) -> int:

@@ -1,8 +1,8 @@
 """Indexes: log masses of a query over the pages of a sequence, most of them without reading every key.
 
-An entry lives as long as its pages: it is stored with their keys and written when a page becomes full, or it is
+An entry lives at most as long as its pages: it is stored with their keys and written when a page becomes full, or it is
 forgotten when one of its frames is about to be reused. So prefixes are shared, sequences forked and aborted without a
-stale entry.
+stale entry. See `Indexes` for which there are, and `Room` for the memory that they may take.
 """
 
 from ..context import PageIndex

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ from ..ops.page_masses import code_masses
 from .protocol import Stateless
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ..context import Context, Entries
     from ..spec import CacheSpec
+    from .room import Room
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +24,17 @@ class CodeIndex(Stateless):
     candidates: int = 512
     """Pages of each KV head whose codes are read."""
 
-    def make(self, spec: CacheSpec) -> CodeIndex:
+    def make(self, spec: CacheSpec, room: Room, others: Iterable[Entries] = ()) -> CodeIndex:
         if not spec.code_bits:
             raise ValueError("codes: the cache keeps none (code_bits)")
         return self
 
     def masses(self, q: Tensor, context: Context) -> Tensor:
-        tier = context.tier
-        return code_masses(
-            q,
-            *context.own_page(),
-            tier.codes(context.layer),
-            context.step.table,
-            context.step.starts,
-            scale=context.spec.softmax_scale,
-            candidates=self.candidates,
-        )
+        return masses_by_codes(q, context, self.candidates)
+
+
+def masses_by_codes(q: Tensor, context: Context, candidates: int) -> Tensor:
+    """[R, Hq, F], log masses by the codes of so many pages."""
+    described, scale = context.described(), context.spec.softmax_scale
+    own, starts = context.own_page(), context.step.starts
+    return code_masses(q, *own, described.codes, described.table, starts, scale=scale, candidates=candidates)

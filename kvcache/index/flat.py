@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,8 +12,9 @@ from ..ops.page_masses import page_masses
 from .protocol import Stateless
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ..context import Context, Entries
     from ..spec import CacheSpec
+    from .room import Room
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +23,7 @@ class FlatIndex(Stateless):
 
     scans: ClassVar[bool] = True
 
-    def make(self, spec: CacheSpec) -> FlatIndex:
+    def make(self, spec: CacheSpec, room: Room, others: Iterable[Entries] = ()) -> FlatIndex:
         return self
 
     def masses(self, q: Tensor, context: Context) -> Tensor:

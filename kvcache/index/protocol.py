@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable
 from typing import ClassVar, Protocol
 
-from torch import Tensor
-
-from ..context import Context, PageIndex
+from ..context import Entries, PageIndex
 from ..spec import CacheSpec
+from .room import Room
 
 
 class IndexSpec(Hashable, Protocol):
@@ -19,20 +18,26 @@ class IndexSpec(Hashable, Protocol):
     host: ClassVar[bool]
     """True if its entries are on the host, and so must the pages be."""
 
-    def make(self, spec: CacheSpec) -> PageIndex:
-        """An empty index for a cache of this shape. Raises `ValueError` if it does not fit."""
+    @property
+    def page_key(self) -> str:
+        """What it needs that pages do not hold and that is kept while they are computed; empty: nothing.
+
+        It belongs to the key of a page in the prefix cache, as a page computed without it is not the same to the index.
+        """
+
+    def make(self, spec: CacheSpec, room: Room, others: Iterable[Entries] = ()) -> PageIndex:
+        """An index for a cache of this shape, over those of these entries that suit it, or over empty ones.
+
+        Raises `ValueError` if it does not fit.
+        """
 
 
 class Stateless:
-    """Base of an index without entries of its own: it is its own specification."""
+    """Base of an index without entries: it is its own specification."""
 
     __slots__ = ()
     estimates_mass: ClassVar[bool] = True
     scans: ClassVar[bool] = False
     host: ClassVar[bool] = False
-
-    def observe(self, q: Tensor, context: Context) -> None:
-        pass
-
-    def forget(self, frames: Sequence[int]) -> None:
-        pass
+    page_key: ClassVar[str] = ""
+    entries: ClassVar[None] = None

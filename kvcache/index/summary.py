@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -12,8 +13,9 @@ from ..ops.page_masses import page_bounds, page_masses
 from .protocol import Stateless
 
 if TYPE_CHECKING:
-    from ..context import Context
+    from ..context import Context, Entries
     from ..spec import CacheSpec
+    from .room import Room
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +24,14 @@ class BoundIndex(Stateless):
 
     estimates_mass: ClassVar[bool] = False
 
-    def make(self, spec: CacheSpec) -> BoundIndex:
+    def make(self, spec: CacheSpec, room: Room, others: Iterable[Entries] = ()) -> BoundIndex:
         return self
 
     def masses(self, q: Tensor, context: Context) -> Tensor:
-        summaries, step = context.tier.summaries(context.layer), context.step
-        return page_bounds(q, *context.own_page(), summaries, step.table, step.starts, scale=context.spec.softmax_scale)
+        described, scale = context.described(), context.spec.softmax_scale
+        return page_bounds(
+            q, *context.own_page(), described.summaries, described.table, context.step.starts, scale=scale
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +40,7 @@ class MeanIndex(Stateless):
 
     estimates_mass: ClassVar[bool] = False
 
-    def make(self, spec: CacheSpec) -> MeanIndex:
+    def make(self, spec: CacheSpec, room: Room, others: Iterable[Entries] = ()) -> MeanIndex:
         return self
 
     def masses(self, q: Tensor, context: Context) -> Tensor:

@@ -66,9 +66,8 @@ def decode(strategy: Strategy, qkv: list[Tensor], steps: list[list[Span]]) -> tu
     """The prompt densely, then these steps: [L, T, Hq, D], and the pages of each token, layer by layer."""
     spec = CacheSpec(num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=DIM)
     cache = PagedCache(spec, spec.pages_for(PROMPT + TOKENS), max_sequences=1, max_len=PROMPT + TOKENS)
-    if (index := strategy.index_spec()) is not None:
-        cache.index(index)  # so that it sees the prompt
-    cache.reserve(cache.open(), PROMPT + TOKENS)
+    index = strategy.index_spec()
+    cache.reserve(cache.open(*([] if index is None else [index])), PROMPT + TOKENS)
     attend(Dense(), cache, [Span(0, 0, PROMPT)], qkv)
     parts = [attend(strategy, cache, spans, qkv) for spans in steps]
     return torch.cat([out for out, _ in parts], 1), [pages for _, listed in parts for pages in listed]

@@ -30,7 +30,7 @@ def test_a_host_index_requires_host_pages() -> None:
     with pytest.raises(ValueError, match="index: graph lives on the host, pages are on meta"):
         elsewhere.index(Graph())
     assert elsewhere.index(CodeIndex()) is elsewhere.index(CodeIndex())
-    assert make().new_index(Graph()) is not None
+    assert make().index(Graph()) is not None
 
 
 def test_reserve_is_all_or_nothing() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from keysift.attention import Coverage, Locality, Reads, Strategy
 from keysift.kvcache import DeviceTier, Phase, Span
+from keysift.kvcache.index import IndexSpec
 
 from ...engine import Engine
 from ...errors import ResourceExhausted
@@ -125,24 +126,20 @@ class Reader:
         if not self.fits(sizes):
             raise ResourceExhausted(f"kv_memory: {sum(sizes)} tokens in {len(sizes)} sequences do not fit at once")
         indexes = {index for each in (strategy, *also) if (index := each.index_spec()) is not None}
-        for index in indexes:
-            self._cache.index(index)
         readings: list[Reading] = []
         try:
             for prompt, size in zip(prompts, sizes, strict=True):
-                readings.append(self._open(prompt, strategy, size))
+                readings.append(self._open(prompt, strategy, size, indexes))
                 self._cache.reserve(readings[-1].handle, size)
             yield readings
         finally:
             for reading in readings:
                 self._cache.release(reading.handle)
-            for index in indexes - {self.engine.default.index_spec()}:
-                self._cache.retire(index)
 
-    def _open(self, prompt: SequenceOf[int], strategy: Strategy, size: int) -> Reading:
+    def _open(self, prompt: SequenceOf[int], strategy: Strategy, size: int, indexes: Iterable[IndexSpec]) -> Reading:
         request = Request(f"reading-{next(self._number)}", tuple(prompt), bypass_prefix_cache=True)
         sequence = Sequence(request, strategy, size - len(prompt))
-        sequence.handle = self._cache.open()
+        sequence.handle = self._cache.open(*indexes)
         return Reading(sequence)
 
     def read(

@@ -14,8 +14,6 @@ WANTED = 100
 TOKENS_PER_POINT = 256
 """A graph has one hub and one entry for so many tokens."""
 LEAST_POINTS = 32
-REPLACED = 4
-"""An extension may replace one in so many of a token's older links."""
 
 
 class Source(NamedTuple):
@@ -24,9 +22,9 @@ class Source(NamedTuple):
     queries: Tensor
     """[M, Hq, D], training queries; M = 0: keys stand for them."""
     k: Tensor
-    """[N, Hkv, S, D]"""
-    frames: tuple[int, ...]
-    """Frames of the full pages that it covers."""
+    """[N, Hkv, S, D], of the `Frames` whose table this is."""
+    table: Tensor
+    """[Hkv, F] int32, the full pages that it covers in `k`."""
     first: int
     """First token in the graph; those before are scanned anyway."""
     degree: int
@@ -35,14 +33,14 @@ class Source(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        return len(self.frames) * self.k.shape[2]
+        return self.table.shape[1] * self.k.shape[2]
 
 
 def build(source: Source) -> KeyGraph:
     """A graph that links keys wanted by the same queries: the projection of query-key neighbourhoods."""
     nearest = _nearest(source)
     counts = _counts(nearest, source.tokens)
-    points = max(source.tokens // TOKENS_PER_POINT, LEAST_POINTS)
+    points = _points(source.tokens)
     hubs = counts.sort(dim=-1, descending=True, stable=True).indices[:, :points]
     nearest = _without(nearest, hubs, source.tokens)
     links = link_keys(nearest, source.tokens, source.degree, threads=source.threads)
@@ -50,25 +48,31 @@ def build(source: Source) -> KeyGraph:
     return KeyGraph(links, torch.cat([hubs.int(), entries], 1).contiguous(), hubs.shape[1])
 
 
-def extend(graph: KeyGraph, source: Source) -> KeyGraph:
-    """The same graph over more tokens: the queries since then link new keys with each other and with old ones."""
-    nearest = _nearest(source)
-    counts = _counts(nearest, source.tokens)
-    nearest = _without(nearest, graph.points[:, : graph.hubs].long(), source.tokens)
-    links = link_keys(nearest, source.tokens, source.degree, threads=source.threads)
-    _keep_older(links, graph.links)
-    points = max((source.tokens - graph.tokens) // TOKENS_PER_POINT, LEAST_POINTS)
-    entries = _entries(nearest, counts, points)
-    return KeyGraph(links, torch.cat([graph.points, entries], 1).contiguous(), graph.hubs)
+def graph_bytes(tokens: int, degree: int, num_kv_heads: int) -> int:
+    """Bytes of a graph over so many tokens."""
+    return 4 * num_kv_heads * (tokens * degree + 2 * _points(tokens))
+
+
+def _points(tokens: int) -> int:
+    """Hubs of a graph over so many tokens, and its entries."""
+    return min(max(tokens // TOKENS_PER_POINT, LEAST_POINTS), tokens)
 
 
 def _nearest(source: Source) -> Tensor:
     """[Hkv, M, WANTED], nearest keys of each training query."""
-    frames = torch.tensor(source.frames, dtype=torch.int32)
-    queries = _grouped(source.queries, source.k.shape[1]) if source.queries.shape[0] else _keys(source, frames)
-    return nearest_keys(
-        queries, source.k, frames, source.first, source.tokens, min(WANTED, source.tokens), threads=source.threads
-    )
+    k, frames = _one_table(source)
+    queries = _grouped(source.queries, k.shape[1]) if source.queries.shape[0] else _keys(k, frames, source.first)
+    wanted = min(WANTED, source.tokens)
+    return nearest_keys(queries, k, frames, source.first, source.tokens, wanted, threads=source.threads)
+
+
+def _one_table(source: Source) -> tuple[Tensor, Tensor]:
+    """Keys [N, Hkv, S, D] and a table [F] of all heads: a copy where heads have tables of their own."""
+    k, table = source.k, source.table
+    if table.shape[0] == 1 or table.stride(0) == 0:
+        return k, table[0]
+    heads = torch.arange(table.shape[0])[:, None]
+    return k[table.long(), heads].transpose(0, 1).contiguous(), torch.arange(table.shape[1], dtype=torch.int32)
 
 
 def _grouped(queries: Tensor, num_kv_heads: int) -> Tensor:
@@ -77,11 +81,11 @@ def _grouped(queries: Tensor, num_kv_heads: int) -> Tensor:
     return grouped.contiguous()
 
 
-def _keys(source: Source, frames: Tensor) -> Tensor:
+def _keys(k: Tensor, frames: Tensor, first: int) -> Tensor:
     """[Hkv, M, D], at most 1,024 evenly spread keys."""
-    token = torch.linspace(source.first, source.tokens - 1, min(source.tokens, 1024)).long()
-    size = source.k.shape[2]
-    return source.k[frames[token // size].long(), :, token % size].transpose(0, 1).contiguous()
+    tokens, size = len(frames) * k.shape[2], k.shape[2]
+    token = torch.linspace(first, tokens - 1, min(tokens, 1024)).long()
+    return k[frames[token // size].long(), :, token % size].transpose(0, 1).contiguous()
 
 
 def _counts(nearest: Tensor, tokens: int) -> Tensor:
@@ -105,17 +109,3 @@ def _entries(nearest: Tensor, counts: Tensor, points: int) -> Tensor:
     rarity = counts.gather(1, liked.flatten(1).clamp(min=0).long()).view(liked.shape)
     rarest = rarity.masked_fill(liked < 0, 2**62).argmin(-1, keepdim=True)
     return liked.gather(-1, rarest)[..., 0]
-
-
-def _keep_older(links: Tensor, older: Tensor) -> None:
-    """Append older links [Hkv, tokens, degree] to a few new ones, in place, without duplicates."""
-    degree = links.shape[2]
-    older_rows = links[:, : older.shape[1]]
-    for head, token in (older_rows[..., 0] >= 0).nonzero().tolist():
-        before = older[head, token].tolist()
-        fresh = [to for to in older_rows[head, token].tolist() if to >= 0 and to not in before]
-        free = max(degree // REPLACED, before.count(-1))
-        merged = [*fresh[:free], *(to for to in before if to >= 0)][:degree]
-        older_rows[head, token] = older.new_tensor(merged + [-1] * (degree - len(merged)))
-    untouched = older_rows[..., 0] < 0
-    older_rows[untouched] = older[untouched]

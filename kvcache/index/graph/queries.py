@@ -1,45 +1,94 @@
-"""Training queries of a graph, few and evenly spread."""
+"""Training queries of graphs, kept with the pages of their tokens: few, and more widely apart in longer contexts."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..room import Blocks, Room
 
-class Kept:
-    """Queries [*, Hq, D] of one layer of one sequence: every so many positions', twice as many apart when full."""
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
-    def __init__(self, room: int) -> None:
-        self._room = room
-        self._stride = 1
-        self._positions: list[int] = []
-        self._queries: Tensor | None = None
+    from ...context import Context
+    from ...spec import CacheSpec
+    from ...step import Step
 
-    def add(self, q: Tensor, start: int) -> None:
-        """Queries q [T, Hq, D] of consecutive positions; earlier ones from `start` on are written over."""
-        if not self._room:
-            return
-        if self._queries is None:
-            self._queries = q.new_empty(self._room, *q.shape[1:])
-        while self._positions and self._positions[-1] >= start:
-            self._positions.pop()
-        new = [at for at in range(start, start + len(q)) if at % self._stride == 0]
-        while len(self._positions) + len(new) > self._room:
-            self._thin(self._queries)
-            new = [at for at in new if at % self._stride == 0]
-        if new:
-            self._queries[len(self._positions) : len(self._positions) + len(new)] = q[[at - start for at in new]]
-            self._positions += new
+PAGES = 0
+"""Layer under which a block keeps the queries of all layers."""
 
-    def _thin(self, queries: Tensor) -> None:
-        self._stride *= 2
-        kept = [i for i, at in enumerate(self._positions) if at % self._stride == 0]
-        queries[: len(kept)] = queries[kept]
-        self._positions = [self._positions[i] for i in kept]
 
-    def take(self, first: int) -> Tensor:
-        """[M, Hq, D], those from position `first` on; nothing is kept afterwards."""
-        here = [i for i, at in enumerate(self._positions) if at >= first]
-        queries = torch.empty(0, 1, 1) if self._queries is None else self._queries[here]
-        self._stride, self._positions, self._queries = 1, [], None
-        return queries
+class KeptQueries:
+    """Queries of evenly spaced tokens, such that every graph finds at most `most` over its own tokens.
+
+    A graph over more tokens takes queries that are further apart, by a power of two. So a token's query is kept where
+    some graph over it takes it: which graph depends on positions alone, and so does what is kept, whoever computes the
+    page and however its prompt is cut.
+    """
+
+    def __init__(self, spec: CacheSpec, room: Room, most: int, grain: int) -> None:
+        """`grain`: pages by which graphs grow; the least has two."""
+        self._most, self._grain, self._size = most, grain, spec.page_size
+        layers = [layer for layer in range(spec.num_layers) if not spec.window(layer)]
+        self._place = {layer: place for place, layer in enumerate(layers)}
+        self._blocks: Blocks[Tensor] = Blocks(room)
+
+    @property
+    def bytes(self) -> int:
+        return self._blocks.bytes
+
+    def claim(self, frames: Sequence[int]) -> None:
+        """Forget the queries of frames that are about to hold other pages."""
+        self._blocks.forget(frames)
+
+    def clear(self) -> None:
+        """Forget all queries."""
+        self._blocks.clear()
+
+    def add(self, q: Tensor, context: Context, row: int, first: int) -> None:
+        """Keep some of the queries of a row's span, which begin at q[first]; as far as there is room."""
+        step, span = context.step, context.step.spans[row]
+        for page in range(span.start // self._size, -(-span.stop // self._size)) if self._most else ():
+            places = self._positions(page)
+            new = [position for position in places if span.start <= position < span.stop]
+            if new and (queries := self._of(step, row, page, len(places), q)) is not None:
+                at, start = places.index(new[0]), first + new[0] - span.start
+                here = queries[self._place[context.layer]]
+                here[at : at + len(new)] = q[start : start + new[-1] - new[0] + 1 : places.step]
+
+    def training(self, context: Context, row: int, pages: int) -> Tensor:
+        """[M, Hq, D], queries of a row's first pages; M = 0: none are kept."""
+        found = [*self._found(context, row, range(0, pages * self._size, self._stride(pages)))] if self._most else []
+        return torch.stack(found) if found else torch.empty(0, 1, 1)
+
+    def _found(self, context: Context, row: int, positions: range) -> Iterator[Tensor]:
+        for position in positions:
+            page = position // self._size
+            block = self._blocks.get(context.step.contents(row, page, page + 1))
+            if block is not None:
+                at = self._positions(page).index(position)
+                yield block.parts[PAGES][self._place[context.layer], at]
+
+    def _of(self, step: Step, row: int, page: int, count: int, q: Tensor) -> Tensor | None:
+        """[layers, count, Hq, D], the kept queries of a page; None: there is no room for them."""
+        block = self._blocks.at(step.contents(row, page, page + 1))
+        if PAGES not in block.parts:
+            shape = (len(self._place), count, *q.shape[1:])
+            if not self._blocks.room.make(size := torch.Size(shape).numel() * q.itemsize):
+                block.drop()
+                return None
+            with torch.inference_mode(False):  # else they could not be written outside of it
+                block.put(PAGES, torch.zeros(shape, dtype=q.dtype, device=q.device), size)
+        return block.parts[PAGES]
+
+    def _positions(self, page: int) -> range:
+        """Positions of a page whose queries are kept: those that the least graph over it may take."""
+        graph = max((page // self._grain + 1) * self._grain, 2 * self._grain)
+        stride, start = self._stride(graph), page * self._size
+        return range(-(-start // stride) * stride, start + self._size, stride)
+
+    def _stride(self, pages: int) -> int:
+        """Distance of the training queries of a graph over so many pages."""
+        return 1 << max(-(-pages * self._size // self._most) - 1, 0).bit_length()

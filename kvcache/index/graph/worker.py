@@ -1,11 +1,13 @@
-"""A background thread that builds graphs."""
+"""The background thread that builds graphs."""
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import cache
 from queue import SimpleQueue
 
 from .ops import KeyGraph
@@ -14,42 +16,68 @@ logger = logging.getLogger(__name__)
 
 
 class Job:
-    """A graph that is being built."""
+    """A graph that is or was being built."""
 
-    def __init__(self, frames: Iterable[int], work: Callable[[], KeyGraph]) -> None:
-        self.frames = frozenset(frames)
-        self.done = threading.Event()
-        self.cancelled = False
+    def __init__(self, work: Callable[[], KeyGraph]) -> None:
         self.graph: KeyGraph | None = None
+        """None: it is not built yet, or could not be."""
+        self.done = threading.Event()
         self._work: Callable[[], KeyGraph] | None = work
 
     def run(self) -> None:
-        """Build the graph; a failure is logged, as masses come from codes without one."""
+        """Build the graph, unless it was cancelled."""
         work, self._work = self._work, None
         try:
-            if work is not None and not self.cancelled:
+            if work is not None:
                 self.graph = work()
-        except Exception:
-            logger.exception("a graph could not be built; the codes go on answering")
         finally:
             self.done.set()
 
+    def cancel(self) -> None:
+        """Do not build the graph, unless it is being built, as the pages of its keys are about to hold others."""
+        self._work = None
+
 
 class Worker:
-    """Runs jobs one after the other. Its thread starts with the first, and dies with the process or its owner."""
+    """Runs jobs one after the other, as long as somebody else holds them, on a thread of its own."""
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
-        self._started = False
+        self._jobs: SimpleQueue[weakref.ref[Job] | None] = SimpleQueue()
+        self._ending = False
+        self._thread = threading.Thread(target=self._serve, name="keysift-graphs", daemon=True)
+        self._thread.start()
+        atexit.register(self._end)
 
     def submit(self, job: Job) -> None:
-        if not self._started:
-            self._started = True
-            threading.Thread(target=_serve, args=(self._jobs,), name="keysift-graphs", daemon=True).start()
-            weakref.finalize(self, self._jobs.put, None)
-        self._jobs.put(job)
+        self._jobs.put(weakref.ref(job))
+
+    def _serve(self) -> None:
+        while (queued := self._jobs.get()) is not None:
+            if (job := queued()) is not None and not self._ending:
+                _try(job)
+            del job
+
+    def _end(self) -> None:
+        """Wait for the job that runs, before the process ends: the native library must not go before its caller."""
+        self._ending = True
+        self._jobs.put(None)
+        self._thread.join()
 
 
-def _serve(jobs: SimpleQueue[Job | None]) -> None:
-    while (job := jobs.get()) is not None:
+def _try(job: Job) -> None:
+    """Run a job; a failure is logged, as masses come from codes without its graph."""
+    try:
         job.run()
+    except Exception:
+        logger.exception("a graph could not be built; the codes go on answering")
+
+
+@cache
+def _worker() -> Worker:
+    """The worker of this process, started with its first job."""
+    return Worker()
+
+
+def submit(job: Job) -> None:
+    """Run the job in the background, after those before it, as long as somebody else holds it."""
+    _worker().submit(job)

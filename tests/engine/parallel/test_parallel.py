@@ -29,7 +29,7 @@ from keysift.engine.measure.evaluation.reader import Reader
 from keysift.engine.parallel.merge import merge_ranks
 from keysift.engine.parallel.orders import Order, RecordedCache, replay
 from keysift.kvcache import CacheSpec, OutOfFrames, PagedCache, Phase, Traffic
-from keysift.kvcache.index import FlatIndex, Ivf
+from keysift.kvcache.index import FlatIndex, Graph, Ivf
 from tests.engine.driver import drain, finish_of, greedy, said, tokens
 from tests.models import splits_odd_heads
 
@@ -195,7 +195,7 @@ def test_pages_and_indexes_of_a_replica_change_alike() -> None:
     spec = CacheSpec(num_layers=1, num_kv_heads=1, head_dim=8, dtype=torch.float32, code_bits=2)
     sizes = {"max_sequences": 4, "max_len": 128}
     cache, replica = RecordedCache(spec, 8, **sizes), PagedCache(spec, 8, **sizes)
-    first, second = cache.open(), cache.open()
+    first, second = cache.open(Ivf(), FlatIndex()), cache.open()
     cache.reserve(first, 64)
     cache.keep(first, [b"a", b"b"])
     cache.share(second, cache.prefix.match([b"a", b"b"]))
@@ -203,16 +203,14 @@ def test_pages_and_indexes_of_a_replica_change_alike() -> None:
         cache.reserve(second, 128)
     cache.reserve(second, 96)
     cache.rollback(second, 64)
-    cache.index(Ivf())
-    cache.index(FlatIndex())
-    cache.retire(FlatIndex())
+    cache.release(cache.open(Graph()))
     cache.withdraw(first)
     cache.release(first)
     order = Order(cache.take_changes(), cache.free_pages, ForwardInput(Phase.DECODE, Dense(), (), [], 0), [])
     replay(replica, pickle.loads(pickle.dumps(order)))
     assert replica._frames == cache._frames
     assert replica.allocator._free == cache.allocator._free
-    assert replica._indexes.keys() == cache._indexes.keys() == {Ivf()}
+    assert list(replica.indexes._known) == list(cache.indexes._known) == [Graph(), Ivf(), FlatIndex()]
     assert len(replica.prefix) == len(cache.prefix) == 0
     with pytest.raises(RuntimeError, match=r"4 pages are free here, 7 at the leader"):
         replay(replica, Order([], 7, order.work, []))

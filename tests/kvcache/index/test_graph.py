@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -13,10 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from keysift.kvcache import CacheSpec, Context, PagedCache, Span, Step
-from keysift.kvcache.index import Graph, GraphIndex
+from keysift.kvcache.index import CodeIndex, Graph, GraphIndex
 from keysift.kvcache.index.graph import build
 from keysift.kvcache.index.graph.ops import Found, KeyGraph, Reach, link_keys, nearest_keys, search_graphs
-from keysift.kvcache.index.graph.queries import Kept
+from keysift.kvcache.index.graph.queries import KeptQueries
+from keysift.kvcache.index.graph.worker import Job
+from keysift.kvcache.index.room import Room
 from keysift.kvcache.ops.dispatch import use_backend
 
 native = pytest.importorskip("keysift.kvcache.native.library")
@@ -62,12 +66,16 @@ def opened(spec: Graph = WAITING, *, cache: CacheSpec = SPEC, frames: int = 64) 
     paged = PagedCache(cache, frames, max_sequences=4, max_len=frames * cache.page_size)
     index = paged.index(spec)
     assert isinstance(index, GraphIndex)
-    return paged, index, Text(paged, paged.open())
+    return paged, index, Text(paged, paged.open(spec))
+
+
+def jobs(index: GraphIndex) -> list[Job]:
+    return [job for block in index.entries._graphs._blocks.values() for job in block.parts.values()]
 
 
 def search(index: GraphIndex, q: Tensor, context: Context) -> Found:
     """The hits that the masses of the index come from."""
-    return index._search(q, context, index._graphs(context), context.step.starts)
+    return index._search(q, context, [graph for graph, _ in index._graphs(context)], context.step.starts)
 
 
 def exact(q: Tensor, keys: Tensor, positions: Tensor, spec: Graph, page_size: int) -> Tensor:
@@ -126,17 +134,28 @@ def test_the_native_twins_do_what_the_reference_does(
     assert (found.keys[0] >= 0).all()
 
 
-def test_a_query_kept_is_every_so_many_tokens() -> None:
-    kept = Kept(8)
-    for start in range(0, 60, 20):
-        kept.add(torch.arange(start, start + 20.0)[:, None, None], start)
-    kept.add(torch.full((1, 1, 1), 56.5), 56)  # written over
-    queries = kept.take(9)
-    assert queries.flatten().tolist() == [16, 24, 32, 40, 48, 56.5]
-    assert kept.take(0).shape[0] == 0
-    none = Kept(0)
-    none.add(torch.zeros(4, 1, 1), 0)
-    assert none.take(0).shape[0] == 0
+@pytest.mark.parametrize("chunks", [[240], [1] * 240, [7, 60, 33, 1, 1, 138]], ids=str)
+def test_the_queries_kept_are_those_that_any_graph_takes(chunks: list[int]) -> None:
+    """Evenly spread ones of each graph's own tokens, at most so many; written again they are the last ones."""
+    cache = PagedCache(SPEC, 64, max_sequences=1, max_len=256)
+    kept = KeptQueries(SPEC, Room(), most=8, grain=5)
+    sequence, q = cache.open(), torch.arange(240.0)[:, None, None].expand(-1, HEADS, 16)
+    cache.reserve(sequence, 240)
+    start = 0
+    for length in chunks:
+        for change in (0.25, 0.5):
+            step = cache.prefill(Span(sequence, start, length), queries_per_row=1)
+            kept.add(q[start : start + length] + change, cache.context(0, step), 0, 0)
+        start += length
+    context = cache.context(0, step)
+    for pages, stride in ((10, 8), (15, 8), (20, 16), (30, 16), (35, 32), (60, 32)):
+        found = kept.training(context, 0, pages)[:, 0, 0].tolist()
+        assert found == [position + 0.5 for position in range(0, 4 * pages, stride)]
+        assert len(found) <= 8
+    assert kept.bytes == sum(len(kept._positions(page)) for page in range(60)) * HEADS * 16 * 4
+    none = KeptQueries(SPEC, Room(), most=0, grain=5)
+    none.add(q, context, 0, 0)
+    assert none.training(context, 0, 10).shape[0] == none.bytes == 0
 
 
 def test_masses_are_those_of_the_hits_and_of_all_that_is_scanned() -> None:
@@ -230,12 +249,12 @@ def test_generated_tokens_are_found_at_once(wait: bool) -> None:
         found = index.masses(q, context)[0].topk(len(heavy), -1).indices.sort(-1).values
         assert found.tolist() == [heavy] * HEADS
     if wait:
-        assert len(index.graphs) > 1, "the graph has not followed"
+        assert len(index.entries) > 1, "the graph has not followed"
 
 
 def test_a_row_alone_and_in_a_batch_has_the_same_bits() -> None:
     cache, index, first = opened(frames=256)
-    texts = [first, *(Text(cache, cache.open()) for _ in range(2))]
+    texts = [first, *(Text(cache, cache.open(WAITING)) for _ in range(2))]
     for text, length in zip(texts, (120, 41, 9), strict=True):
         text.step(length, torch.randn(length, HEADS, 16), torch.randn(length, 2, 16))
     q, k = torch.randn(3, HEADS, 16), torch.randn(3, 2, 16)
@@ -253,53 +272,107 @@ def test_a_shared_prefix_shares_its_graph() -> None:
     first.step(96, q, k)
     decode_q = torch.randn(1, HEADS, 16)
     index.masses(decode_q, decode(cache, [first], decode_q, torch.randn(1, 2, 16)))
-    assert len(index.graphs) == 1
+    assert len(index.entries) == 1
     cache.keep(first.sequence, [bytes([page]) for page in range(24)])
-    second = Text(cache, cache.open(), [k])
+    second = Text(cache, cache.open(WAITING), [k])
     cache.share(second.sequence, cache.prefix.match([bytes([page]) for page in range(24)]))
     index.masses(decode_q, decode(cache, [second], decode_q, torch.randn(1, 2, 16)))
-    assert len(index.graphs) == 1
+    assert len(index.entries) == 1
 
 
-def test_a_failing_build_is_told_and_the_codes_answer(
+def test_a_failing_build_is_told_and_only_its_own_pages_are_answered_by_codes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(source: build.Source) -> KeyGraph:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr("keysift.kvcache.index.graph.index.build", fail)
-    cache, index, text = opened(replace(WAITING, wait=False))
-    text.step(96, torch.randn(96, HEADS, 16), torch.randn(96, 2, 16))
-    (job,) = index._jobs.values()
-    assert job.done.wait(60)
+    spec = replace(WAITING, wait=False)
+    cache, index, text = opened(spec)
+    with monkeypatch.context() as patch:
+        patch.setattr("keysift.kvcache.index.graph.graphs.build", fail)
+        text.step(96, torch.randn(96, HEADS, 16), torch.randn(96, 2, 16))
+        (job,) = jobs(index)
+        assert job.done.wait(60)
     for _ in range(2):
         q = torch.randn(1, HEADS, 16)
-        assert index.masses(q, decode(cache, [text], q, torch.randn(1, 2, 16))).isfinite().any()
+        context = decode(cache, [text], q, torch.randn(1, 2, 16))
+        assert index.masses(q, context).equal(CodeIndex().masses(q, context))
+    other = Text(cache, cache.open(spec))
+    other.step(96, torch.randn(96, HEADS, 16), torch.randn(96, 2, 16))
+    assert all(job.done.wait(60) for job in jobs(index))
+    assert [job.graph is None for job in jobs(index)] == [True, False]
     assert [record.message for record in caplog.records if record.exc_info] == [
         "a graph could not be built; the codes go on answering"
     ]
-    assert not index._jobs
 
 
-def test_a_build_in_progress_is_dropped_when_its_frames_are_filled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    go = threading.Event()
+def test_a_build_that_is_waited_for_fails_its_own_step_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, index, text = opened()
+    text.step(96, torch.randn(96, HEADS, 16), torch.randn(96, 2, 16))
+    q = torch.randn(1, HEADS, 16)
+    context = decode(cache, [text], q, torch.randn(1, 2, 16))
+    before = index.entries.bytes
+    with monkeypatch.context() as patch:
+        patch.setattr("keysift.kvcache.index.graph.graphs.build", lambda source: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            index.masses(q, context)
+    assert index.entries.bytes == before
+    index.masses(q, context)
+    assert [job.graph is None for job in jobs(index)] == [False]
+
+
+def test_a_build_in_progress_is_dropped_when_its_frames_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go = threading.Event(), threading.Event()
 
     def slow(source: build.Source) -> KeyGraph:
+        begun.set()
         assert go.wait(60)
         return build.build(source)
 
-    monkeypatch.setattr("keysift.kvcache.index.graph.index.build", slow)
-    cache, index, text = opened(replace(WAITING, wait=False), frames=26)
+    monkeypatch.setattr("keysift.kvcache.index.graph.graphs.build", slow)
+    spec = replace(WAITING, wait=False)
+    cache, index, text = opened(spec, frames=26)
     text.step(96, torch.randn(96, HEADS, 16), torch.randn(96, 2, 16))
-    (job,) = index._jobs.values()
+    (job,) = jobs(index)
+    assert begun.wait(60)
     cache.release(text.sequence)
     other = Text(cache, cache.open())
-    other.step(8, torch.randn(8, HEADS, 16), torch.randn(8, 2, 16))
-    assert job.cancelled
+    cache.reserve(other.sequence, 1)  # before anything is written
+    assert not jobs(index)
     go.set()
     assert job.done.wait(60)
-    index.forget([])
-    assert len(index.graphs) == 0
+    assert len(index.entries) == 0
+    assert index.entries._graphs.bytes == 0
+
+
+def test_a_build_that_nobody_waits_for_does_not_begin() -> None:
+    began = []
+    job = Job(lambda: began.append(1))  # type: ignore[arg-type, return-value, func-returns-value]
+    job.cancel()
+    job.run()
+    assert not began
+    assert job.done.is_set()
+
+
+def test_the_process_waits_for_a_build_before_it_ends() -> None:
+    """And begins no other: the native library would be gone."""
+    code = """
+import subprocess
+import sys
+import threading
+from keysift.kvcache.index.graph.worker import Job, submit
+begun, jobs = threading.Event(), []
+def work():
+    begun.set()
+    threading.Event().wait(0.5)
+    print("built", flush=True)
+for _ in range(3):
+    jobs.append(Job(work))
+    submit(jobs[-1])
+begun.wait()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "built\n", "")
 
 
 def test_the_background_builds_what_waiting_builds() -> None:
@@ -308,12 +381,11 @@ def test_the_background_builds_what_waiting_builds() -> None:
         torch.manual_seed(1)
         cache, index, text = opened(replace(WAITING, wait=wait))
         step = text.step(128, q := torch.randn(128, HEADS, 16), torch.randn(128, 2, 16))
-        for job in index._jobs.values():
-            assert job.done.wait(60)
+        assert all(job.done.wait(60) for job in jobs(index))
         index.masses(q, cache.context(0, step))
         q = torch.randn(1, HEADS, 16)
         found.append(index.masses(q, decode(cache, [text], q, torch.randn(1, 2, 16))))
-        assert len(index.graphs) == 1
+        assert len(index.entries) == 1
     assert torch.equal(*found)
 
 
@@ -348,11 +420,11 @@ def test_nothing_stale_is_found(schedule: list[tuple[str, int]], wait: bool, see
         elif what == "release":
             cache.release(which.sequence)
             texts.remove(which)
-            texts += [Text(cache, cache.open())] if not texts else []
+            texts += [Text(cache, cache.open(spec))] if not texts else []
         elif what == "share" and len(texts) < 3 and (pages := which.length // 4):
             names, name = [bytes([name, page]) for page in range(pages)], name + 1
             cache.keep(which.sequence, names)
-            texts.append(Text(cache, cache.open(), [torch.cat(which.keys)[: 4 * pages]]))
+            texts.append(Text(cache, cache.open(spec), [torch.cat(which.keys)[: 4 * pages]]))
             cache.share(texts[-1].sequence, cache._frames[which.sequence][:pages])
         elif what == "rewind" and which.length - number > 0 and len(texts) == 1:
             which.keys = [torch.cat(which.keys)[: which.length - number]]
@@ -368,7 +440,7 @@ def check(cache: PagedCache, index: GraphIndex, spec: Graph, texts: list[Text]) 
         [Span(text.sequence, text.length - 1, 1) for text in live]
     )  # computed again, nothing is written
     context = cache.context(0, replace(step, filled=step.filled[:0]))
-    hits, fresh = search(index, q, context), search(GraphIndex(replace(spec, wait=True)), q, context)
+    hits, fresh = search(index, q, context), search(replace(spec, wait=True).make(SPEC, Room()), q, context)
     assert torch.equal(hits.keys, fresh.keys)
     assert torch.equal(hits.scores, fresh.scores)
     for row, text in enumerate(live):

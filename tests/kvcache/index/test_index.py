@@ -83,7 +83,6 @@ class Lives(RuleBasedStateMachine):
     @initialize()
     def begin(self) -> None:
         self.cache = fresh()
-        self.cache.index(self.which)
         self.lives: list[Life] = []
         self.seed = 0
 
@@ -95,7 +94,7 @@ class Lives(RuleBasedStateMachine):
     @rule(tokens=st.integers(1, 14), pick=st.integers(0, 9), pages=st.integers(0, 3))
     def open(self, tokens: int, pick: int, pages: int) -> None:
         """A new sequence, with the first pages of another one where there is one."""
-        life = Life(self.cache.open())
+        life = Life(self.cache.open(self.which))
         if self.lives:
             other = self.lives[pick % len(self.lives)]
             pages = min(pages, other.full)
@@ -137,8 +136,7 @@ class Lives(RuleBasedStateMachine):
     def every_sequence_is_answered_as_if_it_were_alone(self) -> None:
         for life in getattr(self, "lives", []):
             alone, cache = Life(0, life.keys), fresh()
-            cache.index(self.which)
-            alone.handle = cache.open()
+            alone.handle = cache.open(self.which)
             write(cache, alone.handle, 0, life.keys)
             torch.testing.assert_close(masses_of(self.cache, life, self.which), masses_of(cache, alone, self.which))
 
@@ -200,7 +198,7 @@ def assert_masses_of_some_keys(masses: Tensor, scores: Tensor) -> None:
 def test_a_search_after_a_rollback_finds_what_is_there_now(which: Ivf | Graph) -> None:
     cache, life = fresh(), Life(0)
     index = cache.index(which)
-    life.handle = cache.open()
+    life.handle = cache.open(which)
     life.keys = torch.randn(40, KV_HEADS, DIM, generator=torch.Generator().manual_seed(5))
     write(cache, life.handle, 0, life.keys)
     masses_of(cache, life, which)

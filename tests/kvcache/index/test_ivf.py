@@ -12,8 +12,9 @@ from torch import Tensor
 
 from keysift.kvcache import CacheSpec, Context, OutOfFrames, PagedCache, Span
 from keysift.kvcache.index import FlatIndex, Ivf
-from keysift.kvcache.index.ivf import index as index_module
+from keysift.kvcache.index.ivf import segments as segments_module
 from keysift.kvcache.index.ivf.lists import Lists, cluster
+from keysift.kvcache.index.room import Room
 
 SPEC = CacheSpec(num_layers=2, num_kv_heads=2, head_dim=32, page_size=4)
 OPTIONS = Ivf(segment=16, tokens_per_list=4, nprobe=2, iterations=3)
@@ -45,13 +46,14 @@ def test_options_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match="ivf"):
             Ivf(**wrong)
     with pytest.raises(ValueError, match="page size"):
-        Ivf(segment=2, tokens_per_list=1).make(SPEC)
+        Ivf(segment=2, tokens_per_list=1).make(SPEC, Room())
 
 
 def test_all_lists_are_all_keys() -> None:
     cache = make_cache()
-    index = cache.index(Ivf(segment=16, tokens_per_list=4, nprobe=16))
-    context = write(cache, cache.open(), torch.randn(61, 2, 32))
+    which = Ivf(segment=16, tokens_per_list=4, nprobe=16)
+    index = cache.index(which)
+    context = write(cache, cache.open(which), torch.randn(61, 2, 32))
     q = torch.randn(61, 4, 32)
     flat = FlatIndex().masses(q, context).log_softmax(-1)  # masses have a factor of their own
     torch.testing.assert_close(index.masses(q, context).log_softmax(-1), flat, atol=1e-4, rtol=1e-5)
@@ -100,7 +102,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counts.append(len(frames))
         return cluster(k, frames, **numbers)
 
-    monkeypatch.setattr(index_module, "cluster", record)
+    monkeypatch.setattr(segments_module, "cluster", record)
     return counts
 
 
@@ -108,15 +110,13 @@ def test_layers_with_a_window_have_no_lists(built: list[int]) -> None:
     spec = CacheSpec(num_layers=2, num_kv_heads=2, head_dim=32, page_size=4, windows=(8, 0))
     for layer, expected in ((0, []), (1, [2])):
         cache = make_cache(spec)
-        cache.index(OPTIONS)
-        write(cache, cache.open(), torch.randn(40, 2, 32), layer=layer)
+        write(cache, cache.open(OPTIONS), torch.randn(40, 2, 32), layer=layer)
         assert built == expected
 
 
 def test_a_segment_is_clustered_when_it_is_full(built: list[int]) -> None:
     cache = make_cache()
-    cache.index(OPTIONS)
-    sequence = cache.open()
+    sequence = cache.open(OPTIONS)
     for start, length in ((0, 15), (15, 1), (16, 30), (46, 1), (47, 1)):
         write(cache, sequence, torch.randn(length, 2, 32), start)
     assert built == [1, 1, 1]
@@ -124,8 +124,7 @@ def test_a_segment_is_clustered_when_it_is_full(built: list[int]) -> None:
 
 def test_a_shared_prefix_shares_its_lists(built: list[int]) -> None:
     cache = make_cache()
-    cache.index(OPTIONS)
-    first, second = cache.open(), cache.open()
+    first, second = cache.open(OPTIONS), cache.open(OPTIONS)
     write(cache, first, torch.randn(34, 2, 32))
     names = [bytes([page]) for page in range(8)]
     cache.keep(first, names)
@@ -134,7 +133,7 @@ def test_a_shared_prefix_shares_its_lists(built: list[int]) -> None:
     assert built == [2, 1]
     cache.release(first)
     cache.release(second)
-    cache.share(first := cache.open(), cache.prefix.match(names))
+    cache.share(first := cache.open(OPTIONS), cache.prefix.match(names))
     write(cache, first, torch.randn(20, 2, 32), start=32)
     assert built == [2, 1, 1]
 
@@ -156,7 +155,7 @@ class Play:
         """A new sequence, with a prefix that was kept where there is one."""
         if len(self.lengths) == 4:
             return
-        sequence = self.cache.open()
+        sequence = self.cache.open(*[OPTIONS] * (amount % 3 > 0))  # some are never observed, but searched all the same
         frames = self.cache.prefix.match(self.kept[amount % len(self.kept)]) if self.kept else []
         self.cache.share(sequence, frames[: amount % 13])
         self.lengths[sequence] = 4 * len(frames[: amount % 13])
@@ -217,7 +216,7 @@ class Play:
         step = self.cache.prefill(spans[0], queries_per_row=1) if prompt else self.cache.decode(spans)
         for layer in range(2):
             q = self._append(layer, step.num_rows, step)
-            context, fresh = self.cache.context(layer, step), OPTIONS.make(SPEC)
+            context, fresh = self.cache.context(layer, step), OPTIONS.make(SPEC, Room())
             assert self.index.masses(q, context).equal(fresh.masses(q, context))
         for span in spans:
             self.lengths[span.sequence] += span.length

@@ -1,0 +1,164 @@
+"""The indexes of a cache: which of them there are, whose sequences they observe, and the memory that they take."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .context import Context, Entries, PageIndex
+from .index.protocol import IndexSpec
+from .index.room import Room
+from .spec import CacheSpec
+from .step import Span, Step
+
+SPARE = 4
+"""Indexes that are kept without an open sequence that names them, for the next request that does."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Watch:
+    """Entries that observe the step of these spans, each with the numbers of its spans."""
+
+    spans: tuple[Span, ...]
+    rows: list[tuple[Entries, list[int]]]
+
+
+class Indexes:
+    """Indexes by their specification. Each observes the open sequences that name it, and no others.
+
+    Those that build alike share what they build. One that no open sequence names stays for a while: of these the last
+    `SPARE` that were used.
+    """
+
+    def __init__(self, spec: CacheSpec, device: torch.device, limit: int | None = None) -> None:
+        """`limit`: bytes of all entries; None: no limit."""
+        self.room = Room(limit)
+        self._spec = spec
+        self._device = device
+        self._known: OrderedDict[IndexSpec, PageIndex] = OrderedDict()  # the one used longest ago first
+        self._named: dict[int, tuple[IndexSpec, ...]] = {}  # by open sequence
+        self._watch: _Watch | None = None
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that all entries take."""
+        return self.room.used
+
+    def check(self, spec: IndexSpec) -> None:
+        """Raise `ValueError` for an index that does not fit the cache. On any thread."""
+        self._make(spec, Room(), [])
+
+    def find(self, spec: IndexSpec) -> PageIndex:
+        """The one index of this specification, made if there is none. Raises `ValueError` if it does not fit."""
+        if (index := self._known.get(spec)) is None:
+            index = self._known[spec] = self._make(spec, self.room, self._entries())
+            self._trim()
+        return index
+
+    def _make(self, spec: IndexSpec, room: Room, others: Iterable[Entries]) -> PageIndex:
+        if spec.host and self._device.type != "cpu":
+            raise ValueError(f"index: {type(spec).__name__.lower()} lives on the host, pages are on {self._device}")
+        return spec.make(self._spec, room, others)
+
+    def open(self, sequence: int, specs: tuple[IndexSpec, ...]) -> None:
+        """Have these observe a sequence from its first token on. Raises `ValueError` as `find`."""
+        for spec in specs:
+            self.find(spec)
+        self._watch = None
+        if specs:
+            self._named[sequence] = specs
+
+    def close(self, sequence: int) -> None:
+        """End what `open` began."""
+        self._watch = None
+        for spec in self._named.pop(sequence, ()):
+            self._known.move_to_end(spec)
+        self._trim()
+
+    def observes(self, spans: Sequence[Span]) -> bool:
+        """True if an index has to observe some of these sequences on the host."""
+        specs = (spec for span in spans for spec in self._named.get(span.sequence, ()))
+        return any(self._known[spec].entries is not None for spec in specs)
+
+    def observe(self, q: Tensor, context: Context) -> None:
+        """Pass the queries [T, Hq, D] of one layer, whose keys are written, to the indexes of their sequences."""
+        for entries, rows in self._watching(context.step):
+            entries.observe(q, context, rows)
+
+    def begin(self, filled: Sequence[int]) -> None:
+        """Begin a step in which these frames become full."""
+        self.room.tick()
+        self._each(lambda entries: entries.forget(filled))
+
+    def claim(self, frames: Sequence[int]) -> None:
+        """Note that these frames were taken for pages of another sequence."""
+        self._each(lambda entries: entries.claim(frames))
+
+    def _each(self, change: Callable[[Entries], None]) -> None:
+        """Apply a change to all entries. Those that fail begin anew: what they hold may be of pages that are gone."""
+        for entries in self._entries():
+            try:
+                change(entries)
+            except Exception:
+                logger.exception("an index failed to forget pages and begins anew")
+                self._renew(entries)
+
+    def _renew(self, entries: Entries) -> None:
+        """Replace the indexes over these entries by new ones."""
+        for spec in [spec for spec, index in self._known.items() if index.entries is entries]:
+            del self._known[spec]
+        _clear(entries)
+        self._watch = None
+        for spec in self._wanted() - self._known.keys():
+            self.find(spec)
+
+    def _wanted(self) -> set[IndexSpec]:
+        """Those that open sequences name."""
+        return {spec for specs in self._named.values() for spec in specs}
+
+    def _entries(self) -> list[Entries]:
+        """The entries of all indexes, each once."""
+        each = (index.entries for index in self._known.values())
+        return list({id(entries): entries for entries in each if entries is not None}.values())
+
+    def _watching(self, step: Step) -> list[tuple[Entries, list[int]]]:
+        if self._watch is None or self._watch.spans is not step.spans:
+            rows: dict[int, tuple[Entries, list[int]]] = {}
+            for row, span in enumerate(step.spans):
+                for entries in self._of(span.sequence):
+                    rows.setdefault(id(entries), (entries, []))[1].append(row)
+            self._watch = _Watch(step.spans, list(rows.values()))
+        return self._watch.rows
+
+    def _of(self, sequence: int) -> list[Entries]:
+        """The entries of the indexes that a sequence names, each once."""
+        each = (self._known[spec].entries for spec in self._named.get(sequence, ()))
+        return list({id(entries): entries for entries in each if entries is not None}.values())
+
+    def _trim(self) -> None:
+        """Drop the indexes that no open sequence has named for the longest time, and entries that are left over."""
+        wanted, before = self._wanted(), self._entries()
+        for spec in [spec for spec in self._known if spec not in wanted][:-SPARE]:
+            del self._known[spec]
+        left = {id(entries) for entries in self._entries()}
+        for entries in before:
+            if id(entries) not in left:
+                _clear(entries)
+
+
+def _clear(entries: Entries) -> None:
+    """Free what nobody searches any more."""
+    try:
+        entries.clear()
+    except Exception:
+        logger.exception("an index failed to free its entries")
