@@ -11,7 +11,7 @@ PYTEST := -m pytest -q -m "not slow and not gpu" -n $(TESTERS) --dist loadfile
 MATRIX := tests/engine/model tests/engine/execution tests/engine/parallel tests/engine/text tests/engine/test_parity.py \
 	tests/engine/test_engine.py tests/engine/test_llm.py tests/server tests/test_examples.py
 
-.PHONY: install lock demo test test-matrix check bench soak docs proto format clean
+.PHONY: install lock demo test test-matrix attack check bench soak docs proto format clean
 
 install:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or later is needed"; exit 1; }
@@ -33,6 +33,11 @@ test-matrix:
 		echo "$$versions:" && $(PYTHON) tools/install.py --folder .venv-$$versions --versions $$versions \
 		&& .venv-$$versions/bin/python $(PYTEST) $(MATRIX) || exit 1; \
 	done
+
+# Hostile callers against servers of a tiny model, whose pages are in memory and offloaded, half of the time each.
+MINUTES ?= 2
+attack: install
+	$(BIN)/python -m tests.attack --minutes $(MINUTES)
 
 check: install
 	$(BIN)/ruff check .
