@@ -34,10 +34,10 @@ test-matrix:
 		&& .venv-$$versions/bin/python $(PYTEST) $(MATRIX) || exit 1; \
 	done
 
-# Hostile callers against servers of a tiny model, whose pages are in memory and offloaded, half of the time each.
-MINUTES ?= 2
+# Hostile callers against servers of a tiny model, whose pages are in memory and offloaded, half of the time each:
+# `make attack MINUTES=30`.
 attack: install
-	$(BIN)/python -m tests.attack --minutes $(MINUTES)
+	$(BIN)/python -m tests.attack --minutes $(or $(MINUTES),2)
 
 check: install
 	$(BIN)/ruff check .
