@@ -96,19 +96,20 @@ class BlockStrategy(Strategy, ABC):
     def windows(self, pages: Tensor, step: Step, factor: int = 1) -> Tensor:
         """[R, H, w], means of pages [R, H, F] over windows that are `factor` times as long and as far apart.
 
-        -inf for windows that are not complete.
+        -inf for windows that are not complete, as the only one of a context that is shorter than a window.
         """
         size, stride = self.kernel_size * factor, self.kernel_stride * factor
-        per, apart = size // step.page_size, stride // step.page_size
-        pages = pad(pages, (0, max(0, per - pages.shape[-1])))
+        per, apart = min(size // step.page_size, pages.shape[-1]), stride // step.page_size
         means = pages.unfold(-1, per, apart).mean(-1)
         ends = torch.arange(means.shape[-1], device=means.device) * stride + size
         return means.masked_fill((ends > step.starts[:, None] + 1)[:, None], -torch.inf)
 
     def pooled(self, windows: Tensor, step: Step) -> Tensor:
         """[R, H, n], the greatest of windows [R, H, w] that share a token with each block; -inf where none does."""
-        ratio, before = self.block_size // self.kernel_stride, self.kernel_size // self.kernel_stride - 1
-        after = self._count(step) * ratio - windows.shape[-1]
+        total, count = step.max_pages * step.page_size, self._count(step)
+        ratio = min(self.block_size // self.kernel_stride, -(-total // self.kernel_stride))
+        before = min(self.kernel_size // self.kernel_stride - 1, count * ratio)
+        after = count * ratio - windows.shape[-1]
         return pad(windows, (before, after), value=-torch.inf).unfold(-1, ratio + before, ratio).amax(-1)
 
     def _own(self, step: Step) -> Tensor:
@@ -163,7 +164,7 @@ def _pages(blocks: Tensor, count: int, size: int, step: Step) -> Selection:
     total = blocks.shape[-1]
     block = torch.arange(total, dtype=torch.int32, device=blocks.device)
     chosen = torch.where(blocks, block, total).sort(-1).values[..., : min(count, total)]  # [R, H, K]
-    per = size // step.page_size
+    per = min(size // step.page_size, step.max_pages)
     pages = chosen[..., None] * per + torch.arange(per, dtype=torch.int32, device=blocks.device)
     pages = pages.flatten(-2)
     return Selection(pages.masked_fill(pages > step.last_pages[:, None, None], -1).int())

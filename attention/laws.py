@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from keysift.kvcache import Context, Evidence, Phase, Selection, Step
+from keysift.kvcache.native import checks
 from keysift.kvcache.selection import UNMEASURED
 
 from .strategy import Strategy
@@ -19,17 +19,12 @@ LISTS = ("pages", "estimated", "prefetch")
 """Fields of a selection that list pages."""
 
 
-def checked() -> bool:
-    """True in checked mode: the variable ``KEYSIFT_CHECKED``."""
-    return os.environ.get("KEYSIFT_CHECKED", "0") not in ("", "0")
-
-
 def check(strategy: Strategy) -> Callable[[object, Tensor, Context], None]:
     """Check of what a strategy returns for queries q in a context: all laws in checked mode, else what is cheap.
 
     That is shapes and dtypes, and of plug-ins the range of page numbers, which would make an op read foreign memory.
     """
-    if checked():
+    if checks.mode.on:
         return check_laws
     return check_shapes if type(strategy).__module__.startswith(OWN) else check_ranges
 

@@ -40,7 +40,7 @@ def cover(mass: Tensor, share: float, least: int = 0, unit: int = 1) -> Tensor:
     """
     if share >= 1.0:
         return torch.ones_like(mass, dtype=torch.bool)
-    if unit > 1:
+    if (unit := min(unit, mass.shape[-1])) > 1:
         padded = torch.nn.functional.pad(mass, (0, -mass.shape[-1] % unit))
         blocks = cover(torch.unflatten(padded, -1, (-1, unit)).sum(-1), share, -(-least // unit))
         return blocks.repeat_interleave(unit, -1)[..., : mass.shape[-1]]

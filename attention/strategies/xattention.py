@@ -14,6 +14,9 @@ from .. import patterns
 from ..prompt import PromptStrategy
 from ..strategy import Positive, Share, option
 
+MOST_SCORES = 2**24
+"""Numbers that are computed at once, or those of one row: a stride of 1 has as many as dense attention."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class XAttention(PromptStrategy):
@@ -28,7 +31,7 @@ class XAttention(PromptStrategy):
     that a prompt's ragged end cuts short is the mean of what there is of it; forced pages come on top instead of
     counting into the threshold; one threshold serves all heads. A tile on the diagonal counts pairs on both sides of
     it, as published; it lies in the row's own pages, which are always read. The estimate costs ``1 / stride`` of the
-    score half of dense attention, and ``T * Nk / stride**2`` floats for each head. Nothing is computed exactly, so
+    score half of dense attention. Nothing is computed exactly, so
     coverage comes from one query of each row.
     """
 
@@ -46,17 +49,26 @@ class XAttention(PromptStrategy):
         index = torch.arange(step.num_rows * step.queries_per_row, device=q.device)
         there, index = index < q.shape[0], index.clamp(max=q.shape[0] - 1)  # [R * M], the last row may be short
         keys, known = _keys(context)
-        scores = _antidiagonals(q[index].float() * there[:, None, None], keys, stride)  # [Hq, n, m]
-        pairs = _antidiagonals(there.float()[:, None, None], known.float()[None, :, None], stride)[0]  # [n, m]
-        lasts, begins = (
-            step.positions[index[stride - 1 :: stride]],
-            torch.arange(0, len(known), stride, device=q.device),
-        )
-        seen = (pairs > 0) & (begins <= lasts[:, None])
-        scores = (scores * context.spec.softmax_scale / pairs.clamp(min=1)).masked_fill(~seen, float("-inf"))
-        mass = scores.softmax(-1).masked_fill(~seen.any(-1)[:, None], 0.0)
-        tiles = torch.unflatten(torch.unflatten(mass, 2, (step.max_pages, -1)), 1, (step.num_rows, -1))
-        return tiles.sum((2, 4)).transpose(0, 1)
+        scores_of_row = q.shape[1] * (step.queries_per_row // stride) * (len(known) // stride)
+        queries = max(1, MOST_SCORES // scores_of_row) * step.queries_per_row
+        parts = zip(torch.split(index, queries), torch.split(there, queries), strict=True)
+        return torch.cat([_masses(q, context, keys, known, *part, stride) for part in parts])
+
+
+def _masses(
+    q: Tensor, context: Context, keys: Tensor, known: Tensor, index: Tensor, there: Tensor, stride: int
+) -> Tensor:
+    """[R', Hq, F], masses for some rows, whose queries are at `index` where they are `there`; see `_keys`."""
+    step = context.step
+    scores = _antidiagonals(q[index].float() * there[:, None, None], keys, stride)  # [Hq, n, m]
+    pairs = _antidiagonals(there.float()[:, None, None], known.float()[None, :, None], stride)[0]  # [n, m]
+    lasts = step.positions[index[stride - 1 :: stride]]
+    seen = (pairs > 0) & (torch.arange(0, len(known), stride, device=q.device) <= lasts[:, None])
+    scores = (scores * context.spec.softmax_scale / pairs.clamp(min=1)).masked_fill(~seen, float("-inf"))
+    mass = scores.softmax(-1).masked_fill(~seen.any(-1)[:, None], 0.0)
+    pages = torch.unflatten(mass, 2, (step.max_pages, -1))
+    tiles: Tensor = torch.unflatten(pages, 1, (-1, step.queries_per_row // stride))
+    return tiles.sum((2, 4)).transpose(0, 1)
 
 
 def _keys(context: Context) -> tuple[Tensor, Tensor]:

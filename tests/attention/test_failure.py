@@ -14,6 +14,7 @@ from keysift.attention import Dense, Strategy, StrategyFailure, Telemetry, bind,
 from keysift.attention.token import TokenStrategy
 from keysift.kvcache import CacheSpec, Context, Evidence, OffloadError, PagedCache, Phase, Selection, Span, Step
 from keysift.kvcache.index import FlatIndex
+from keysift.kvcache.native.checks import checked
 from keysift.kvcache.ops import BackendUnavailable
 
 Change = Callable[[Selection], object]
@@ -160,10 +161,9 @@ NONSENSE: dict[str, tuple[Change, str]] = {
 
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize("name", NONSENSE)
-def test_nonsense_is_refused_before_an_op_sees_it(name: str, phase: Phase, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nonsense_is_refused_before_an_op_sees_it(name: str, phase: Phase) -> None:
     change, message = NONSENSE[name]
-    monkeypatch.setenv("KEYSIFT_CHECKED", "1")
-    with pytest.raises(StrategyFailure, match=f"strategy foreign: {phase.value} failed: .*{message}"):
+    with checked(), pytest.raises(StrategyFailure, match=f"strategy foreign: {phase.value} failed: .*{message}"):
         attend(Foreign(change=change), phase)
 
 
@@ -173,9 +173,8 @@ def test_pages_that_an_op_would_read_beyond_a_table_are_refused_outside_of_check
     def change(selection: Selection) -> Selection:
         return replace(selection, **{field: torch.full((2, 2, 1), page, dtype=torch.int32)})
 
-    with pytest.raises(
-        StrategyFailure, match=rf"{field}: page numbers out of range: from -1 to 5 are .* got {page} to"
-    ):
+    message = rf"{field}: page numbers out of range: from -1 to 5 are .* got {page} to"
+    with checked(False), pytest.raises(StrategyFailure, match=message):
         attend(Foreign(change=change))
 
 
@@ -210,10 +209,13 @@ def test_checked_mode_holds_built_in_strategies_to_the_laws(monkeypatch: pytest.
         lambda self, **zones: Selection(self.all().pages.flip(-1)),
     )
     strategy = make("streaming")
-    attend(strategy)
-    monkeypatch.setenv("KEYSIFT_CHECKED", "1")
-    with pytest.raises(
-        StrategyFailure, match="strategy streaming: decode failed: ValueError: pages: page numbers that do not"
+    with checked(False):
+        attend(strategy)
+    with (
+        checked(),
+        pytest.raises(
+            StrategyFailure, match="strategy streaming: decode failed: ValueError: pages: page numbers that do not"
+        ),
     ):
         attend(strategy)
 

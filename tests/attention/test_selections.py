@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from keysift.attention import make
+from keysift.attention.strategies import xattention as module
 from tests.strategies import Row, prompt_rows
 
 from . import selection_oracles as oracles
@@ -178,3 +179,16 @@ def test_the_last_rows_of_the_prompt_are_dense_and_only_they(row: Row) -> None:
     sparse = mask(row.make(last_rows_dense=0, sink=0, local=0), prompt)
     assert torch.equal(mask(dense, prompt, tokens_left=prompt.row)[:-1], sparse[:-1])
     assert torch.equal(mask(dense, prompt, tokens_left=2 * prompt.row), sparse)
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_xattention_in_parts_of_some_rows_chooses_the_same(stride: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = random_prompt(640, 45, page=4, row=8)
+    strategy = make("xattention", stride=stride, threshold=0.5, sink=4, local=4)
+    at_once = select(strategy, prompt)
+    parts: list[int] = []
+    masses = module._masses
+    monkeypatch.setattr(module, "_masses", lambda *args: (parts.append(len(args[4])), masses(*args))[1])
+    monkeypatch.setattr(module, "MOST_SCORES", 2 * 4 * 8 * 640 // stride**2)
+    assert torch.equal(select(strategy, prompt).pages, at_once.pages)
+    assert parts == [16, 16, 16], "two rows each"
