@@ -12,22 +12,25 @@ from .allocator import FrameAllocator
 class PageKeys:
     """Keys of the full pages of one growing list of tokens: hashes of a page and of all that precedes it.
 
-    The root stands for all else that the content depends on: model, strategy, salt.
+    The root stands for all else that the content depends on: model, strategy, salt. Where the content of a page depends
+    on pages after it too, those that are computed `together`, its key is a hash of them all, and it has none until all
+    of them are full.
     """
 
-    def __init__(self, root: str, page_size: int) -> None:
-        self._page_size = page_size
+    def __init__(self, root: str, page_size: int, together: int = 1) -> None:
+        self._together = together
+        self._grain = together * page_size
         self._last = blake2b(root.encode(), digest_size=16).digest()
         self._keys: list[bytes] = []
 
     def upto(self, tokens: Sequence[int]) -> list[bytes]:
         """Keys of all full pages of `tokens`, which must agree with the lists of earlier calls."""
-        size = self._page_size
-        for start in range(len(self._keys) * size, len(tokens) - size + 1, size):
-            page = array("q", tokens[start : start + size]).tobytes()
-            self._last = blake2b(self._last + page, digest_size=16).digest()
-            self._keys.append(self._last)
-        return self._keys[: len(tokens) // size]
+        grain, together = self._grain, self._together
+        for start in range(len(self._keys) // together * grain, len(tokens) - grain + 1, grain):
+            pages = array("q", tokens[start : start + grain]).tobytes()
+            self._last = blake2b(self._last + pages, digest_size=16).digest()
+            self._keys += [self._last + place.to_bytes(4, "little") for place in range(together)]
+        return self._keys[: len(tokens) // grain * together]
 
 
 class PrefixCache:

@@ -106,6 +106,22 @@ def test_a_sparse_prompt_holds_and_says_the_same_with_a_prefix_hit(
         assert warm.output == cold.output, name
 
 
+@pytest.mark.parametrize("row", SPARSE, ids=str)
+def test_a_chunk_is_reused_with_all_of_its_tokens_or_not_at_all(make: Make, row: Row) -> None:
+    """What a page of a sparse prompt holds depends on later tokens of its chunk, too."""
+    args = row.arguments(dense_below=0, last_rows_dense=0, coverage=0.0)
+    engine = make(strategy=row.name, strategy_args=args, queries_per_row=32, prefill_chunk=64)
+    first, prompt = (*BASE[:80], *tokens(120, 1)), BASE[:200]  # they part within the second chunk and its first row
+    cold = witness(engine, Request("cold", prompt, greedy(3, logprobs=20), bypass_prefix_cache=True))
+    for name, each, cached in (("first", first, 0), ("second", prompt, 64)):
+        engine.add(Request(name, each, greedy(1)))
+        assert finish_of(drain(engine), name).usage.cached_tokens == cached
+    warm = witness(engine, Request("warm", prompt, greedy(3, logprobs=20)))
+    assert warm.finish.usage.cached_tokens == 192
+    assert torch.equal(warm.held, cold.held)
+    assert warm.output == cold.output
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_reproducible_dense_prompt_holds_and_says_the_same_with_a_prefix_hit(

@@ -102,3 +102,9 @@ def test_keys_differ_with_the_root_and_with_everything_before_the_page() -> None
     assert base[0] != PageKeys("b", 2).upto([1, 2])[0]
     assert base[1] != PageKeys("a", 2).upto([0, 2, 3, 4])[1]
     assert base[0] == PageKeys("a", 2).upto([1, 2, 9, 9])[0]
+
+
+def test_keys_of_pages_that_are_computed_together_stand_for_all_of_them() -> None:
+    keys = PageKeys("a", 2, together=2).upto([1, 2, 3, 4, 5, 6])
+    assert len(keys) == len(set(keys)) == 2, "those of the third page come with the fourth"
+    assert not set(keys) & set(PageKeys("a", 2, together=2).upto([1, 2, 9, 9]))
