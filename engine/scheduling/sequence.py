@@ -109,15 +109,15 @@ class Sequence:
     def in_chunks(self) -> int:
         """Tokens that are computed in chunks: those of the prompt; the others are decoded one by one.
 
-        After a preemption generated tokens are in chunks too, if all attention was exact; otherwise they are decoded
-        again, so that they read the same pages.
+        After a preemption the generated tokens that were computed before are in chunks too, if all attention was exact;
+        otherwise they are decoded again, so that they read the same pages. The last one was never computed, and what
+        it reads is the strategy's choice.
         """
-        return len(self.tokens) if self.exact else self.prompt_len
+        return len(self.tokens) - 1 if self.exact and self.num_generated else self.prompt_len
 
     @property
     def phase(self) -> Phase:
-        alone = self.remaining == 1 and self.num_generated > 0
-        return Phase.PREFILL if self.computed < self.in_chunks and not alone else Phase.DECODE
+        return Phase.PREFILL if self.computed < self.in_chunks else Phase.DECODE
 
     @property
     def order(self) -> tuple[int, float, int]:

@@ -157,6 +157,32 @@ def test_sparse_strategies_give_the_same_tokens_with_preemption(
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("generated", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("strategy", "args"),
+    [
+        ("dense+streaming", ("streaming.sink=0", "streaming.window=16")),
+        ("dense+streaming", ("streaming.sink=0", "streaming.window=16", "streaming.dense_below=164")),
+        ("dense+nosa", ("sink=16", "window=16", "budget=16", "queried=16", "dense_below=0")),
+    ],
+    ids=["at once", "after some tokens", "with a history"],
+)
+def test_a_token_that_was_never_decoded_is_decoded_after_a_preemption(
+    make: Make, strategy: str, args: tuple[str, ...], generated: int
+) -> None:
+    """The tokens before it read everything; that does not mean that it does."""
+    request = Request("a", tokens(160), greedy(12), strategy=strategy, strategy_args=args)
+    engine = make()
+    engine.add(request)
+    (wanted, outputs) = (said(drain(engine), "a"), [])
+    engine = make(prefix_cache=False)
+    engine.add(request)
+    while len(said(outputs, "a")) < generated:
+        outputs += engine.step()
+    engine.scheduler._preempt(engine.scheduler.running[0])
+    assert said([*outputs, *drain(engine)], "a") == wanted
+
+
 def test_every_request_is_announced_once_and_reported_to_its_end(make: Make) -> None:
     page = make().status.page_bytes
     engine = make(kv_memory=16 * page, prefix_cache=False)
