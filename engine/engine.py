@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from keysift.attention import Spans, Strategy
-from keysift.kvcache import OutOfFrames, Span
+from keysift.kvcache import OffloadError, OutOfFrames, Span
 
 from . import metrics
 from .calibration import calibration
@@ -172,8 +172,8 @@ class Engine:
         """Raise if one token cannot run: then the engine is broken, and not the request that `cause` ended."""
         try:
             self.runner.rehearse()
-        except OutOfFrames:
-            pass  # the others hold all pages, and go on
+        except (OutOfFrames, OffloadError):
+            pass  # the others hold all pages, or the store fails, which ends the requests that meet it: they go on
         except Exception as error:
             raise error from cause
 

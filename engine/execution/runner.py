@@ -55,18 +55,21 @@ class Runner:
         """
         check_kernel(self._dense_kernel, self._cache)
         sequence = self._cache.open()
-        self._cache.reserve(sequence, 1)
-        attend = bind(Dense(), self._cache, self._cache.decode([Span(sequence, 0, 1)]))
-        spec, heads = self._cache.spec, self._model.num_query_heads
-        q = torch.zeros(1, heads, spec.head_dim, dtype=spec.dtype, device=self._model.devices[0])
-        k = q[:, : spec.num_kv_heads]
         try:
-            with torch.inference_mode(), use_backend(self._backend):
-                attend(0, q, k, k)
+            self._cache.reserve(sequence, 1)
+            self._rehearse(Span(sequence, 0, 1))
         except BackendUnavailable as error:
             raise InvalidRequest("backend", f"{self._backend!r} cannot run here ({error})") from None
         finally:
             self._cache.release(sequence)
+
+    def _rehearse(self, span: Span) -> None:
+        attend = bind(Dense(), self._cache, self._cache.decode([span]))
+        spec, heads = self._cache.spec, self._model.num_query_heads
+        q = torch.zeros(1, heads, spec.head_dim, dtype=spec.dtype, device=self._model.devices[0])
+        k = q[:, : spec.num_kv_heads]
+        with torch.inference_mode(), use_backend(self._backend):
+            attend(0, q, k, k)
 
     def run(self, batch: Batch, states: SequenceOf[SamplerState]) -> StepResult:
         """Run the batch and sample with one state for each of `batch.sampled`."""

@@ -240,3 +240,18 @@ def test_too_few_frames_is_still_no_failure(make: Make) -> None:
     assert all(finish_of(outputs, str(i)).reason is FinishReason.LENGTH for i in range(3))
     with pytest.raises(OutOfFrames):
         engine.cache.allocator.take(15)
+
+
+@pytest.mark.parametrize("error", [OutOfFrames("none left"), OffloadError("full", exhausted=True)], ids=repr)
+def test_a_check_that_finds_no_room_leaves_no_sequence_open(
+    make: Make, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Each would take a place of those that may run, until none is left."""
+    engine = make(max_num_seqs=2)
+
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(engine.cache, "reserve", full)
+    engine._check_health(ValueError("a bug of a strategy"))
+    assert sorted(engine.cache._closed) == [0, 1]
