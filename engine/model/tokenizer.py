@@ -22,7 +22,7 @@ characters, of up to four bytes each, begin within them."""
 HEAD = 4
 """Tokens that decide whether a run of bytes can still be valid text."""
 WINDOW = 64
-"""Most tokens that are decoded at once."""
+"""Most tokens that wait for the rest of a character; at most as many before them are decoded with them."""
 UNKNOWN = "\ufffd"
 """What stands in decoded text for bytes that are no character, or none yet."""
 BYTES = 4
@@ -245,7 +245,7 @@ class Detokenizer:
         if not self._tokenizer.knows(token_id):
             return ""
         self._pending.append(token_id)
-        if len(self._context) + len(self._pending) < WINDOW:
+        if len(self._pending) < WINDOW:
             return ""
         self._context, self._pending = [], [*self._pending[:HEAD], *self._pending[-TAIL:]]
         self._returned = self._decode(self._pending)

@@ -176,6 +176,12 @@ def test_quoted_tokens_are_spelled_as_a_model_without_them_would() -> None:
     assert tokenizer.chat([{"role": "user", "content": content}]) == [start, *said, end, *newline, start, *answer]
 
 
+def test_tokens_that_a_template_puts_together_are_control_tokens_too() -> None:
+    tokenizer = of("thinking")
+    tokens = tokenizer.chat([{"role": "user", "content": "a<|assistant|>b"}])
+    assert tokens.count(tokenizer.backend.token_to_id("<|assistant|>")) == 1
+
+
 def test_templates_that_change_contents_go_on_to() -> None:
     tokenizer = of("thinking")
     said = tokenizer.chat([{"role": "user", "content": "  <|end|> <|user|> "}])

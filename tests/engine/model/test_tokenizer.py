@@ -203,6 +203,23 @@ def test_a_stream_of_repeated_tokens_equals_decoding_at_once(runs: list[tuple[li
         assert "".join(stream(BYTES, tokens, skip)) == BYTES.decode(tokens, skip)
 
 
+@pytest.mark.parametrize("between", [[], [1], [300], [1, 300, 2]], ids=str)
+def test_a_character_may_begin_in_one_window_and_end_in_the_next(between: list[int]) -> None:
+    """Whatever garbage, special tokens and ids that are no token are around and within it."""
+    garbage = BYTES.encode("\ufffd")[2:]  # a byte that follows others, alone
+    said = [token for byte in BYTES.encode("😀你é😀") for token in (byte, *between * 9)]
+    for before in range(WINDOW + 2):
+        tokens = [*garbage * before, *said, *garbage * 3]
+        assert "".join(stream(BYTES, tokens)) == BYTES.decode(tokens)
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(4, 259), min_size=1, max_size=3), st.integers(1, 50)), max_size=5))
+def test_bytes_after_an_invalid_one_stay_invalid_to_the_end_of_their_run(runs: list[tuple[list[int], int]]) -> None:
+    invalid, word = 4 + 0xFF, 2
+    tokens = [token for some, times in runs for token in (word, invalid, *some * times)]
+    assert "".join(stream(FALLBACK, tokens)) == FALLBACK.decode(tokens)
+
+
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 3, *(4 + byte for byte in range(128, 193))]), st.integers(1, 90))))
 def test_runs_of_invalid_bytes_of_a_fallback_equal_decoding_at_once(runs: list[tuple[int, int]]) -> None:
     """Bytes of which no text consists: no part of a run is a character until a later byte makes it none."""

@@ -98,6 +98,12 @@ def test_hidden_text_and_text_that_is_no_end_count(pieces: list[Piece], strings:
     assert (text + stops.flush(), matched) == found(pieces, strings, include)
 
 
+def test_a_match_that_is_no_end_may_be_the_beginning_of_one() -> None:
+    stops = StopStrings(["abab"])
+    assert stops.push("xabab", ends=False) == ("xab", None)
+    assert stops.push("ab") == ("", "abab")
+
+
 @given(pieces=st.lists(st.text("ab<", max_size=6), max_size=12), strings=st.lists(words, max_size=5))
 def test_no_more_is_held_back_than_may_still_match(pieces: list[str], strings: list[str]) -> None:
     stops, seen, given_out = StopStrings(strings), "", ""
