@@ -140,8 +140,9 @@ class Engine:
         return outputs
 
     def close(self) -> None:
-        """End the other ranks, if there are any. The engine cannot run after that."""
+        """End the other ranks and work in the background, if there is any. The engine cannot run after that."""
         self.group.close()
+        self.cache.close()
 
     @contextmanager
     def watched(self, spans: Spans) -> Iterator[None]:

@@ -226,6 +226,10 @@ class PagedCache:
         """The cache's one index of this specification, empty at first. Raises `ValueError` if it does not fit."""
         return self.indexes.find(spec)
 
+    def close(self) -> None:
+        """Free the indexes and stop what they build; the cache must not be used afterwards."""
+        self.indexes.clear()
+
     def context(self, layer: int, step: Step, spec: IndexSpec | None = None) -> Context:
         """One layer in a step, for a strategy that searches an index of this spec, if any."""
         return Context(layer, self.spec, step, self.tier, None if spec is None else self.index(spec), self.recent)

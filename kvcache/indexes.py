@@ -85,6 +85,11 @@ class Indexes:
             self._known.move_to_end(spec)
         self._trim()
 
+    def clear(self) -> None:
+        """Free all that the indexes hold, and stop what they build."""
+        for entries in self._entries():
+            _clear(entries)
+
     def observes(self, spans: Sequence[Span]) -> bool:
         """True if an index has to observe some of these sequences on the host."""
         specs = (spec for span in spans for spec in self._named.get(span.sequence, ()))

@@ -46,6 +46,27 @@ main()
 """
 
 
+BUILDING = """
+import sys
+from functools import partial
+import torch
+from keysift.attention.strategies import retrieval
+from keysift.kvcache.index import Graph
+from keysift.kvcache.index.graph import build, graphs
+from keysift.server.commands.cli import main
+
+def endless(source, stopped):
+    print("building", file=sys.stderr, flush=True)
+    while not stopped():
+        torch.randn(100_000).sort()  # comes back from C++ all the time, where the end of the interpreter would stop it
+    raise build.Cancelled
+
+retrieval.Graph, graphs.build = partial(Graph, lag=16), endless
+sys.argv += ["--strategy", "dense+retrieval", "--strategy-arg", "index=graph", "--strategy-arg", "dense_below=0"]
+main()
+"""
+
+
 @contextlib.contextmanager
 def serving(script: str, model: Path, **settings: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """Process of a server that is ready, and its address."""
@@ -82,6 +103,17 @@ def test_serve_answers_and_ends_by_sigterm(model_folder: Path) -> None:
             assert list(client.generate("hello"))
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_sigterm_ends_the_building_of_a_graph_first(model_folder: Path) -> None:
+    with serving(BUILDING, model_folder) as (process, address):
+        with Client(address) as client:
+            assert list(client.generate("hello " * 100))
+        read_until(process, "building")
+        process.send_signal(signal.SIGTERM)
+        log = rest(process)
+        assert process.wait(20) == 0, log
+        assert "terminate" not in log
 
 
 def test_serve_ends_when_its_engine_fails(model_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,19 @@ WANTED = 100
 TOKENS_PER_POINT = 256
 """A graph has one hub and one entry for so many tokens."""
 LEAST_POINTS = 32
+PIECE = 128
+"""Training queries between two looks at whether to go on."""
+
+Stopped = Callable[[], bool]
+
+
+class Cancelled(Exception):
+    """The graph is not wanted any more."""
+
+
+def never() -> bool:
+    """`Stopped` of a build that runs to its end."""
+    return False
 
 
 class Source(NamedTuple):
@@ -36,9 +50,12 @@ class Source(NamedTuple):
         return self.table.shape[1] * self.k.shape[2]
 
 
-def build(source: Source) -> KeyGraph:
-    """A graph that links keys wanted by the same queries: the projection of query-key neighbourhoods."""
-    nearest = _nearest(source)
+def build(source: Source, stopped: Stopped = never) -> KeyGraph:
+    """A graph that links keys wanted by the same queries: the projection of query-key neighbourhoods.
+
+    Raises `Cancelled` soon after `stopped` has become true.
+    """
+    nearest = _nearest(source, stopped)
     counts = _counts(nearest, source.tokens)
     points = _points(source.tokens)
     hubs = counts.sort(dim=-1, descending=True, stable=True).indices[:, :points]
@@ -58,12 +75,22 @@ def _points(tokens: int) -> int:
     return min(max(tokens // TOKENS_PER_POINT, LEAST_POINTS), tokens)
 
 
-def _nearest(source: Source) -> Tensor:
+def _nearest(source: Source, stopped: Stopped) -> Tensor:
     """[Hkv, M, WANTED], nearest keys of each training query."""
     k, frames = _one_table(source)
     queries = _grouped(source.queries, k.shape[1]) if source.queries.shape[0] else _keys(k, frames, source.first)
-    wanted = min(WANTED, source.tokens)
-    return nearest_keys(queries, k, frames, source.first, source.tokens, wanted, threads=source.threads)
+    numbers = source.first, source.tokens, min(WANTED, source.tokens)
+    nearest = []
+    for piece in torch.split(queries, PIECE, dim=1):
+        _check(stopped)
+        nearest.append(nearest_keys(piece, k, frames, *numbers, threads=source.threads))
+    _check(stopped)
+    return torch.cat(nearest, 1)
+
+
+def _check(stopped: Stopped) -> None:
+    if stopped():
+        raise Cancelled
 
 
 def _one_table(source: Source) -> tuple[Tensor, Tensor]:

@@ -283,7 +283,7 @@ def test_a_shared_prefix_shares_its_graph() -> None:
 def test_a_failing_build_is_told_and_only_its_own_pages_are_answered_by_codes(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(source: build.Source) -> KeyGraph:
+    def fail(source: build.Source, stopped: build.Stopped) -> KeyGraph:
         raise RuntimeError("out of luck")
 
     spec = replace(WAITING, wait=False)
@@ -313,7 +313,7 @@ def test_a_build_that_is_waited_for_fails_its_own_step_and_leaves_nothing(monkey
     context = decode(cache, [text], q, torch.randn(1, 2, 16))
     before = index.entries.bytes
     with monkeypatch.context() as patch:
-        patch.setattr("keysift.kvcache.index.graph.graphs.build", lambda source: 1 / 0)
+        patch.setattr("keysift.kvcache.index.graph.graphs.build", lambda source, stopped: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             index.masses(q, context)
     assert index.entries.bytes == before
@@ -324,10 +324,10 @@ def test_a_build_that_is_waited_for_fails_its_own_step_and_leaves_nothing(monkey
 def test_a_build_in_progress_is_dropped_when_its_frames_are_reused(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, go = threading.Event(), threading.Event()
 
-    def slow(source: build.Source) -> KeyGraph:
+    def slow(source: build.Source, stopped: build.Stopped) -> KeyGraph:
         begun.set()
         assert go.wait(60)
-        return build.build(source)
+        return build.build(source, stopped)
 
     monkeypatch.setattr("keysift.kvcache.index.graph.graphs.build", slow)
     spec = replace(WAITING, wait=False)
@@ -347,32 +347,79 @@ def test_a_build_in_progress_is_dropped_when_its_frames_are_reused(monkeypatch: 
 
 def test_a_build_that_nobody_waits_for_does_not_begin() -> None:
     began = []
-    job = Job(lambda: began.append(1))  # type: ignore[arg-type, return-value, func-returns-value]
+    job = Job(lambda stopped: began.append(1))  # type: ignore[arg-type, return-value, func-returns-value]
     job.cancel()
     job.run()
     assert not began
     assert job.done.is_set()
 
 
-def test_the_process_waits_for_a_build_before_it_ends() -> None:
-    """And begins no other: the native library would be gone."""
+def test_the_process_stops_a_build_before_it_ends() -> None:
+    """And begins no other."""
     code = """
 import subprocess
 import sys
 import threading
+import torch
+from keysift.kvcache.index.graph.build import Cancelled
 from keysift.kvcache.index.graph.worker import Job, submit
 begun, jobs = threading.Event(), []
-def work():
+def work(stopped):
     begun.set()
-    threading.Event().wait(0.5)
-    print("built", flush=True)
+    while not stopped():
+        torch.randn(100_000).sort()  # comes back from C++ all the time, where the end of the interpreter would stop it
+    print("stopped", flush=True)
+    raise Cancelled
 for _ in range(3):
     jobs.append(Job(work))
     submit(jobs[-1])
 begun.wait()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "built\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "stopped\n", "")
+
+
+def test_a_build_stops_between_two_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[int] = []
+
+    def counted(q: Tensor, *args: int, threads: int) -> Tensor:
+        pieces.append(q.shape[1])
+        return nearest_keys(q, *args, threads=threads)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(build, "nearest_keys", counted)
+    table = torch.arange(32, dtype=torch.int32)[None]
+    source = build.Source(torch.randn(600, 2, 16), torch.randn(32, 1, 4, 16), table, 4, 8, 1)
+    graph = build.build(source)
+    whole, pieces = pieces, []
+    assert whole == [build.PIECE] * 9 + [1200 - 9 * build.PIECE]
+    job = Job(lambda stopped: build.build(source, lambda: len(pieces) == 2))
+    job.run()
+    assert pieces == whole[:2]
+    assert job.graph is None
+    assert job.done.is_set()
+    monkeypatch.setattr(build, "PIECE", 10**6)
+    again = build.build(source)
+    assert torch.equal(graph.links, again.links)
+    assert torch.equal(graph.points, again.points)
+
+
+def test_closing_the_cache_stops_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = threading.Event()
+
+    def endless(source: build.Source, stopped: build.Stopped) -> KeyGraph:
+        begun.set()
+        while not stopped():
+            threading.Event().wait(0.001)
+        raise build.Cancelled
+
+    monkeypatch.setattr("keysift.kvcache.index.graph.graphs.build", endless)
+    cache, index, text = opened(replace(WAITING, wait=False))
+    text.step(96, torch.randn(96, HEADS, 16), torch.randn(96, 2, 16))
+    (job,) = jobs(index)
+    assert begun.wait(60)
+    cache.close()
+    assert job.done.wait(60)
+    assert job.graph is None
 
 
 def test_the_background_builds_what_waiting_builds() -> None:
