@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import importlib
 import math
 from collections.abc import Iterable, Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint
 from typing import Any, NamedTuple
 
-from pydantic import PydanticUserError, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from .strategy import LARGEST, Split, Strategy, validators
+from keysift.kvcache import Phase
+
+from . import plugins
+from .failure import describe
+from .strategy import LARGEST, Dense, Split, Strategy, validators
 
 BUILT_IN = {
     "ashape": "keysift.attention.strategies.ashape:AShape",
@@ -34,10 +37,10 @@ BUILT_IN = {
 }
 DEFAULT = "sift+retrieval"
 """The strategy of an engine by default: of all, it loses least for what it reads (benchmarks/README.md)."""
-GROUP = "keysift.strategies"
-"""Entry points of plug-ins."""
 BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum", "enum")
 """Keywords of JSON Schema."""
+LONGEST = 64
+"""Characters of a caller's text that are looked at, or repeated in an error."""
 
 
 class StrategyError(ValueError):
@@ -63,9 +66,30 @@ class Option(NamedTuple):
 
 
 def known() -> dict[str, type[Strategy]]:
-    """Every strategy by name: the built-in ones, and plug-ins under the entry points ``keysift.strategies``."""
-    plugins = {entry.name: entry.load() for entry in entry_points(group=GROUP)}
-    return {name: _load(target) for name, target in BUILT_IN.items()} | plugins
+    """Every strategy by name: the built-in ones, and plug-ins under the entry points ``keysift.strategies``.
+
+    Without plug-ins that cannot be used: see `broken`.
+    """
+    loaded = {name: plugins.load(entry, options) for name, entry in _plugins().items()}
+    own = {name: _load(target) for name, target in BUILT_IN.items()}
+    return own | {name: plugin for name, plugin in loaded.items() if not isinstance(plugin, str)}
+
+
+def broken() -> dict[str, str]:
+    """Plug-ins that cannot be used, each with the reason."""
+    usable, found = _plugins(), {}
+    for entry in plugins.entries():
+        if usable.get(entry.name) is not entry:
+            found[f"{entry.name} ({entry.value})"] = "its name is taken, or has a character of +.= or none at all"
+        elif isinstance(problem := plugins.load(entry, options), str):
+            found[entry.name] = problem
+    return found
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    """The plug-ins that can be named. Of equal names the first counts, and a built-in one before all."""
+    entries = [entry for entry in plugins.entries() if entry.name and not set("+.=") & set(entry.name)]
+    return {entry.name: entry for entry in reversed(entries) if entry.name not in BUILT_IN}
 
 
 def make(name: str, **fields: object) -> Strategy:
@@ -82,6 +106,7 @@ def make(name: str, **fields: object) -> Strategy:
     if not plus:
         return _make_one(name, fields)
     parts = [_make_one(part, _of_part(part, (prompt, token), fields)) for part in (prompt, token)]
+    _check_places(prompt, token, *parts)
     return Split(prompt=parts[0], token=parts[1])
 
 
@@ -91,7 +116,7 @@ def parse(name: str, arguments: Iterable[str] = ()) -> Strategy:
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals:
-            raise StrategyError("strategy_args", f"NAME.FIELD=VALUE expected, got {argument!r}")
+            raise StrategyError("strategy_args", f"NAME.FIELD=VALUE expected, got {_short(argument)}")
         fields[key.strip()] = value.strip()
     return make(name, **fields)
 
@@ -103,7 +128,8 @@ def options(strategy: type[Strategy]) -> list[Option]:
 
 def has_option(name: str, field: str) -> bool:
     """True if a strategy, or a part of a pair, has this option. Raises `StrategyError` for an unknown name."""
-    return any(field in _fields(find(part)) for part in name.split("+"))
+    prompt, plus, token = name.partition("+")
+    return any(field in _fields(find(part)) for part in (prompt, token)[: 1 + bool(plus)])
 
 
 def trained_options(name: str, stated: Mapping[str, object]) -> dict[str, object]:
@@ -113,8 +139,10 @@ def trained_options(name: str, stated: Mapping[str, object]) -> dict[str, object
     """
     try:
         return find(name).from_config(stated)
-    except ValueError as error:
-        raise StrategyError(f"strategy {name}", str(error)) from None
+    except StrategyError:
+        raise
+    except Exception as error:
+        raise StrategyError(f"strategy {name}", _words(error)) from None
 
 
 def _option(strategy: type[Strategy], field: dataclasses.Field[Any]) -> Option:
@@ -127,7 +155,7 @@ def _option(strategy: type[Strategy], field: dataclasses.Field[Any]) -> Option:
 def _schema(check: TypeAdapter[object]) -> dict[str, Any]:
     try:
         return check.json_schema()
-    except PydanticUserError:  # a plug-in's type that JSON Schema has no word for
+    except Exception:  # a plug-in's type that JSON Schema has no word for
         return {}
 
 
@@ -144,11 +172,26 @@ def _description(strategy: type[Strategy], name: str) -> str:
 
 
 def _check_prefixes(name: str, fields: dict[str, object]) -> None:
-    parts = name.split("+")
+    prompt, _, token = name.partition("+")
     for key in fields:
         prefix, dot, _ = key.rpartition(".")
-        if dot and prefix not in parts:
-            raise StrategyError(key, f"belongs to {prefix!r}, but the strategy is {name!r}")
+        if dot and prefix not in (prompt, token):
+            raise StrategyError(key[:LONGEST], f"belongs to {_short(prefix)}, but the strategy is {_short(name)}")
+
+
+def _check_places(first: str, second: str, prompt: Strategy, token: Strategy) -> None:
+    """Raises `StrategyError` for a part that chooses in the other phase alone: it would read everything, in silence."""
+    if _idle(prompt, Phase.PREFILL):
+        right = "dense" if _idle(token, Phase.PREFILL) else second
+        raise StrategyError("strategy", f"{first} chooses for generated tokens only; write {right}+{first}")
+    if _idle(token, Phase.DECODE):
+        right = "dense" if _idle(prompt, Phase.DECODE) else first
+        raise StrategyError("strategy", f"{second} chooses for prompts only; write {second}+{right}")
+
+
+def _idle(strategy: Strategy, phase: Phase) -> bool:
+    """True for a strategy that leaves a phase to `Dense`, without being it."""
+    return isinstance(strategy.part(phase), Dense) and not isinstance(strategy, Dense)
 
 
 def _of_part(name: str, parts: tuple[str, str], fields: dict[str, object]) -> dict[str, object]:
@@ -163,10 +206,16 @@ def _make_one(name: str, fields: dict[str, object]) -> Strategy:
     values: dict[str, Any] = {key: _coerce(name, key, value) for key, value in own.items()}
     try:
         made = strategy(**values)
-        hash(made)  # batches are grouped by it
-        return made
-    except (TypeError, ValueError) as error:
-        raise StrategyError(f"strategy {name}", str(error)) from None
+    except (Exception, SystemExit) as error:
+        raise StrategyError(f"strategy {name}", _words(error)) from None
+    if problem := plugins.fault_of(made):
+        raise StrategyError(f"strategy {name}", problem)
+    return made
+
+
+def _words(error: BaseException) -> str:
+    """What an error says; with its class, if it is not of those that name an option."""
+    return str(error) if isinstance(error, TypeError | ValueError) else describe(error)
 
 
 def _fields(strategy: type[Strategy]) -> set[str]:
@@ -177,19 +226,22 @@ def _names(strategy: type[Strategy]) -> set[str]:
     return _fields(strategy) | set(strategy.removed)
 
 
-@functools.cache
 def find(name: str) -> type[Strategy]:
     """The class of one strategy, not of a pair. Raises `StrategyError` listing the known ones."""
     if name in BUILT_IN:
         return _load(BUILT_IN[name])
-    plugins = entry_points(group=GROUP)
-    if name in plugins.names:
-        plugin: type[Strategy] = plugins[name].load()
+    if (entry := (found := _plugins()).get(name)) is not None:
+        if isinstance(plugin := plugins.load(entry, options), str):
+            raise StrategyError("strategy", f"{name!r} is broken: {plugin}")
         return plugin
-    names = sorted({*BUILT_IN, *plugins.names})
-    near = difflib.get_close_matches(name, names, n=1)
+    names = sorted({*BUILT_IN, *found})
+    near = difflib.get_close_matches(name[:LONGEST], names, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise StrategyError("strategy", f"unknown {name!r}{hint} (known: {', '.join(names)}, or PROMPT+TOKEN)")
+    raise StrategyError("strategy", f"unknown {_short(name)}{hint} (known: {', '.join(names)}, or PROMPT+TOKEN)")
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= LONGEST else f"{text[:LONGEST]}...")
 
 
 def _coerce(name: str, key: str, value: object) -> object:
@@ -197,13 +249,15 @@ def _coerce(name: str, key: str, value: object) -> object:
     if (instead := strategy.removed.get(key)) is not None:
         raise StrategyError(f"{name}.{key}", f"removed: {instead}")
     if key not in (checks := validators(strategy)):
-        raise StrategyError(f"{name}.{key}", f"no such option (known: {', '.join(sorted(checks))})")
+        raise StrategyError(f"{name}.{key[:LONGEST]}", f"no such option (known: {', '.join(sorted(checks))})")
     try:
         coerced: object = checks[key].validate_python(value)
     except ValidationError as error:
         raise StrategyError(f"{name}.{key}", f"{error.errors()[0]['msg']}, got {str(value)[:40]!r}") from None
     if isinstance(coerced, int) and abs(coerced) > LARGEST:  # a plug-in's option that states no bounds
         raise StrategyError(f"{name}.{key}", f"at most {LARGEST}, got {str(value)[:40]}")
+    if coerced != coerced:
+        raise StrategyError(f"{name}.{key}", f"a number, got {coerced}")
     return coerced
 
 

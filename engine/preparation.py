@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from keysift.attention import Strategy, StrategyError, parse
+from keysift.attention.failure import describe
 from keysift.kvcache import PagedCache, PageKeys, Phase
 
 from .calibration import calibration
@@ -92,6 +93,8 @@ class Preparation:
                 self._cache.indexes.check(spec)
         except ValueError as error:
             raise Unsupported(f"strategy {strategy.name}: {error}") from None
+        except Exception as error:  # of a plug-in
+            raise Unsupported(f"strategy {strategy.name}: check failed: {describe(error)}") from error
 
     def _page_keys(self, sequence: Sequence) -> PageKeys | None:
         """Prefix-cache keys of the sequence's pages; None where it does not use that cache.

@@ -241,9 +241,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     ]
     (information / "entry_points.txt").write_text("\n".join(entries))
     monkeypatch.syspath_prepend(str(tmp_path))
-    registry.find.cache_clear()
     yield tmp_path
-    registry.find.cache_clear()
     sys.modules.pop("keysift_newest", None)
 
 

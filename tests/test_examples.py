@@ -56,9 +56,7 @@ def test_stream(run: Run) -> None:
 
 def test_own_strategy(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "BUILT_IN", dict(registry.BUILT_IN))
-    registry.find.cache_clear()
     out = run("own_strategy")
-    registry.find.cache_clear()
     assert "dense: prompt density 1.00" in out
     assert "newest: prompt density 0." in out
 

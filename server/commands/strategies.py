@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from keysift.attention import Strategy, StrategyError, find, known, make
-from keysift.attention.registry import Option, options
+from keysift.attention.registry import Option, broken, options
 from keysift.attention.strategy import LARGEST
 from keysift.engine.errors import InvalidRequest
 from keysift.kvcache import Phase
@@ -32,13 +32,17 @@ def describe(name: str, strategy: type[Strategy]) -> dict[str, Any]:
 
 
 def print_json(name: str | None) -> None:
-    print(json.dumps({each: describe(each, strategy) for each, strategy in _selected(name).items()}, default=str))
+    listed = {each: describe(each, strategy) for each, strategy in _selected(name).items()}
+    faults = broken() if name is None else {}
+    print(json.dumps(listed | {each: {"broken": problem} for each, problem in faults.items()}, default=str))
 
 
 def print_table(name: str | None) -> None:
     console = Console(markup=False, highlight=False)
     if name is None:
         console.print(_overview(), "\nkeysift strategies NAME explains one with its options.")
+        for each, problem in broken().items():
+            console.print(f"\nbroken: {each}: {problem}")
         return
     for each, strategy in _selected(name).items():
         _explain(console, each, strategy)

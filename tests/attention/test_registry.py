@@ -11,7 +11,8 @@ import pytest
 from pydantic import Field
 
 from keysift.attention import Dense, Split, Strategy, StrategyError, known, make, parse
-from keysift.attention.registry import GROUP, Option, has_option, options
+from keysift.attention.plugins import GROUP
+from keysift.attention.registry import Option, has_option, options
 from keysift.attention.strategies.streaming import Streaming
 from keysift.attention.strategy import option
 

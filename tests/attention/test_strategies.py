@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from keysift.attention import Strategy, Telemetry, bind, known, make
+from keysift.attention import Dense, Split, Strategy, Telemetry, bind, known, make
 from keysift.kvcache import CacheSpec, PagedCache, Phase, Selection, Span, Step
 from tests.strategies import IDS, ROWS, Row
 
@@ -172,7 +172,7 @@ def test_short_contexts_fall_back_to_dense_part_by_part() -> None:
 
 def test_the_parts_of_a_pair_are_those_that_run() -> None:
     """Sift chooses for prompts only: as the part for tokens it is dense, which is no fallback."""
-    strategy = make("dense+sift")
+    strategy = Split(prompt=Dense(), token=make("sift"))
     assert strategy.part(Phase.DECODE) == strategy.at(Phase.DECODE, 5, 1) == make("dense")
     assert make("sift+dense").part(Phase.PREFILL) == make("sift")
 

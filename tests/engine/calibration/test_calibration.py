@@ -108,7 +108,7 @@ ARGUMENTS = {
         ("streaming.sink=0", "sift.dense_below=700"),
     ),
     "of a pair": ("sift+streaming", (), ("sift.dense_below=700",)),
-    "for the tokens only": ("dense+sift", (), ()),
+    "for the tokens only": ("dense+retrieval", (), ()),
     "not measured": ("streaming", (), ()),
     "stated": ("sift", ("sift.dense_below=5",), ("sift.dense_below=5",)),
     "stated without a name": ("sift", ("dense_below = 5",), ("dense_below = 5",)),
