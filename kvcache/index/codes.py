@@ -24,6 +24,11 @@ class CodeIndex(Stateless):
     candidates: int = 512
     """Pages of each KV head whose codes are read."""
 
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for a number out of range."""
+        if not 0 <= self.candidates < 2**31:
+            raise ValueError(f"codes candidates: from 0 to {2**31 - 1}, got {self.candidates}")
+
     def make(self, spec: CacheSpec, room: Room, others: Iterable[Entries] = ()) -> CodeIndex:
         if not spec.code_bits:
             raise ValueError("codes: the cache keeps none (code_bits)")

@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +20,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from keysift.attention import Strategy, Telemetry, bind, find, make
+from keysift.attention import Strategy, StrategyError, Telemetry, bind, find, make
 from keysift.attention.registry import Option, options
-from keysift.kvcache import CacheSpec, HostStore, OffloadTier, PagedCache, Phase, PoolSize, Span
+from keysift.attention.token import TokenStrategy
+from keysift.engine import Engine, EngineConfig, Finish, FinishReason, Request, SamplingParams
+from keysift.engine.errors import InvalidRequest, Unsupported
+from keysift.kvcache import CacheSpec, Context, HostStore, OffloadTier, PagedCache, Phase, PoolSize, Span
+from keysift.kvcache.index import CodeIndex, Graph, IndexSpec, Ivf
+from keysift.kvcache.index.graph.index import BOUNDS as GRAPH_BOUNDS
 from keysift.kvcache.ops import use_backend
 from keysift.kvcache.ops.dispatch import Backend
 from tests.strategies import rows
@@ -50,11 +57,11 @@ class Setting:
     offloaded: bool = False
     backend: Backend = "auto"
 
-    def run(self) -> bool:
+    def run(self, made: Strategy | None = None) -> bool:
         """Run prompts and two tokens of all of them through a layer; False: the options are refused."""
         spec = CacheSpec(1, 2, 32, page_size=self.page_size, **self.spec)
         try:
-            strategy = make(self.name, **self.options)
+            strategy = made or make(self.name, **self.options)
             strategy.check(spec)
         except ValueError:
             return False
@@ -166,6 +173,92 @@ def test_all_sizes_of_blocks_alike(value: int) -> None:
         for changes in ({}, {"window_size": 0}, {"kernel_stride": 16}, {"kernel_stride": 16, "kernel_size": 16}):
             chosen: dict[str, object] = {**sizes, **many, **changes, "dense_below": 0}
             Setting(name=name, options=chosen, spec={"bias_channels": 8, "scale": 16**-0.5}).run()
+
+
+@pytest.mark.parametrize("value", [5e-324, 1e-300, 0.0, math.nextafter(1e-6, 0), math.nan, -math.inf])
+def test_a_share_of_queries_too_small_to_invert_is_refused(value: float) -> None:
+    with pytest.raises(StrategyError, match=r"sampleattention\.row_ratio: .* (1e-06|finite)"):
+        make("sampleattention", row_ratio=value, dense_below=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Searching(TokenStrategy):
+    """Pages by an index with options that no strategy has."""
+
+    index: Any
+
+    def __post_init__(self) -> None:
+        pass
+
+    def index_spec(self) -> IndexSpec:
+        return self.index  # type: ignore[no-any-return]
+
+    def masses(self, q: Tensor, context: Context) -> Tensor:
+        return context.page_mass(q)
+
+
+INDEXES: list[tuple[type[Any], dict[str, int], str]] = [
+    *((Graph, {"lag": 16, "sink": 16, "window": 16}, each) for each in GRAPH_BOUNDS),
+    *(
+        (Ivf, {"segment": 32, "tokens_per_list": 8}, each)
+        for each in ("segment", "tokens_per_list", "nprobe", "iterations")
+    ),
+    (CodeIndex, {}, "candidates"),
+]
+
+
+@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize(("kind", "base", "option"), INDEXES)
+def test_options_of_indexes(kind: type[Any], base: dict[str, int], option: str, offloaded: bool) -> None:
+    for value in (-(2**31), -1, 0, 1, 2, 32, 1024, 2**15, 2**24, 2**31 - 1, 2**31, 2**63):
+        try:
+            index = kind(**base | {option: value} | ({"wait": True} if kind is Graph else {}))
+        except ValueError as error:
+            refused = str(error)
+            assert not 1 <= value <= 1024 or "multiple" in refused
+            continue
+        assert 0 <= value < 2**31
+        Setting(name="searching", offloaded=offloaded).run(Searching(index=index, sink=16, window=16, budget=32))
+
+
+@pytest.mark.parametrize("config", range(4))
+def test_random_options_in_requests_to_an_engine(config: int, model_folder: Path) -> None:
+    """Every request is refused, with the field, or answered in full; none fails."""
+    dice = random.Random(SEED + config)
+    page_size = dice.choice((1, 4, 16, 64))
+    engine = Engine(
+        EngineConfig(
+            model=str(model_folder),
+            strategy="dense",
+            dtype="float32",
+            page_size=page_size,
+            queries_per_row=64,
+            prefill_chunk=dice.choice((64, 128)),
+            code_bits=dice.choice((2, 4)),
+            kv_memory=2**22,
+        )
+    )
+    refusals = {str(i): _refusal(engine, str(i), random_setting(dice), dice) for i in range(30)}
+    assert all(re.match(r"strategy |[\w.-]+: ", refusal) for refusal in refusals.values() if refusal)
+    finished = {}
+    while engine.has_work:
+        finished |= {output.request_id: output for output in engine.step() if isinstance(output, Finish)}
+    assert {each.reason for each in finished.values()} == {FinishReason.LENGTH}, finished
+    assert set(finished) == {each for each, refusal in refusals.items() if not refusal}
+    assert engine.status.pages_free == engine.status.pages_total
+    engine.close()
+
+
+def _refusal(engine: Engine, request_id: str, setting: Setting, dice: random.Random) -> str:
+    """Add a request. Returns why it is refused, or nothing."""
+    arguments = tuple(f"{key}={value}" for key, value in setting.options.items())
+    prompt = tuple(dice.randrange(3, 200) for _ in range(dice.choice(LENGTHS)))
+    params = SamplingParams(max_new_tokens=3, ignore_eos=True)
+    try:
+        engine.add(Request(request_id, prompt, params, strategy=setting.name, strategy_args=arguments))
+    except (InvalidRequest, Unsupported) as error:
+        return str(error)
+    return ""
 
 
 def random_setting(dice: random.Random) -> Setting:

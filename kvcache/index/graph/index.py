@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 
 CANDIDATES = 512
 """Pages of each KV head whose codes are read while a graph is built."""
+BOUNDS = {
+    "degree": (0, 1024),  # links of every token take memory
+    "beam": (1, 2**31 - 1),
+    "top_k": (1, 2**31 - 1),
+    "queries": (0, 2**31 - 1),
+    "lag": (1, 2**31 - 1),
+    "sink": (0, 2**31 - 1),
+    "window": (0, 2**31 - 1),
+}
+"""Least and greatest value of each option."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +56,12 @@ class Graph:
     wait: bool = False
     """Build a graph before the first search; otherwise one thread builds it, and masses come from codes until then:
     which tokens these answer depends on how long that takes."""
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` naming a number out of range."""
+        for name, (least, most) in BOUNDS.items():
+            if not least <= (value := getattr(self, name)) <= most:
+                raise ValueError(f"graph {name}: from {least} to {most}, got {value}")
 
     @property
     def page_key(self) -> str:
@@ -88,5 +104,6 @@ class GraphIndex:
 
     def _search(self, q: Tensor, context: Context, graphs: Sequence[KeyGraph | None], positions: Tensor) -> Found:
         own, frames = self.options, context.fetch(context.all())
-        reach = Reach(own.degree, own.beam, own.top_k, own.sink, own.window)
+        top_k = min(own.top_k, context.step.max_pages * context.spec.page_size)  # each takes memory
+        reach = Reach(own.degree, own.beam, top_k, own.sink, own.window)
         return search_graphs(q, frames.k, frames.table, positions, graphs, reach, context.spec.softmax_scale)

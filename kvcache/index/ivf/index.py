@@ -41,8 +41,9 @@ class Ivf:
 
     def __post_init__(self) -> None:
         """Raises `ValueError` for a number out of range and for lists that do not fill a segment."""
-        if min(self.segment, self.tokens_per_list, self.nprobe, self.iterations) < 1:
-            raise ValueError("ivf: all options are at least 1")
+        for name in ("segment", "tokens_per_list", "nprobe", "iterations"):
+            if not 1 <= (value := getattr(self, name)) < 2**31:
+                raise ValueError(f"ivf {name}: from 1 to {2**31 - 1}, got {value}")
         if self.segment % self.tokens_per_list or self.segment > 2**15:
             raise ValueError(f"ivf: segment {self.segment} is no multiple of {self.tokens_per_list}, or above {2**15}")
 
