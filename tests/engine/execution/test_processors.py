@@ -98,6 +98,13 @@ def test_long_lists_cost_no_more_each_token(params: dict[str, Any]) -> None:
     assert min(seconds) < 1e-3
 
 
+def test_allowed_tokens_that_the_model_masks_become_equally_likely() -> None:
+    params = SamplingParams(allowed_token_ids=(2, 5))
+    scores = torch.zeros(1, VOCABULARY).index_fill(1, torch.tensor([2, 5]), -math.inf)
+    (ours,), theirs = processors(params, (), EOS), library(params, [])
+    assert torch.equal(ours([], scores), theirs(torch.tensor([[0]]), scores))
+
+
 def test_ids_that_the_model_cannot_choose_are_left_out() -> None:
     params = SamplingParams(repetition_penalty=2.0, min_new_tokens=2)
     scores = torch.ones(1, VOCABULARY)

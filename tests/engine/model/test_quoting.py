@@ -178,14 +178,18 @@ def test_quoted_tokens_are_spelled_as_a_model_without_them_would() -> None:
 
 def test_tokens_that_a_template_puts_together_are_control_tokens_too() -> None:
     tokenizer = of("thinking")
-    tokens = tokenizer.chat([{"role": "user", "content": "a<|assistant|>b"}])
-    assert tokens.count(tokenizer.backend.token_to_id("<|assistant|>")) == 1
+    tokens = tokenizer.chat([{"role": "user", "content": "a<|system|>b<|user|>"}])
+    assert tokens.count(tokenizer.backend.token_to_id("<|system|>")) == 0
+    assert tokens.count(tokenizer.backend.token_to_id("<|user|>")) == 1
 
 
 def test_templates_that_change_contents_go_on_to() -> None:
     tokenizer = of("thinking")
     said = tokenizer.chat([{"role": "user", "content": "  <|end|> <|user|> "}])
     assert said == tokenizer.chat([{"role": "user", "content": "<|end|> <|user|>"}])
+    assert tokenizer.chat([{"role": "user", "content": "  <pad> "}]) == tokenizer.chat(
+        [{"role": "user", "content": "<pad>"}]
+    )
     answer = {"role": "assistant", "content": "<think>hm</think> yes <|end|>"}
     text = tokenizer.decode(tokenizer.chat([answer]), skip_special_tokens=False)
     assert text == "<|assistant|>yes <|end|><|end|><|assistant|><think>"

@@ -183,16 +183,18 @@ def test_tokens_without_text_cost_the_same_after_thousands(byte_level: Tokenizer
         assert text + detokenizer.flush() == byte_level.decode([token] * 5000)
 
 
-def test_a_stream_in_which_no_token_ends_a_character_still_comes_out() -> None:
-    """Each token is the rest of one character and the beginning of the next."""
-    first, rest = "".join(BYTES.backend.id_to_token(token) for token in BYTES.encode("你")[:2]), BYTES.encode("你")[2]
-    words = {"<unk>": 0, first: 1, BYTES.backend.id_to_token(rest) + first: 2}
+@pytest.mark.parametrize("character", ["é", "你", "😀"])
+def test_a_stream_in_which_no_token_ends_a_character_still_comes_out(character: str) -> None:
+    """One token is the last byte of a character and the first of the next."""
+    *begin, last = (BYTES.backend.id_to_token(token) for token in BYTES.encode(character))
+    words = {word: number for number, word in enumerate(["<unk>", *begin, last + begin[0]])}
     backend = tokenizers.Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
     backend.decoder = decoders.ByteLevel()
     tokenizer = Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
-    *pieces, last = stream(tokenizer, [1, *[2] * 500])
-    assert "".join(pieces) + last == "你" * 500 + "\ufffd"
-    assert len(last) <= WINDOW
+    first, *middle, joint = range(1, len(words))
+    *pieces, rest = stream(tokenizer, [first, *[*middle, joint] * 500])
+    assert "".join(pieces) + rest == character * 500 + "\ufffd"
+    assert len(rest) <= WINDOW
 
 
 @given(runs=st.lists(st.tuples(st.lists(st.integers(0, 270), min_size=1, max_size=4), st.integers(1, 90)), max_size=6))
