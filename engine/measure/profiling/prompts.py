@@ -18,8 +18,8 @@ class Prompts:
 
     def __init__(self, tokenizer: Tokenizer, text: str, seed: int, longest: int) -> None:
         """`longest`: tokens of the longest batch, which bounds the text that is tokenized."""
-        self._opening = tokenizer.encode("")  # special tokens before any text
-        self._tokens = tokenizer.encode(text[: CHARACTERS * longest])[len(self._opening) :]
+        self._opening = tokenizer.opening
+        self._tokens = tokenizer.encode(text[: CHARACTERS * longest], add_special_tokens=False)
         if not self._tokens:
             raise InvalidRequest("text", "some text, got none")
         self._start = random.Random(seed).randrange(len(self._tokens))
