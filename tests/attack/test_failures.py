@@ -19,8 +19,10 @@ from keysift.engine.execution import runner
 from keysift.engine.execution.runner import Runner
 from keysift.engine.text.transcript import Transcript
 from keysift.kvcache.index import CodeIndex
+from keysift.kvcache.index.graph.graphs import Graphs
 from keysift.kvcache.index.graph.index import GraphIndex
 from keysift.kvcache.index.ivf.index import IvfIndex
+from keysift.kvcache.index.ivf.segments import Segments
 from keysift.kvcache.step import Phase, Step
 from keysift.kvcache.tiers.device import DeviceTier
 from keysift.server.client import Client
@@ -65,7 +67,7 @@ def last(*args: Any) -> Step:
     return step
 
 
-def of_context(_self: Any, _q: Any, context: Any) -> Any:
+def of_context(_self: Any, _q: Any, context: Any, *_: Any) -> Any:
     return context.step
 
 
@@ -74,8 +76,8 @@ SEAMS = {
     "prefill": Seam(Streaming, "prefill", of_context, phase=Phase.PREFILL, skip=1, names="strategy streaming"),
     "decode": Seam(Streaming, "prefill", of_context, phase=Phase.DECODE, names="strategy streaming: decode"),
     "masses": Seam(CodeIndex, "masses", of_context, CODES, names="strategy retrieval: decode"),
-    "index add by ivf": Seam(IvfIndex, "observe", of_context, IVF),
-    "index add by graph": Seam(GraphIndex, "observe", of_context, GRAPH),
+    "index add by ivf": Seam(Segments, "observe", of_context, IVF),
+    "index add by graph": Seam(Graphs, "observe", of_context, GRAPH),
     "index search by ivf": Seam(IvfIndex, "masses", of_context, IVF, names="strategy retrieval: decode"),
     "index search by graph": Seam(GraphIndex, "masses", of_context, GRAPH, names="strategy retrieval: decode"),
     "append": Seam(DeviceTier, "write", last),
