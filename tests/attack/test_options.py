@@ -151,7 +151,8 @@ BASES = bases()
 @pytest.mark.parametrize("base", BASES)
 def test_options_at_their_ends(base: str) -> None:
     setting = BASES[base]
-    cases = [{option.name: value} for option in numeric(setting.name) for value in ends(option)]
+    few = slice(None) if base == next(each for each in BASES if BASES[each].name == setting.name) else slice(0, None, 3)
+    cases = [{option.name: value} for option in numeric(setting.name) for value in ends(option)[few]]
     ran = sum(
         replace(
             setting,
@@ -164,13 +165,13 @@ def test_options_at_their_ends(base: str) -> None:
     assert ran > len(cases) / 4, "most were refused"
 
 
-@pytest.mark.parametrize("value", [0, 1, 2, 15, 16, 17, 2**15, 2**24, 2**30, 2**31 - 16, 2**31 - 1])
+@pytest.mark.parametrize("value", [0, 1, 16, 17, 2**24, 2**31 - 16])
 def test_all_sizes_of_blocks_alike(value: int) -> None:
     """Options that have to be multiples of each other, all at the same end."""
     for name in ("infllmv2", "nosa-trained"):
         sizes = dict.fromkeys(("kernel_size", "kernel_stride", "block_size", "window_size"), value)
         many = {"topk": 2**31 - 1} | ({"query_blocks": 2**31 - 1} if name == "nosa-trained" else {})
-        for changes in ({}, {"window_size": 0}, {"kernel_stride": 16}, {"kernel_stride": 16, "kernel_size": 16}):
+        for changes in ({}, {"kernel_stride": 16}, {"kernel_stride": 16, "kernel_size": 16}):
             chosen: dict[str, object] = {**sizes, **many, **changes, "dense_below": 0}
             Setting(name=name, options=chosen, spec={"bias_channels": 8, "scale": 16**-0.5}).run()
 
@@ -298,7 +299,7 @@ def test_random_options_on_random_caches() -> None:
     minutes = float(os.environ.get("KEYSIFT_ATTACK_MINUTES", "0"))
     dice, stop = random.Random(None if minutes else SEED), time.monotonic() + 60 * minutes
     count = ran = 0
-    while count < 40 or time.monotonic() < stop:
+    while count < 25 or time.monotonic() < stop:
         setting = random_setting(dice)
         try:
             ran += setting.run()
