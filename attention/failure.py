@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import TracebackType
 
 import torch
@@ -10,6 +11,9 @@ from keysift.kvcache.errors import LONGEST_DETAIL, OffloadError, out_of_memory
 from keysift.kvcache.ops import BackendUnavailable
 
 from .strategy import Strategy
+
+PATH = re.compile(r"(?<![\w/.])(?:/[^\s/'\",;:()]+){2,}/?")
+"""An absolute path of at least two names."""
 
 
 class StrategyFailure(RuntimeError):
@@ -53,9 +57,10 @@ def name_of(strategy: Strategy) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Class and message of an exception in one short line."""
+    """Class and message of an exception in one short line for a caller, who is told no path of this machine."""
     try:
-        text = " ".join(str(error)[: 2 * LONGEST_DETAIL].split())
+        text = str(error.strerror if isinstance(error, OSError) else error)[: 2 * LONGEST_DETAIL]
+        text = PATH.sub("(a path, see the log)", " ".join(text.split()))
     except Exception:  # a plug-in's exception may raise when it is printed
         text = ""
     return f"{type(error).__name__}{text and f': {text}'}"[:LONGEST_DETAIL]

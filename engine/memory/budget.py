@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import psutil
@@ -78,7 +78,17 @@ def _allocate(
     if frames < 1:
         given = int(SHARE * free / sharing) if config.kv_memory is None else int(config.kv_memory)
         raise InvalidRequest("kv_memory", f"at least one page = {spec.page_bytes} bytes, got {given}")
+    _check_free(frames, page_bytes(spec, model.devices), sharing)
     return frames, tier_of(spec, frames, model.devices, model.device)
+
+
+def _check_free(frames: int, pages: Mapping[torch.device, int], sharing: int) -> None:
+    """Raises `InvalidRequest` for more than is free: memory of a CPU is taken when it is used, long after the start."""
+    for device, page in pages.items():
+        if frames * page * sharing > (free := free_memory(device)):
+            raise InvalidRequest(
+                "kv_memory", f"at most the {int(free)} bytes that are free on {device}, got {frames * page * sharing}"
+            )
 
 
 def free_memory(device: torch.device) -> float:

@@ -79,7 +79,7 @@ def make_tier(config: EngineConfig, spec: CacheSpec, layout: Layout, device: tor
     try:
         store = HostStore(spec, device) if config.kv_offload == PINNED else FileStore(spec, Path(config.kv_offload))
     except OffloadError as error:
-        raise InvalidRequest("kv_offload", str(error)) from None
+        raise InvalidRequest("kv_offload", f"{config.kv_offload!r}: {error}") from None
     return OffloadTier(spec, layout.frames, store, layout.pool, device)
 
 

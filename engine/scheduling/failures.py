@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from keysift.attention import StrategyFailure
+from keysift.attention.failure import describe
 from keysift.kvcache import OffloadError, out_of_memory
-from keysift.kvcache.errors import LONGEST_DETAIL
 
 from ..errors import EngineBroken
 
@@ -20,7 +20,7 @@ class PartFailed(Exception):
     """Error of one part of a request's work, which has no name of its own to give."""
 
     def __init__(self, part: str, cause: BaseException) -> None:
-        super().__init__(f"{part} failed with {type(cause).__name__}: {str(cause)[:LONGEST_DETAIL]}")
+        super().__init__(f"{part} failed with {describe(cause)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,13 +88,14 @@ class FileStore:
             raise self._failed(what, error) from error
 
     def _failed(self, what: str, error: OSError) -> OffloadError:
+        """Error for the caller of a request, who is not told where the file is; its note is, in the log."""
         free = 0
         with suppress(OSError):
             free = shutil.disk_usage(self._folder).free
-        problem = (
-            f"kv_offload: the file in {self._folder} could not be {what}: {error.strerror} ({free} bytes free there)"
-        )
-        return OffloadError(problem, exhausted=error.errno in NO_ROOM)
+        problem = f"kv_offload: the file of pages could not be {what}: {error.strerror} ({free} bytes free there)"
+        failed = OffloadError(problem, exhausted=error.errno in NO_ROOM)
+        failed.add_note(f"the file is in {self._folder}")
+        return failed
 
 
 def reserve(fd: int, offset: int, size: int) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from keysift.attention import Dense, Strategy, StrategyFailure, Telemetry, bind, make
+from keysift.attention.failure import describe
 from keysift.attention.token import TokenStrategy
 from keysift.kvcache import CacheSpec, Context, Evidence, OffloadError, PagedCache, Phase, Selection, Span, Step
 from keysift.kvcache.index import FlatIndex
@@ -230,3 +231,20 @@ def test_an_index_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FlatIndex, "masses", lambda *_: raising(IndexError("gone"))(None))
     with pytest.raises(StrategyFailure, match="strategy retrieval: decode failed: IndexError: gone"):
         attend(make("retrieval", index="flat"))
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (
+            FileNotFoundError(2, "No such file or directory", "/srv/models/x"),
+            "FileNotFoundError: No such file or directory",
+        ),
+        (ValueError("cannot read /srv/models/a b"), "ValueError: cannot read (a path, see the log) b"),
+        (ValueError("'/srv/models/x': 3/4 of it"), "ValueError: '(a path, see the log)': 3/4 of it"),
+        (ValueError("a / b, and/or c"), "ValueError: a / b, and/or c"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
+)
+def test_callers_are_told_no_path(error: Exception, text: str) -> None:
+    assert describe(error) == text

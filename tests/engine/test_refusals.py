@@ -15,6 +15,7 @@ from keysift.engine import (
     ResourceExhausted,
     SamplingParams,
 )
+from keysift.engine.memory import budget
 from tests.engine.driver import Make, drain, greedy, said, tokens
 from tests.models import llama
 
@@ -53,6 +54,14 @@ def test_a_request_that_can_never_fit_is_refused_with_both_numbers(make: Make) -
     with pytest.raises(ResourceExhausted, match=rf"need 13 pages = {13 * page} bytes, the cache has 8 pages") as error:
         engine.add(Request("a", tokens(100), greedy(100)))
     assert error.value.retry_after_s is None
+
+
+def test_more_memory_than_is_free_is_refused(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = make().status.page_bytes
+    monkeypatch.setattr(budget, "free_memory", lambda device: 8.5 * page)
+    assert make(kv_memory=8 * page).status.pages_total == 8
+    with pytest.raises(InvalidRequest, match=rf"kv_memory: at most the {8.5 * page:.0f} bytes .* cpu, got {9 * page}"):
+        make(kv_memory=9 * page)
 
 
 def test_a_full_queue_names_a_time_to_retry(make: Make) -> None:
