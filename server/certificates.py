@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import ssl
 import time
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from keysift.engine.errors import InvalidRequest
 logger = logging.getLogger(__name__)
 
 KEY, ENCRYPTED, CERTIFICATE = b"PRIVATE KEY-----", b"ENCRYPTED", b"-----BEGIN CERTIFICATE-----"
+ONE = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
 SOON_S = 14 * 86400
 """Time before its end from which a certificate is warned of."""
 
@@ -79,12 +81,8 @@ def _no_password() -> str:
 def warn_of_expiry(field: str, path: Path, chain: bytes) -> None:
     """Log a warning for a certificate whose time is over, about to be over, or still to come."""
     now = time.time()
-    for pem in chain.split(CERTIFICATE)[1:]:
-        begins, ends = validity(
-            ssl.PEM_cert_to_DER_cert(
-                (CERTIFICATE + pem).decode("ascii", "replace").split("-----END")[0] + "-----END CERTIFICATE-----"
-            )
-        )
+    for pem in ONE.findall(chain.decode("ascii", "replace")):
+        begins, ends = validity(ssl.PEM_cert_to_DER_cert(pem))
         if ends < now:
             logger.warning("%s: %s: a certificate has expired on %s", field, path, _date(ends))
         elif begins > now:

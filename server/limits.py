@@ -20,7 +20,7 @@ class Limits(Checked):
     """Bounds of every message, call and connection. A message above one is refused before any other work."""
 
     max_message_size: ByteSize = Field(
-        ByteSize(16 * MIB),
+        ByteSize(8 * MIB),
         ge=MIB,
         lt=2**31,
         description="largest Generate request and largest reply, such as 64MiB; a million tokens are 3 to 6 MB",
@@ -32,12 +32,15 @@ class Limits(Checked):
         ByteSize(4 * KIB), ge=KIB, lt=2**31, description="largest request that needs no token: the health service's"
     )
     max_fields: int = Field(
-        2**15, ge=256, description="fields of a message on the wire, those of nested messages included"
+        2**12, ge=256, description="fields of a message on the wire, those of nested messages included"
     )
     max_token_ids: int = Field(
-        2**22, ge=1, description="token ids of a prompt before its truncation, with all other lists of a message"
+        2**21, ge=1, description="token ids of a prompt before its truncation, with all other lists of a message"
     )
-    max_turns: int = Field(4096, ge=1, description="turns of a chat")
+    max_string_size: ByteSize = Field(
+        ByteSize(64 * KIB), ge=KIB, description="string of a message, but for text and content of a prompt"
+    )
+    max_turns: int = Field(1024, ge=1, description="turns of a chat")
     max_role_length: int = Field(64, ge=1, description="characters of the role of a turn")
     max_id_length: int = Field(256, ge=32, description="characters of a request id")
     max_model_length: int = Field(256, ge=1, description="characters of the name of a model")
@@ -49,7 +52,7 @@ class Limits(Checked):
     max_stop_string_length: int = Field(1024, ge=1, description="characters of a stop string")
     max_stop_characters: int = Field(8192, ge=1, description="characters of all stop strings together")
     max_stop_token_ids: int = Field(1024, ge=0, description="stop tokens")
-    max_logit_bias: int = Field(4096, ge=0, description="tokens with a bias")
+    max_logit_bias: int = Field(1024, ge=0, description="tokens with a bias")
     max_allowed_token_ids: int = Field(2**16, ge=0, description="tokens of a list of the only allowed ones")
     max_abort_ids: int = Field(256, ge=1, description="request ids of one Abort")
     max_metadata_size: ByteSize = Field(
@@ -109,6 +112,8 @@ ABORT = (
     Rule("max_abort_ids", "request_ids", "ids", lambda m: len(m.request_ids)),
     Rule("max_id_length", "request_ids", "characters", lambda m: _longest(m.request_ids)),
 )
+UNBOUNDED = {"GenerateRequest.text", "ChatMessage.content"}
+"""Strings that only the size of the message bounds here: the model's context does, with their truncation."""
 RULES: dict[type[Any], tuple[Rule, ...]] = {pb.GenerateRequest: GENERATE, pb.AbortRequest: ABORT}
 
 

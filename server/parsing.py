@@ -1,7 +1,8 @@
-"""Parsing of messages: the fields on the wire are counted before the parser allocates for them."""
+"""Parsing of messages: what is on the wire is counted before the parser allocates for it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -10,13 +11,15 @@ from google.protobuf.message import DecodeError
 
 from keysift.engine.errors import InvalidRequest
 
-from .limits import Limits, check
+from .limits import UNBOUNDED, Limits, check
 
-VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
-"""Wire types. Those of groups, which this version of the language does not have, are refused."""
-TEXT, MESSAGE = FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_MESSAGE
+VARINT, BYTES = 0, 2
+FIXED = {1: 8, 5: 4}
+"""Bytes of the other wire types; those of groups, which this version of the language does not have, are refused."""
 CONTINUED = bytes(range(128, 256))
-"""Bytes of a varint that another one follows."""
+"""Bytes of a number that another byte follows."""
+PIECE = 2**20
+"""Bytes that are counted at once, as other threads stand still meanwhile."""
 
 
 class Malformed(InvalidRequest):
@@ -30,72 +33,86 @@ def parse(kind: Any, body: bytes, limits: Limits) -> Any:
     two bytes are an empty turn of a chat, one byte is a token.
     """
     try:
-        _count(body, kind.DESCRIPTOR, limits)
+        _Count(body, limits).add(kind.DESCRIPTOR, 0, len(body))
         message = kind.FromString(body)
-    except (DecodeError, IndexError, UnicodeDecodeError):
+    except (DecodeError, IndexError):
         raise Malformed("message", f"a {kind.DESCRIPTOR.full_name}, got {len(body)} bytes that are none") from None
     check(message, limits)
     return message
 
 
-def _count(body: bytes, descriptor: Descriptor, limits: Limits) -> None:
-    """Refuse a body with more than `max_fields` fields, or more than `max_token_ids` numbers in its packed lists."""
-    fields, numbers = 0, 0
-    spans = [(descriptor, 0, len(body))]
-    while spans:
-        descriptor, at, end = spans.pop()
-        messages, lists = _nested(descriptor)
-        while at < end:
-            fields += 1
-            if fields > limits.max_fields:
-                raise InvalidRequest("message", f"at most {limits.max_fields} fields (max_fields), got more")
-            tag, at = _varint(body, at)
-            number, size, at = tag >> 3, *_size(body, at, tag & 7)
-            if tag & 7 == BYTES and number in messages:
-                spans.append((messages[number], at, at + size))
-            elif tag & 7 == BYTES and number in lists:
-                numbers += len(body[at : at + size].translate(None, CONTINUED))
-                if numbers > limits.max_token_ids:
-                    raise InvalidRequest(
-                        "token_ids", f"at most {limits.max_token_ids} tokens (max_token_ids), got {numbers}"
-                    )
-            at += size
-        if at > end:
+class _Count:
+    """Counts of one body, which refuse too many fields, too long a string or too many numbers in its lists."""
+
+    def __init__(self, body: bytes, limits: Limits) -> None:
+        self._body, self._limits = body, limits
+        self._fields = self._numbers = 0
+
+    def add(self, descriptor: Descriptor, begin: int, end: int) -> None:
+        """Count a message, with those inside it: as many levels as the contract has."""
+        messages, texts, lists = _known(descriptor)
+        for number, wire, at, size in _fields(self._body, begin, end):
+            self._fields += 1
+            if self._fields > self._limits.max_fields:
+                raise InvalidRequest("message", f"at most {self._limits.max_fields} fields (max_fields), got more")
+            if wire != BYTES:
+                continue
+            if number in messages:
+                self.add(messages[number], at, at + size)
+            elif number in lists:
+                self._add_list(at, size)
+            elif size > self._limits.max_string_size and number in texts:
+                raise _too_many(texts[number], "bytes", "max_string_size", self._limits, size)
+
+    def _add_list(self, at: int, size: int) -> None:
+        self._numbers += _numbers(self._body, at, size)
+        if self._numbers > self._limits.max_token_ids:
+            raise _too_many("token_ids", "tokens", "max_token_ids", self._limits, self._numbers)
+
+
+def _too_many(field: str, unit: str, limit: str, limits: Limits, value: int) -> InvalidRequest:
+    return InvalidRequest(field, f"at most {getattr(limits, limit):d} {unit} ({limit}), got {value}")
+
+
+def _fields(body: bytes, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Fields of a message that is at this place: number, wire type, and the place and size of the value."""
+    while at < end:
+        tag, at = (body[at], at + 1) if body[at] < 128 else _varint(body, at)
+        wire = tag & 7
+        if wire == BYTES:
+            size, at = (body[at], at + 1) if body[at] < 128 else _varint(body, at)
+        elif wire == VARINT:
+            size = _varint(body, at)[1] - at
+        elif (size := FIXED.get(wire, 0)) == 0:
             raise DecodeError
-
-
-def _size(body: bytes, at: int, wire: int) -> tuple[int, int]:
-    """Bytes of a field's value, and where it begins."""
-    match wire:
-        case 0:  # VARINT
-            return _varint(body, at)[1] - at, at
-        case 1:
-            return 8, at
-        case 2:
-            return _varint(body, at)
-        case 5:
-            return 4, at
-    raise DecodeError
+        if at + size > end:
+            raise DecodeError
+        yield tag >> 3, wire, at, size
+        at += size
 
 
 def _varint(body: bytes, at: int) -> tuple[int, int]:
     """Number at a place, and the place after it."""
-    byte = body[at]
-    if byte < 128:
-        return byte, at + 1
-    value, shift = byte & 127, 7
-    while byte >= 128:
-        at += 1
-        if shift > 63:
-            raise DecodeError
-        byte = body[at]
-        value |= (byte & 127) << shift
-        shift += 7
-    return value, at + 1
+    value = 0
+    for place in range(at, at + 10):
+        byte = body[place]
+        value |= (byte & 127) << 7 * (place - at)
+        if byte < 128:
+            return value, place + 1
+    raise DecodeError
+
+
+def _numbers(body: bytes, at: int, size: int) -> int:
+    """Numbers of a packed list."""
+    pieces = (body[begin : min(begin + PIECE, at + size)] for begin in range(at, at + size, PIECE))
+    return sum(len(piece.translate(None, CONTINUED)) for piece in pieces)
 
 
 @cache
-def _nested(descriptor: Descriptor) -> tuple[dict[int, Descriptor], set[int]]:
-    """Fields by number: those that are messages, and those that may be lists of numbers."""
+def _known(descriptor: Descriptor) -> tuple[dict[int, Descriptor], dict[int, str], set[int]]:
+    """Fields by number: messages, strings other than a prompt's text, and those that may be lists of numbers."""
+    text, message = FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_MESSAGE
     messages = {field.number: field.message_type for field in descriptor.fields if field.message_type}
-    return messages, {field.number for field in descriptor.fields if field.cpp_type not in (TEXT, MESSAGE)}
+    texts = {field.number: field.name for field in descriptor.fields if field.cpp_type == text}
+    bounded = {number: name for number, name in texts.items() if f"{descriptor.name}.{name}" not in UNBOUNDED}
+    return messages, bounded, {field.number for field in descriptor.fields if field.cpp_type not in (text, message)}

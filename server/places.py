@@ -21,7 +21,7 @@ class Places:
 
     def take(self, tenant: Tenant) -> Place:
         """A place. Raises `ResourceExhausted` when there is none, in all or for the tenant."""
-        if (taken := self._taken.total()) >= self.room:
+        if (taken := self.taken) >= self.room:
             raise ResourceExhausted(
                 f"max_queue: {taken} requests are prepared, waiting or running, at most {self.room}", RETRY_S
             )
@@ -31,6 +31,10 @@ class Places:
             )
         self._taken[tenant.name] += 1
         return Place(self, tenant)
+
+    @property
+    def taken(self) -> int:
+        return self._taken.total()
 
     def give_back(self, tenant: Tenant) -> None:
         self._taken[tenant.name] -= 1

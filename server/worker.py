@@ -71,8 +71,8 @@ class Worker:
 
     @property
     def preparing(self) -> int:
-        """Requests that are being prepared or wait for it."""
-        return len(self._preparing)
+        """Requests that have a place, and are not in the engine yet."""
+        return self._places.taken - len(self._streams) + len(self._preparing)
 
     def place(self, tenant: Tenant) -> Place:
         """A place for a request, taken before any work on it; raises `ResourceExhausted`, or `Unavailable`."""
@@ -110,7 +110,7 @@ class Worker:
         """The job, made on a thread of the preparation; None: it was aborted before."""
         task = asyncio.ensure_future(self._threads.run(size, work))
         self._preparing[request_id] = task
-        metrics.PREPARING.set(len(self._preparing))
+        metrics.PREPARING.set(self.preparing)
         try:
             return await task
         except asyncio.CancelledError:
@@ -119,7 +119,7 @@ class Worker:
             return None
         finally:
             del self._preparing[request_id]
-            metrics.PREPARING.set(len(self._preparing))
+            metrics.PREPARING.set(self.preparing)
 
     def _never_started(self, request_id: str, engine: Engine) -> Stream:
         """Stream of a request that was aborted before the engine had it."""

@@ -15,6 +15,9 @@ from ..logs import RateLimit
 from ..options import ServerConfig
 from .flags import Config, from_fields
 
+SWITCH_S = 0.001
+"""Time that a thread may hold the interpreter while another one waits for it: a health probe waits several times."""
+
 
 @from_fields(server=ServerConfig, limits=Limits, engine=EngineConfig)
 def serve(server: ServerConfig, limits: Limits, engine: EngineConfig, config: Config = None) -> None:
@@ -35,6 +38,7 @@ def serve(server: ServerConfig, limits: Limits, engine: EngineConfig, config: Co
         from ..server import Server
 
     _log_to_stderr()
+    sys.setswitchinterval(SWITCH_S)
     if server.metrics_port:
         Exporter(server.metrics_host, server.metrics_port).start()
     report = logging.getLogger("keysift.engine").info

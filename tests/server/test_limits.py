@@ -31,6 +31,7 @@ TIGHT: dict[str, Any] = {
     "max_control_size": 2000,
     "max_public_size": 1024,
     "max_fields": 256,
+    "max_string_size": 1024,
     "max_token_ids": 6,
     "max_turns": 3,
     "max_role_length": 8,
@@ -66,7 +67,7 @@ def stops(*strings: str) -> pb.GenerateRequest:
 CONTENT: dict[str, tuple[str, Message, Message, int]] = {
     "max_id_length": ("request_id", request(request_id="i" * 32), request(request_id="i" * 33), 33),
     "max_model_length": ("model", request(model="tiny"), request(model="tinier"), 6),
-    "max_strategy_length": ("strategy", request(strategy="streaming"), request(strategy="x" * 4_000_000), 4_000_000),
+    "max_strategy_length": ("strategy", request(strategy="streaming"), request(strategy="x" * 900), 900),
     "max_strategy_args": (
         "strategy_args",
         request(strategy="streaming", strategy_args={"streaming.sink": "16", "streaming.window": "64"}),
@@ -87,7 +88,7 @@ CONTENT: dict[str, tuple[str, Message, Message, int]] = {
         7,
     ),
     "max_turns": ("chat.messages", turns(3), turns(4), 4),
-    "max_role_length": ("chat.messages.role", turns(1, "r" * 8), turns(1, "r" * 2_000_000), 2_000_000),
+    "max_role_length": ("chat.messages.role", turns(1, "r" * 8), turns(1, "r" * 900), 900),
     "max_stop_strings": ("stop_strings", stops("a", "b", "c"), stops("a", "b", "c", "d"), 4),
     "max_stop_string_length": ("stop_strings", stops("s" * 6), stops("s" * 7), 7),
     "max_stop_characters": ("stop_strings", stops("s" * 5, "t" * 5), stops("s" * 5, "t" * 6), 11),
@@ -193,6 +194,16 @@ def test_fields_on_the_wire(channel: grpc.Channel) -> None:
 
 def varint(value: int) -> bytes:
     return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
+
+
+@proves("max_string_size")
+def test_strings_are_measured_before_they_are_parsed(channel: grpc.Channel) -> None:
+    """A name of 4 MB would be compared with all strategies, a role go through the template."""
+    for message, field in ((request(strategy="x" * 4_000_000), "strategy"), (turns(1, "r" * 2_000_000), "role")):
+        error = refusal(lambda message=message: send(channel, message))  # type: ignore[misc]
+        assert field_of(error) == field
+        assert error.details().startswith(f"{field}: at most 1024 bytes (max_string_size), got ")
+    assert send(channel, request(text="x" * 1500))
 
 
 def test_tokens_are_counted_before_they_are_parsed() -> None:
@@ -413,7 +424,7 @@ def test_who_stops_in_the_middle_does_not_keep_others_waiting(start: Callable[..
     with contextlib.ExitStack() as stack:
         stuck = [stack.enter_context(http2.connection(running.address)) for _ in range(16)]
         for connection in stuck:
-            connection.send(connection.open(GENERATE), 10_000_000, 30_000)
+            connection.send(connection.open(GENERATE), 5_000_000, 30_000)
         client = stack.enter_context(Client(running.address))
         for _ in range(3):
             started = time.monotonic()
@@ -426,8 +437,8 @@ def test_what_nobody_reads_yet_is_not_taken_in(start: Callable[..., Running], mo
     monkeypatch.setattr(bodies, "PATIENCE_S", 60)
     running = start(max_receiving=1, body_timeout=60)
     with http2.connection(running.address) as first, http2.connection(running.address) as second:
-        assert first.send(first.open(GENERATE), 10_000_000, 8_000_000) == 8_000_005
-        assert second.send(second.open(GENERATE), 10_000_000, 8_000_000, patience=0.3) <= 2**16
+        assert first.send(first.open(GENERATE), 5_000_000, 4_000_000) == 4_000_005
+        assert second.send(second.open(GENERATE), 5_000_000, 4_000_000, patience=0.3) <= 2**16
 
 
 @proves("max_body_bytes")

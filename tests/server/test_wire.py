@@ -188,8 +188,8 @@ def test_pings_during_silence_do_not_end_the_connection(
 
 def test_a_prompt_may_exceed_the_limit_of_grpc(client: Client) -> None:
     params = SamplingParams(max_new_tokens=1)
-    prompt = [200] * (5 * 2**19)
-    assert 2 * len(prompt) > 4 * 2**20, "bytes: ids from 128 take two"
+    prompt = [20_000] * (3 * 2**19) + [200] * 64
+    assert 3 * 3 * 2**19 > 4 * 2**20, "bytes: ids from 16,384 take three"
     outputs = list(client.generate(prompt, params, truncate_prompt_tokens=64))
     assert isinstance(outputs[-1], Finish)
     assert outputs[-1].usage.prompt_tokens == 64
