@@ -1,4 +1,4 @@
-"""Laws of a selection: shapes and dtypes, checked always, and page numbers, checked where an op may trust them."""
+"""Laws of a selection: shapes, dtypes and page numbers, checked where nothing else vouches for them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from keysift.kvcache.selection import UNMEASURED
 from .strategy import Strategy
 
 OWN = "keysift."
-"""Begin of the names of modules whose strategies the tests hold to the laws."""
+"""Begin of the names of modules whose strategies the tests, which run in checked mode, hold to the laws."""
 LISTS = ("pages", "estimated", "prefetch")
 """Fields of a selection that list pages."""
 
 
 def check(strategy: Strategy) -> Callable[[object, Tensor, Context], None]:
-    """Check of what a strategy returns for queries q in a context: all laws in checked mode, else what is cheap.
+    """Check of what a strategy returns for queries q in a context: all laws in checked mode.
 
-    That is shapes and dtypes, and of plug-ins the range of page numbers, which would make an op read foreign memory.
+    Else of a plug-in what is cheap: shapes, dtypes, and the range of page numbers, as others would make an op read
+    foreign memory. Checks of our own strategies, a few microseconds for every layer of every token, found nothing.
     """
     if checks.mode.on:
         return check_laws
-    return check_shapes if type(strategy).__module__.startswith(OWN) else check_ranges
+    return trust if type(strategy).__module__.startswith(OWN) else check_ranges
+
+
+def trust(selection: object, q: Tensor, context: Context) -> None:
+    """Check nothing."""
 
 
 def check_laws(selection: object, q: Tensor, context: Context) -> None:
