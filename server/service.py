@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import grpc
 
 from keysift.engine.engine import Engine
-from keysift.engine.errors import InvalidRequest, ModelNotFound
+from keysift.engine.errors import InvalidRequest, KeysiftError, ModelNotFound
 from keysift.engine.job import Job
 from keysift.engine.request import Finish, PromptInfo
 from keysift.engine.version import keysift_version
@@ -59,8 +60,10 @@ class InferenceService(InferenceServicer):
             message = await self._guard.parse(pb.GenerateRequest, body)
             request_id = message.request_id or uuid.uuid4().hex
             self._check(message, request_id, tenant)
-            prepare = partial(self._job, message, tenant.internal(request_id), tenant, arrival)
-            return request_id, await self._worker.submit(place, tenant.internal(request_id), len(body), prepare)
+            internal = tenant.internal(request_id)
+            prepare = partial(self._job, message, internal, tenant, arrival)
+            with named(internal):
+                return request_id, await self._worker.submit(place, internal, len(body), prepare)
 
     def _check(self, message: pb.GenerateRequest, request_id: str, tenant: Tenant) -> None:
         """Refuse what needs no preparation to be refused."""
@@ -98,6 +101,18 @@ class InferenceService(InferenceServicer):
             max_queue=engine.config.max_queue if engine else 0,
             load=load(engine, self._worker.preparing) if engine else None,
         )
+
+
+@contextmanager
+def named(request_id: str) -> Iterator[None]:
+    """Block whose unexpected errors say in the log which request met them."""
+    try:
+        yield
+    except KeysiftError:
+        raise
+    except Exception as error:
+        error.add_note(f"request {request_id}")
+        raise
 
 
 async def _relay(stream: Stream, context: Context, request_id: str) -> None:

@@ -441,6 +441,16 @@ def test_what_nobody_reads_yet_is_not_taken_in(start: Callable[..., Running], mo
         assert second.send(second.open(GENERATE), 5_000_000, 4_000_000, patience=0.3) <= 2**16
 
 
+def test_a_call_without_a_token_is_not_read(start: Callable[..., Running]) -> None:
+    running = start(api_key="sesame")
+    with http2.connection(running.address) as stranger, http2.connection(running.address) as friend:
+        stream = stranger.open(GENERATE)
+        assert stranger.wait(stream, 20)
+        assert stranger.send(stream, 5_000_000, 4_000_000) == 0
+        stream = friend.open(GENERATE, authorization="Bearer sesame")
+        assert friend.send(stream, 5_000_000, 4_000_000) == 4_000_005
+
+
 @proves("max_body_bytes")
 def test_bodies_in_memory(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
     running = start(max_body_bytes="1MiB")

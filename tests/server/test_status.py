@@ -222,6 +222,7 @@ def test_a_strategy_that_does_not_fit_and_a_bug(
     assert "RuntimeError" in bug.details()
     assert "secret detail" not in bug.details()
     assert caplog.text.count("RuntimeError: secret detail") == 1
+    assert "request bug" in caplog.text
 
 
 ERRORS = [
