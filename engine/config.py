@@ -49,8 +49,15 @@ class EngineConfig(Checked):
     )
     kv_memory: ByteSize | None = Field(
         None,
-        description="memory for KV pages, such as 4GiB; with kv_offload, for the pages that are being read; none: at "
-        "most 40 % of what is free",
+        description="memory for KV pages, such as 4GiB, and for what the index of strategy builds (ivf, graph); with "
+        "kv_offload, for the pages that are being read; none: at most 40 % of what is free",
+    )
+    index_memory: ByteSize | None = Field(
+        None,
+        ge=0,
+        description="most memory of what the indexes ivf and graph build, inside kv_memory if strategy names one of "
+        "them, else beside it; beyond that the least recently used gives way, and pages without it are scanned; none: "
+        "an eighth of what pages take",
     )
     kv_offload: str | None = Field(
         None,

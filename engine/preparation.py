@@ -99,14 +99,13 @@ class Preparation:
     def _page_keys(self, sequence: Sequence) -> PageKeys | None:
         """Prefix-cache keys of the sequence's pages; None where it does not use that cache.
 
-        A page's content depends on the model, on the prompt's strategy with all its options, on the tokens before, and
-        on what the strategy's index keeps with it; under a sparse strategy on all tokens of its chunk, too.
+        A page's content depends on the model, on the prompt's strategy with all its options, on the tokens
+        before; under a sparse strategy on all tokens of its chunk, too.
         """
         request = sequence.request
         if not self._config.prefix_cache or request.bypass_prefix_cache:
             return None
-        kept = "".join(spec.page_key for spec in sequence.index_specs)
-        root = f"{self._model.fingerprint}|{sequence.prompt_strategy!r}|{kept}|{request.cache_salt}"
+        root = f"{self._model.fingerprint}|{sequence.prompt_strategy!r}|{request.cache_salt}"
         page = self._config.page_size
         return PageKeys(root, page, 1 if sequence.any_cut else self._config.prefill_chunk // page)
 

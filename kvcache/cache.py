@@ -79,6 +79,11 @@ class PagedCache:
         self._frames[sequence] = []
         return sequence
 
+    def match(self, keys: Sequence[bytes], *specs: IndexSpec) -> list[int]:
+        """Frames of the longest known prefix of `keys` with all that indexes of these specifications need."""
+        frames = self.prefix.match(keys)
+        return frames[: self.indexes.known(specs, frames)]
+
     def share(self, sequence: int, frames: Sequence[int]) -> None:
         """Begin an empty sequence with full pages of other sequences."""
         for frame in frames:
@@ -135,10 +140,13 @@ class PagedCache:
         self.recent.drop(sequence)
 
     def keep(self, sequence: int, keys: Sequence[bytes], first_page: int = 0, note: object = None) -> None:
-        """Offer full pages from `first_page` on for reuse under these prefix keys, each with this note."""
-        held = self._frames[sequence]
+        """Offer full pages from `first_page` on for reuse under these prefix keys, each with this note.
+
+        Those of a sequence that indexes observe replace others, which may lack what indexes need.
+        """
+        held, replace = self._frames[sequence], self.indexes.watches(sequence)
         for key, frame in zip(keys, held[first_page:], strict=False):
-            self.prefix.insert(key, frame, note)
+            self.prefix.insert(key, frame, note, replace=replace)
 
     def withdraw(self, sequence: int) -> None:
         """End the reuse of all pages of the sequence, those that it shares included."""

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
+from .contents import Contents
 from .ops.encode import Codes
 from .recent import Past, Recent, turns
 from .selection import Selection
@@ -31,6 +32,9 @@ class Entries(Protocol):
 
         `rows`: numbers of the spans whose sequences named the index; the others are not to be looked at.
         """
+
+    def known(self, pages: Sequence[Contents]) -> int:
+        """Number of the first pages of a prompt, of these, of which it has all that keys do not tell."""
 
     def forget(self, frames: Sequence[int]) -> None:
         """Discard what was made from these frames' pages, which are about to become full of other tokens."""

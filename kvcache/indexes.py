@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .contents import Contents
 from .context import Context, Entries, PageIndex
 from .index.protocol import IndexSpec
 from .index.room import Room
@@ -90,10 +91,19 @@ class Indexes:
         for entries in self._entries():
             _clear(entries)
 
+    def known(self, specs: Iterable[IndexSpec], frames: Sequence[int]) -> int:
+        """Number of the first frames of a prompt, of these, with all that these indexes need besides keys."""
+        each = (self.find(spec).entries for spec in specs)
+        pages = list(Contents(frames).pages())
+        return min((entries.known(pages) for entries in each if entries is not None), default=len(frames))
+
+    def watches(self, sequence: int) -> bool:
+        """True if an index has to observe the sequence on the host."""
+        return bool(self._of(sequence))
+
     def observes(self, spans: Sequence[Span]) -> bool:
         """True if an index has to observe some of these sequences on the host."""
-        specs = (spec for span in spans for spec in self._named.get(span.sequence, ()))
-        return any(self._known[spec].entries is not None for spec in specs)
+        return any(self.watches(span.sequence) for span in spans)
 
     def observe(self, q: Tensor, context: Context) -> None:
         """Pass the queries [T, Hq, D] of one layer, whose keys are written, to the indexes of their sequences."""

@@ -59,10 +59,12 @@ class PrefixCache:
         """The note of an offered frame."""
         return self._notes[frame]
 
-    def insert(self, key: bytes, frame: int, note: object = None) -> None:
-        """Offer a full, held frame for reuse, with a note; a key that is known already keeps its frame."""
-        if key in self._frames:
-            return
+    def insert(self, key: bytes, frame: int, note: object = None, *, replace: bool = False) -> None:
+        """Offer a full, held frame for reuse, with a note; a known key keeps its frame, unless it is replaced."""
+        if (known := self._frames.get(key)) is not None:
+            if not replace or known == frame:
+                return
+            self.withdraw(known)
         self._frames[key] = frame
         self._keys[frame] = key
         self._notes[frame] = note

@@ -8,13 +8,14 @@ from pathlib import Path
 import psutil
 import torch
 
-from keysift.kvcache import CacheSpec, PagedCache, Tier
+from keysift.kvcache import CacheSpec, OffloadTier, PagedCache, Tier
 
 from .. import ranks
 from ..config import EngineConfig
 from ..errors import InvalidRequest
 from ..model.loaded import LoadedModel
 from ..model.placement import page_bytes, tier_of
+from .index_memory import index_bytes, left_for_pages
 from .layout import lay_out, make_tier
 
 CGROUP = Path("/sys/fs/cgroup")
@@ -45,6 +46,8 @@ def make_cache(
 ) -> PagedCache:
     """A cache of at most ``kv_memory`` bytes, no larger than all running requests can fill, plus one padding page.
 
+    What indexes build counts too, up to ``index_memory``, if the engine's own strategy has such an index.
+
     All ranks have as many pages as the one with the least room. With ``kv_offload`` the bytes are those of the pool,
     and `report` receives the layout.
 
@@ -53,31 +56,35 @@ def make_cache(
     """
     spec = cache_spec(config, model)
     frames, tier = _allocate(config, model, spec, report)
+    pages = tier.size.bytes(spec) if isinstance(tier, OffloadTier) else frames * spec.page_bytes
     sizes = {"max_sequences": config.max_num_seqs, "max_len": model.max_model_len}
-    return cache_type(spec, frames, **sizes, device=model.device, tier=tier)
+    beside = index_bytes(config, pages)
+    return cache_type(spec, frames, **sizes, device=model.device, tier=tier, index_bytes=beside)
 
 
 def _allocate(
     config: EngineConfig, model: LoadedModel, spec: CacheSpec, report: Callable[[str], None]
 ) -> tuple[int, Tier | None]:
     """Number of pages, and the tier that holds them; None: the cache makes one on its device."""
-    free = free_memory(model.device)
     if config.kv_offload is not None:
+        free = free_memory(model.device)
         host = free_memory(torch.device("cpu")) if model.device.type == "cuda" else None
         layout = lay_out(config, spec, model.max_model_len, free, SHARE, host)
         report(str(layout))
         return layout.frames, make_tier(config, spec, layout, model.device)
     wanted = spec.pages_for(model.max_model_len) * config.max_num_seqs
-    size = config.tensor_parallel_size
-    sharing = size if model.device.type == "cpu" else 1
+    ranks_here = config.tensor_parallel_size
+    sharing = ranks_here if model.device.type == "cpu" else 1
     if config.kv_memory is None:
-        fitting = [int(SHARE * free_memory(d) / sharing) // page for d, page in page_bytes(spec, model.devices).items()]
+        pages = page_bytes(spec, model.devices)
+        given = [(int(SHARE * free_memory(device) / sharing), page) for device, page in pages.items()]
     else:
-        fitting = [int(config.kv_memory) // spec.page_bytes]
-    frames = ranks.smallest(min(*fitting, wanted), size)
+        given = [(int(config.kv_memory), spec.page_bytes)]
+    fitting = [left_for_pages(config, spec, size) // page for size, page in given]
+    frames = ranks.smallest(min(*fitting, wanted), ranks_here)
     if frames < 1:
-        given = int(SHARE * free / sharing) if config.kv_memory is None else int(config.kv_memory)
-        raise InvalidRequest("kv_memory", f"at least one page = {spec.page_bytes} bytes, got {given}")
+        got = min(left_for_pages(config, spec, size) for size, _ in given)
+        raise InvalidRequest("kv_memory", f"at least one page = {spec.page_bytes} bytes, got {got}")
     _check_free(frames, page_bytes(spec, model.devices), sharing)
     return frames, tier_of(spec, frames, model.devices, model.device)
 

@@ -14,6 +14,7 @@ from keysift.kvcache.tiers.store import EXTENT
 
 from ..config import EngineConfig
 from ..errors import InvalidRequest
+from .index_memory import left_for_pages
 
 PINNED = "pinned"
 SHARE_OF_DISK = 0.8
@@ -55,7 +56,8 @@ def lay_out(
     frames = min(_frames(spec, room), longest * config.max_num_seqs)
     if frames < 1:
         raise InvalidRequest("kv_offload_memory", f"at least one page = {spec.kv_bytes} bytes, got {room}")
-    pool = _pool(config, spec, int(share * free) if config.kv_memory is None else int(config.kv_memory), longest)
+    given = int(share * free) if config.kv_memory is None else int(config.kv_memory)
+    pool = _pool(config, spec, left_for_pages(config, spec, given), longest)
     layout = Layout(frames, pool, frames * spec.kv_bytes, pool.bytes(spec), frames * _described(spec))
     _check_fits(layout, layout.store_bytes if config.kv_offload == PINNED and host is None else 0, free)
     return layout

@@ -167,7 +167,8 @@ class Scheduler:
         if sequence.blocked >= 0 and self._cache.free_pages <= sequence.blocked:
             return False  # as last time; matching its prefix again would cost more than it could find
         spec, known = self._cache.spec, len(sequence.tokens)
-        shared = self._cache.prefix.match(sequence.page_keys()[: self._reusable(sequence)])
+        keys = sequence.page_keys()[: self._reusable(sequence)]
+        shared = self._cache.match(keys, *sequence.index_specs)
         grain = (self._align if sequence.any_cut else self._chunk) // spec.page_size
         aligned = len(shared) // grain * grain
         handle = self._cache.open(*sequence.index_specs)

@@ -18,13 +18,6 @@ class IndexSpec(Hashable, Protocol):
     host: ClassVar[bool]
     """True if its entries are on the host, and so must the pages be."""
 
-    @property
-    def page_key(self) -> str:
-        """What it needs that pages do not hold and that is kept while they are computed; empty: nothing.
-
-        It belongs to the key of a page in the prefix cache, as a page computed without it is not the same to the index.
-        """
-
     def make(self, spec: CacheSpec, room: Room, others: Iterable[Entries] = ()) -> PageIndex:
         """An index for a cache of this shape, over those of these entries that suit it, or over empty ones.
 
@@ -39,5 +32,4 @@ class Stateless:
     estimates_mass: ClassVar[bool] = True
     scans: ClassVar[bool] = False
     host: ClassVar[bool] = False
-    page_key: ClassVar[str] = ""
     entries: ClassVar[None] = None

@@ -12,6 +12,7 @@ import pytest
 from keysift.attention.strategies import retrieval
 from keysift.engine import Engine, Request, SamplingParams, Sparsity, TokenOutput, Unsupported
 from keysift.kvcache.index import Graph, Ivf
+from keysift.kvcache.index.graph import build
 from keysift.kvcache.indexes import SPARE
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
 
@@ -25,6 +26,7 @@ def _small_indexes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments and graphs that short prompts fill several of."""
     monkeypatch.setattr(retrieval, "Ivf", partial(Ivf, segment=64, tokens_per_list=8))
     monkeypatch.setattr(retrieval, "Graph", partial(Graph, degree=6, queries=24, lag=32))
+    monkeypatch.setattr(build, "LEAST_POINTS", 4)  # else walks begin at most keys
 
 
 def request(name: str, prompt: tuple[int, ...], new: int, index: str, *more: str, **fields: Any) -> Request:
@@ -56,7 +58,7 @@ def test_a_request_says_the_same_alone_in_company_and_after_a_prefix_hit(make: M
 def test_a_request_that_was_preempted_says_the_same(make: Make, index: str) -> None:
     prompts = [tokens(150, seed) for seed in range(3)]
     alone = [spoken(make(), request(str(i), prompt, 24, index))[0] for i, prompt in enumerate(prompts)]
-    cramped = make(kv_memory=make().cache.spec.page_bytes * 32)
+    cramped = make(kv_memory=make().cache.spec.page_bytes * 32, index_memory=2**22)
     assert spoken(cramped, *(request(str(i), prompt, 24, index) for i, prompt in enumerate(prompts))) == alone
     assert cramped.scheduler.preemptions > 0
 
@@ -125,13 +127,39 @@ def test_an_answer_is_as_likely_cold_as_after_a_hit_and_after_a_preemption(
     assert again == pytest.approx(cold, abs=1e-5)
 
 
+def test_a_prompt_computed_without_a_graph_in_mind_is_computed_again_for_one(make: Make) -> None:
+    """Once: then its pages have the queries that train graphs, and serve all."""
+    question = request("a", tokens(500), 20, "graph")
+    (cold,) = log_probabilities(make(), question)
+    engine = make()
+    cached = []
+    for index in ("codes", "codes", "graph", "graph", "codes"):
+        engine.add(request("a", tokens(500), 20, index))
+        cached.append(finish_of(drain(engine), "a").usage.cached_tokens)
+    assert [count > 0 for count in cached] == [False, True, False, True, True]
+    assert log_probabilities(engine, question) == [pytest.approx(cold, abs=1e-5)]
+
+
+def test_graphs_that_differ_otherwise_share_the_queries_that_train_them(make: Make) -> None:
+    engine = make()
+    spoken(engine, request("a", tokens(500), 4, "graph", "wait=true"))
+    for more in (("wait=true", "sink=32"), ("wait=false",)):
+        engine.add(request("a", tokens(500), 4, "graph", *more))
+        assert finish_of(drain(engine), "a").usage.cached_tokens > 0
+    assert len(engine.cache.indexes._entries()) == 3
+    for nprobe in range(SPARE):
+        spoken(engine, request("b", tokens(30), 2, "ivf", f"nprobe={nprobe + 1}"))
+    assert engine.cache.indexes.bytes == 0, "all graphs went, and their queries"
+
+
 @pytest.mark.parametrize("index", ["graph", "ivf"])
 def test_an_answer_is_as_likely_after_a_preemption(make: Make, index: str) -> None:
     prompts = [tokens(300, seed) for seed in range(3)]
     requests = [request(str(i), prompt, 40, index) for i, prompt in enumerate(prompts)]
     alone = [log_probabilities(make(), each)[0] for each in requests]
     for cached in (True, False):
-        cramped = make(kv_memory=make().cache.spec.page_bytes * 62, prefix_cache=cached)
+        page = make().cache.spec.page_bytes
+        cramped = make(kv_memory=page * 62, index_memory=2**22, prefix_cache=cached)
         for found, wanted in zip(log_probabilities(cramped, *requests), alone, strict=True):
             assert found == pytest.approx(wanted, abs=1e-5)
         assert cramped.scheduler.preemptions > 0

@@ -18,6 +18,7 @@ from .queries import KeptQueries
 from .worker import Job, submit
 
 if TYPE_CHECKING:
+    from ...contents import Contents
     from ...context import Context
     from ...spec import CacheSpec
     from ...step import Span
@@ -53,17 +54,25 @@ class Graphs:
     for one that is found in the prefix cache, for one that was preempted, and for others that begin alike.
     """
 
-    def __init__(self, spec: CacheSpec, room: Room, sizes: Sizes) -> None:
+    def __init__(self, spec: CacheSpec, room: Room, sizes: Sizes, others: Sequence[Graphs] = ()) -> None:
+        """The training queries are shared with those of the others that take the same."""
         self.sizes = sizes
         self._spec = spec
         self._grain = -(-sizes.lag // spec.page_size)
-        self._queries = KeptQueries(spec, room, sizes.queries, self._grain)
+        alike = (other._queries for other in others if other._taken == self._taken)
+        self._queries: KeptQueries = next(alike, None) or KeptQueries(spec, room, sizes.queries, self._grain)
+        self._queries.users.add(self)
         self._graphs: Blocks[Job] = Blocks(room, Job.cancel)
         self._view: _View | None = None
 
     def __len__(self) -> int:
         """Runs of pages that have graphs."""
         return len(self._graphs)
+
+    @property
+    def _taken(self) -> tuple[int, int]:
+        """All that the choice of training queries depends on."""
+        return self.sizes.queries, self._grain
 
     @property
     def bytes(self) -> int:
@@ -79,6 +88,9 @@ class Graphs:
         if step.phase is Phase.PREFILL and not step.rows_left and not self.waits(context):
             self.of(context)
 
+    def known(self, pages: Sequence[Contents]) -> int:
+        return self._queries.known(pages)
+
     def forget(self, frames: Sequence[int]) -> None:
         self._view = None
         self._graphs.forget(frames)
@@ -90,7 +102,7 @@ class Graphs:
     def clear(self) -> None:
         self._view = None
         self._graphs.clear()
-        self._queries.clear()
+        self._queries.leave(self)
 
     def waits(self, context: Context) -> bool:
         """True if graphs are built before the search, as always on a tier whose pages move."""

@@ -63,14 +63,11 @@ class Graph:
             if not least <= (value := getattr(self, name)) <= most:
                 raise ValueError(f"graph {name}: from {least} to {most}, got {value}")
 
-    @property
-    def page_key(self) -> str:
-        return f"graph queries {self.queries} of {self.lag}"
-
     def make(self, spec: CacheSpec, room: Room, others: Iterable[Entries] = ()) -> GraphIndex:
         sizes = Sizes(self.degree, self.queries, self.lag, self.sink, self.wait)
-        alike = (other for other in others if isinstance(other, Graphs) and other.sizes == sizes)
-        return GraphIndex(self, next(alike, None) or Graphs(spec, room, sizes))
+        graphs = [other for other in others if isinstance(other, Graphs)]
+        alike = (other for other in graphs if other.sizes == sizes)
+        return GraphIndex(self, next(alike, None) or Graphs(spec, room, sizes, graphs))
 
 
 class GraphIndex:

@@ -12,6 +12,7 @@ from ..room import Blocks, Room
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from ...contents import Contents
     from ...context import Context
     from ...spec import CacheSpec
     from ...step import Step
@@ -34,6 +35,8 @@ class KeptQueries:
         layers = [layer for layer in range(spec.num_layers) if not spec.window(layer)]
         self._place = {layer: place for place, layer in enumerate(layers)}
         self._blocks: Blocks[Tensor] = Blocks(room)
+        self.users: set[object] = set()
+        """Those who train graphs by them."""
 
     @property
     def bytes(self) -> int:
@@ -43,9 +46,11 @@ class KeptQueries:
         """Forget the queries of frames that are about to hold other pages."""
         self._blocks.forget(frames)
 
-    def clear(self) -> None:
-        """Forget all queries."""
-        self._blocks.clear()
+    def leave(self, user: object) -> None:
+        """Forget all queries if no other user is left."""
+        self.users.discard(user)
+        if not self.users:
+            self._blocks.clear()
 
     def add(self, q: Tensor, context: Context, row: int, first: int) -> None:
         """Keep some of the queries of a row's span, which begin at q[first]; as far as there is room."""
@@ -57,6 +62,15 @@ class KeptQueries:
                 at, start = places.index(new[0]), first + new[0] - span.start
                 here = queries[self._place[context.layer]]
                 here[at : at + len(new)] = q[start : start + new[-1] - new[0] + 1 : places.step]
+
+    def known(self, pages: Sequence[Contents]) -> int:
+        """Number of the first pages of a prompt, of these, whose queries are all kept, if any are to be."""
+        lacking = (
+            number
+            for number, page in enumerate(pages)
+            if self._most and self._positions(number) and self._blocks.get(page) is None
+        )
+        return next(lacking, len(pages))
 
     def training(self, context: Context, row: int, pages: int) -> Tensor:
         """[M, Hq, D], queries of a row's first pages; M = 0: none are kept."""

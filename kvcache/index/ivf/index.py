@@ -27,7 +27,6 @@ class Ivf:
 
     scans: ClassVar[bool] = True
     host: ClassVar[bool] = False
-    page_key: ClassVar[str] = ""
 
     segment: int = 2048
     """Tokens clustered together, counted from the start of a sequence, so that a shared prefix shares its lists."""

@@ -14,6 +14,7 @@ from ..room import Block, Blocks, Room
 from .lists import Lists, cluster
 
 if TYPE_CHECKING:
+    from ...contents import Contents
     from ...context import Context
     from ...spec import CacheSpec
     from ...step import Span, Step
@@ -68,6 +69,9 @@ class Segments:
     def observe(self, q: Tensor, context: Context, rows: Sequence[int]) -> None:
         if not context.spec.window(context.layer):
             self._build(context, self._view_of(context), rows)
+
+    def known(self, pages: Sequence[Contents]) -> int:
+        return len(pages)
 
     def forget(self, frames: Sequence[int]) -> None:
         self._view = None

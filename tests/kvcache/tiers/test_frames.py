@@ -14,6 +14,7 @@ from keysift.attention import Strategy, bind
 from keysift.attention.strategies.retrieval import Retrieval
 from keysift.kvcache import CacheSpec, PagedCache, Span
 from keysift.kvcache.index import BoundIndex, CodeIndex, FlatIndex, Graph, IndexSpec, Ivf, MeanIndex
+from keysift.kvcache.index.graph import build
 from tests.strategies import ROWS
 from tests.tiers import Make, in_memory, offloaded, on_device, open_for, qkv
 
@@ -52,6 +53,12 @@ STRATEGIES: dict[str, Strategy] = {
     **{str(row): row.make() for row in ROWS if not row.spec and row.make().index_spec() is not None},
 }
 CASES = [(name, tier) for name in STRATEGIES for tier in TIERS if name in INDEXES or tier in ("pool", "stage")]
+
+
+@pytest.fixture(autouse=True)
+def _few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else walks begin at most keys."""
+    monkeypatch.setattr(build, "LEAST_POINTS", 4)
 
 
 def write(cache: PagedCache, strategy: Strategy, sequence: int, number: int, start: int, stop: int) -> list[Tensor]:
