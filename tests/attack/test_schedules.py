@@ -17,6 +17,7 @@ from keysift.engine.scheduling import failures
 from keysift.engine.scheduling.scheduler import Batch
 from keysift.engine.scheduling.sequence import Sequence as Live
 from keysift.kvcache import OffloadError
+from tests.attack.audit import audit, audit_end
 from tests.attack.fake import CHUNK, FIRST, MAX_LEN, SPEC, FakeEngine, Stumbling, alone
 from tests.attack.plans import BASES, Fault, Plan, Wish, plan_of, request_of
 
@@ -127,8 +128,8 @@ class Schedule:
             check_answer(fate)
         for name in self._crowd:
             self.engine.abort(name)
-        assert self.engine.cache.free_pages == self.engine.cache.allocator.total
-        assert not self.engine.cache._frames
+        self.engine.step()
+        audit_end(self.engine)
 
     def _run(self) -> list[Output]:
         Stumbling.armed = any(fault.kind == "strategy" for fault in self._faults())
@@ -240,25 +241,3 @@ def check_answer(fate: Fate) -> None:
         return
     assert fate.said == fate.expected[: len(fate.said)]
     assert finish.reason is FinishReason.ERROR or fate.wish.abort
-
-
-def audit(engine: FakeEngine) -> None:
-    """Every page is free, idle or held, by as many as hold it; every handle belongs to one that runs."""
-    cache, scheduler = engine.cache, engine.scheduler
-    allocator, prefix = cache.allocator, cache.prefix
-    held = [0] * allocator.total
-    for frames in cache._frames.values():
-        for frame in frames:
-            held[frame] += 1
-    assert allocator._references == held
-    free, idle = allocator._free, set(allocator._idle)
-    assert len(set(free)) == len(free)
-    assert not idle & set(free)
-    assert {*free, *idle} == {frame for frame, count in enumerate(held) if not count}
-    assert set(prefix._keys) == set(prefix._notes) == allocator._kept >= idle
-    assert {frame: key for key, frame in prefix._frames.items()} == prefix._keys
-    handles = [live.handle for live in scheduler.running]
-    assert sorted(handles) == sorted(cache._frames)
-    assert sorted([*handles, *cache._closed]) == list(range(engine.config.max_num_seqs))
-    assert all(live.handle is None for live in scheduler.waiting)
-    assert not set(map(id, scheduler.running)) & set(map(id, scheduler.waiting))
