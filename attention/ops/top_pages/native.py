@@ -52,7 +52,7 @@ def top_pages(
 
 def supports(masses: Tensor, firsts: Tensor, lasts: Tensor) -> bool:
     return (
-        masses.is_cpu
+        all(tensor.is_cpu for tensor in (masses, firsts, lasts))
         and masses.dtype == torch.float32
         and firsts.dtype == lasts.dtype == torch.int32
         and masses.is_contiguous()

@@ -15,10 +15,10 @@ from .lists import Lists
 
 
 def cluster(k: Tensor, frames: Tensor, *, lists: int, iterations: int) -> list[Lists]:
-    """See the reference; `UnsupportedCall` off the CPU and for head dims that do not fit."""
-    if not _supports_keys(k, frames):
-        raise UnsupportedCall
+    """See the reference; `UnsupportedCall` off the CPU, and for head dims, segments and lists that do not fit."""
     (segments, heads, pages), (page_size, dim) = frames.shape, k.shape[2:]
+    if not _supports_keys(k, frames) or not 0 < pages * page_size <= 2**15 or min(lists, iterations) < 1:
+        raise UnsupportedCall
     centroids = torch.empty((segments, heads, lists, dim), dtype=k.dtype)
     ends = torch.empty((segments, heads, lists), dtype=torch.int32)
     tokens = torch.empty((segments, heads, pages * page_size), dtype=torch.int16)
@@ -54,7 +54,7 @@ def list_masses(
     probes: int,
 ) -> Tensor:
     """See the reference; `UnsupportedCall` off the CPU, for unequal dtypes, and head dims or lists of odd sizes."""
-    if not _supports(q, k, frames, positions, lists, places):
+    if not _supports(q, k, frames, positions, lists, places) or probes < 1:
         raise UnsupportedCall
     rows, heads, dim = q.shape
     pages = frames.shape[2]
@@ -78,7 +78,7 @@ def list_masses(
         width=places.shape[1],
         segment=segment,
         lists=lists[0].centroids.shape[1] if lists else 0,
-        probes=probes,
+        probes=min(probes, 2**31 - 1),
         type=DTYPES[q.dtype],
         scale=scale,
     )
@@ -107,6 +107,7 @@ def _supports(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, lists: Se
         and q.shape[1] <= 32 * k.shape[1]
         and positions.is_cpu
         and positions.is_contiguous()
+        and places.is_cpu
         and (places.shape[1] <= 1 or places.stride(1) == 1)
         and all(tensor.dtype == torch.int32 for tensor in (positions, places))
         and (not lists or lists[0].centroids.shape[1] % 4 == 0)

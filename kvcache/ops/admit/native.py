@@ -12,10 +12,16 @@ from . import Admitted, Residents
 
 
 def admit(frames: Tensor, pages: Tensor, residents: Residents, *, now: int, before: int) -> Admitted:
-    """See the reference; `UnsupportedCall` off the CPU and for tables that are not contiguous."""
+    """See the reference; `UnsupportedCall` off the CPU, for integers of another width, odd strides and shapes."""
     (kv_heads, count), capacity = residents.where.shape, residents.owner.shape[1]
     rows, lists, listed = pages.shape
-    if not (pages.is_cpu and all(table.is_contiguous() for table in residents)):
+    tensors = frames, pages, *residents
+    if not (
+        all(tensor.is_cpu and tensor.dtype == torch.int32 for tensor in tensors)
+        and all(table.is_contiguous() for table in residents)
+        and frames.shape[:2] == (rows, kv_heads)
+        and lists % kv_heads == 0
+    ):
         raise UnsupportedCall
     width = min(capacity, rows * lists // kv_heads * listed)
     loads, slots = torch.full((2, kv_heads, width), -1, dtype=torch.int32)

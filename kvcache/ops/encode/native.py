@@ -40,7 +40,7 @@ def encode(cache_k: Tensor, summaries: Tensor, frames: Tensor, codes: Codes) -> 
 def _supports(codes: Codes) -> bool:
     levels, bounds, scales = codes
     return (
-        levels.is_cpu
+        all(part.is_cpu for part in codes)
         and levels.dtype == torch.int32
         and bounds.dtype == torch.int8
         and scales.dtype == torch.float32

@@ -58,7 +58,7 @@ def code_masses(
     Queries are multiplied in 16 bits.
     """
     (rows, heads, dim), (_, kv_heads, page_size, _), pages = q.shape, k.shape, frames.shape[2]
-    if not (_supports(q, k, frames, positions) and own.dtype == torch.int32 and _supports_codes(codes, dim)):
+    if not (_supports(q, k, frames, positions) and _supports_own(own) and _supports_codes(codes, dim)):
         raise UnsupportedCall
     masses = torch.empty((rows, heads, pages))
     call = PagesCall.pack(
@@ -93,8 +93,8 @@ def page_bounds(
 ) -> Tensor:
     """See the reference; `UnsupportedCall` as `code_masses`."""
     (rows, heads, dim), (_, kv_heads, page_size, _), pages = q.shape, k.shape, frames.shape[2]
-    same = summaries.dtype == q.dtype and own.dtype == torch.int32
-    if not (_supports(q, k, frames, positions) and same and summaries.is_contiguous()):
+    plain = summaries.dtype == q.dtype and summaries.is_cpu and summaries.is_contiguous()
+    if not (_supports(q, k, frames, positions) and _supports_own(own) and plain):
         raise UnsupportedCall
     masses = torch.empty((rows, heads, pages))
     call = PagesCall.pack(
@@ -131,8 +131,7 @@ def _supports(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, channels:
         dtype in DTYPES
         and k.dtype == dtype
         and frames.dtype == positions.dtype == torch.int32
-        and q.is_cpu
-        and k.is_cpu
+        and all(tensor.is_cpu for tensor in (q, k, frames, positions))
         and q.stride(2) == k.stride(3) == 1
         and positions.is_contiguous()
         and dim % channels == 0
@@ -140,12 +139,14 @@ def _supports(q: Tensor, k: Tensor, frames: Tensor, positions: Tensor, channels:
     )
 
 
+def _supports_own(own: Tensor) -> bool:
+    return own.is_cpu and own.dtype == torch.int32
+
+
 def _supports_codes(codes: Codes, dim: int) -> bool:
     levels, bounds, scales = codes
     return (
         levels.shape[2] * 16 in (dim, 2 * dim)  # 2 and 4 bits
-        and levels.is_cpu
-        and levels.is_contiguous()
-        and bounds.is_contiguous()
-        and scales.is_contiguous()
+        and all(part.is_cpu and part.is_contiguous() for part in codes)
+        and (levels.dtype, bounds.dtype, scales.dtype) == (torch.int32, torch.int8, torch.float32)
     )

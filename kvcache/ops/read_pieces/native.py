@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import os
 
+import torch
 from torch import Tensor
 
 from ...native.calls import ReadCall
 from ...native.library import kernels
+from ..dispatch import UnsupportedCall
 from . import Place
 
 
 def read_pieces(pool: Tensor, fd: int, place: Place, loads: Tensor, slots: Tensor) -> None:
-    """See the reference."""
+    """See the reference; `UnsupportedCall` off the CPU, for integers of another width and for odd strides."""
+    if not all(tensor.is_cpu and tensor.is_contiguous() for tensor in (pool, loads, slots)):
+        raise UnsupportedCall
+    if not loads.dtype == slots.dtype == torch.int32:
+        raise UnsupportedCall
     kv_heads, width = loads.shape
     call = ReadCall.pack(
         pool=pool,
