@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from keysift.engine import Engine, EngineConfig, InvalidRequest, Request, ResourceExhausted
+from keysift.attention.strategies import retrieval
+from keysift.engine import Engine, EngineConfig, Finish, FinishReason, InvalidRequest, Request, ResourceExhausted
 from keysift.engine.memory.layout import lay_out
 from keysift.engine.support import Facts, check
 from keysift.kvcache import CacheSpec, OffloadTier
+from keysift.kvcache.index import Ivf
 from keysift.kvcache.tiers.file_store import FileStore
 from keysift.kvcache.tiers.store import EXTENT
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
@@ -115,6 +118,30 @@ def test_a_strategy_that_scans_needs_room_for_a_layer(
     with pytest.raises(ResourceExhausted, match=r"kv_memory: strategy \w+ looks at all keys .* \d+ bytes for 4\d0"):
         engine.add(request)
     assert len(answer(engine, Request("two", tokens(LENGTH), greedy(4)))[0]) == 4
+
+
+@pytest.mark.parametrize("index", ["ivf", "graph"])
+def test_an_index_moves_pages_of_the_requests_that_name_it_alone(
+    index: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long prompt that is more than the stage holds, beside a short one whose index reads all of its own keys."""
+    monkeypatch.setattr(retrieval, "Ivf", partial(Ivf, segment=64, tokens_per_list=8))
+    engine = offloaded(make, tmp_path, 0.5, strategy="dense", strategy_args=())
+    long = Request("long", tokens(LENGTH), greedy(NEW))
+    arguments = ("dense_below=0", f"index={index}")
+    short = Request("short", tokens(90, 1), greedy(NEW), strategy="retrieval", strategy_args=arguments)
+    moved, kept = [], []
+    for requests in ([short], [long], [short, long]):
+        before = engine.cache.tier.traffic
+        for request in requests:
+            engine.add(replace(request, bypass_prefix_cache=True))
+        ends = [output for output in drain(engine) if isinstance(output, Finish)]
+        assert {end.reason for end in ends} == {FinishReason.LENGTH}
+        moved.append((engine.cache.tier.traffic - before).fetched)
+        kept.append(engine.cache.indexes.bytes)
+    assert not engine.cache.tier.holds(engine.cache.spec.pages_for(LENGTH))
+    assert moved[2] <= 1.1 * (moved[0] + moved[1])
+    assert kept[2] == kept[0] > 0
 
 
 @pytest.mark.parametrize(
