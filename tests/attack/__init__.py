@@ -1,1 +1,1 @@
-"""Attacks on a real server: what strangers may send, and failures at every seam. `make attack` runs them longer."""
+"""Attacks: what strangers may send to a real server, failures at every seam, random schedules and lives of requests."""
