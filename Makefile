@@ -11,7 +11,7 @@ PYTEST := -m pytest -q -m "not slow and not gpu" -n $(TESTERS) --dist loadfile
 MATRIX := tests/engine/model tests/engine/execution tests/engine/parallel tests/engine/text tests/engine/test_parity.py \
 	tests/engine/test_engine.py tests/engine/test_llm.py tests/server tests/test_examples.py
 
-.PHONY: install lock demo test test-matrix attack check bench soak docs proto format clean
+.PHONY: install lock demo test test-matrix attack sanitize check bench soak docs proto format clean
 
 install:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { echo "Python 3.11 or later is needed"; exit 1; }
@@ -38,6 +38,11 @@ test-matrix:
 # `make attack MINUTES=30`.
 attack: install
 	$(BIN)/python -m tests.attack --minutes $(or $(MINUTES),2)
+
+# Ops, indexes, short lives of requests and attacks on kernels that are built with the address, undefined-behaviour and
+# thread sanitizers, each of which first has to find a planted fault. Builds take minutes and are kept in build/sanitize/.
+sanitize: install
+	$(BIN)/python -m tools.sanitize $(SANITIZERS)
 
 check: install
 	$(BIN)/ruff check .

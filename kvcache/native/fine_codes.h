@@ -187,6 +187,7 @@ void scan_list(const PagesCall& call, std::int64_t row, std::int64_t kv_head, co
   for (int g = 0; g < queries.group; ++g) {
     float* masses = masses_of(call, row, kv_head * queries.group + g);
     float *sums = fine.sums + g * fine.stride, *bases = fine.bases + g * fine.stride;
+    std::fill(sums + list.count, sums + padded(list.count), 1.0f);  // what lies there may be no number
     for (int i = 0; i < list.count; i += kLanes) store(sums + i, log2(load(sums + i)) + load(bases + i));
     for (int i = 0; i < list.count; ++i) masses[list.pages[i]] += (sums[i] - log_size) * kLn2;
   }

@@ -46,13 +46,19 @@ KERNELS: dict[str, type[Call]] = {
 
 
 def _load() -> ctypes.CDLL:
-    folder = Path(__file__).parent
+    try:
+        return _declare(ctypes.CDLL(os.fspath(path := _path())))
+    except OSError as error:
+        raise ImportError(f"{path.name} does not load here") from error
+
+
+def _path() -> Path:
+    """File of the library: the one built with the package, or another that the environment names."""
+    if other := os.environ.get("KEYSIFT_NATIVE_LIBRARY"):
+        return Path(other)
     for suffix in EXTENSION_SUFFIXES:
-        if (path := folder / f"_kernels{suffix}").exists():
-            try:
-                return _declare(ctypes.CDLL(os.fspath(path)))
-            except OSError as error:
-                raise ImportError(f"{path.name} does not load here") from error
+        if (path := Path(__file__).parent / f"_kernels{suffix}").exists():
+            return path
     raise ImportError("keysift's native kernels are not built; install it with a C++17 compiler at hand")
 
 

@@ -13,6 +13,9 @@ using OpenMpParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 // torch has loaded an OpenMP runtime whose idle threads spin for a while: a second pool would fight it for the cores.
 OpenMpParallel loaded_openmp() {
+#if defined(__SANITIZE_THREAD__)  // it does not see how OpenMP's threads wait for each other
+  return nullptr;
+#endif
   static const auto parallel = reinterpret_cast<OpenMpParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return parallel;
 }

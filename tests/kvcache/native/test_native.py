@@ -192,6 +192,7 @@ def test_refuses_unequal_dtypes() -> None:
 
 
 def test_an_install_without_a_compiler_raises_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KEYSIFT_NATIVE_LIBRARY", raising=False)
     monkeypatch.setattr(library, "EXTENSION_SUFFIXES", [])
     with pytest.raises(ImportError, match="not built"):
         library._load()
