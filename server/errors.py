@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
@@ -26,6 +25,8 @@ from keysift.engine.errors import (
 from keysift.engine.request import Finish, FinishReason
 
 from .logs import RateLimit
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 logger.addFilter(RateLimit(burst=10, seconds=10))
@@ -73,23 +74,29 @@ CODES: dict[type[KeysiftError], grpc.StatusCode] = {
 ERRORS = {code: error for error, code in CODES.items()}
 
 
-@asynccontextmanager
-async def answering(context: grpc.aio.ServicerContext[Any, Any], call: str) -> AsyncIterator[None]:
-    """End the call with the status of the error that the body raises; `call` is its name in the log."""
+async def answered(context: grpc.aio.ServicerContext[Any, Any], call: str, work: Awaitable[T]) -> T | None:
+    """What `work` returns; its error ends the call with a status. `call` is the call's name in the log."""
     try:
-        yield
+        return await work
     except KeysiftError as error:
-        await _abort(context, error)
+        failed = error
     except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
         raise
     except grpc.aio.InternalError as error:  # a write was blocked when the caller disconnected
         logger.debug("%s: the caller has disconnected (%s)", call, error)
+        return None
     except BaseException as error:  # a Rust panic of the tokenizer is no Exception
         logger.exception("%s failed", call)
-        await _abort(context, Internal(f"{call} failed with {type(error).__name__}; see the log of the server"))
+        failed = Internal(f"{call} failed with {type(error).__name__}; see the log of the server")
+    # Outside the handlers: gRPC keeps what it raises here with the call, in a cycle, and that would keep the error with
+    # its frames, which hold a message of megabytes, until garbage is collected.
+    failed.__context__ = failed.__cause__ = failed.__traceback__ = None
+    await abort(context, failed)
+    return None
 
 
-async def _abort(context: grpc.aio.ServicerContext[Any, Any], error: KeysiftError) -> None:
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: KeysiftError) -> None:
+    """End the call with the status of an error."""
     status = rpc_status.to_status(to_status(error))
     await context.abort(status.code, status.details, status.trailing_metadata)
 

@@ -22,7 +22,7 @@ from keysift.engine.errors import InvalidRequest, KeysiftError, ResourceExhauste
 
 from . import metrics
 from .bodies import Bodies
-from .errors import DeadlineExceeded, Unauthenticated, answering, code
+from .errors import DeadlineExceeded, Unauthenticated, abort, answered, code
 from .limits import Limits
 from .logs import RateLimit
 from .parsing import Malformed, parse
@@ -102,16 +102,18 @@ class Guard(grpc.aio.ServerInterceptor):
 
     async def _answer(self, handler: Handler, call: Call, messages: Any, context: Context) -> Any:
         """The handler's answer; every error on the way ends the call with its status."""
-        async with answering(context, call.method):
-            try:
-                CURRENT.set(call.tenant)
-                with self._counted(call):
-                    return await self._handle(handler, call, context)
-            except KeysiftError as error:
-                metrics.REFUSALS.labels(call.tenant.label, code(error).name).inc()
-                if isinstance(error, Malformed):
-                    logger.warning("%s from %s: %s", call.method, context.peer(), error)
-                raise
+        return await answered(context, call.method, self._counting(handler, call, context))
+
+    async def _counting(self, handler: Handler, call: Call, context: Context) -> Any:
+        try:
+            CURRENT.set(call.tenant)
+            with self._counted(call):
+                return await self._handle(handler, call, context)
+        except KeysiftError as error:
+            metrics.REFUSALS.labels(call.tenant.label, code(error).name).inc()
+            if isinstance(error, Malformed):
+                logger.warning("%s from %s: %s", call.method, context.peer(), error)
+            raise
 
     async def _handle(self, handler: Any, call: Call, context: Context) -> Any:
         if handler.request_streaming:
@@ -184,8 +186,8 @@ class Guard(grpc.aio.ServerInterceptor):
 
 async def _refuse(messages: Any, context: Context) -> None:
     metrics.REFUSALS.labels("", grpc.StatusCode.UNAUTHENTICATED.name).inc()
-    async with answering(context, "authentication"):
-        raise Unauthenticated("authorization: metadata 'Bearer TOKEN' with a token of the server, got none or another")
+    problem = "authorization: metadata 'Bearer TOKEN' with a token of the server, got none or another"
+    await abort(context, Unauthenticated(problem))
 
 
 @cache

@@ -62,6 +62,12 @@ class PreparationThreads:
         except asyncio.CancelledError:
             self._forget(task)
             raise
+        finally:
+            del (
+                done,
+                task,
+                work,
+            )  # an error keeps this frame, and they keep the error: with megabytes, until a collection
 
     def close(self) -> None:
         """End the threads, each after the task at hand."""
@@ -107,5 +113,6 @@ def _perform(task: _Task) -> None:
         result = task.work()
     except BaseException as error:  # a Rust panic of the tokenizer is no Exception
         task.done.set_exception(error)
+        del task  # which keeps the error, which keeps this frame
     else:
         task.done.set_result(result)

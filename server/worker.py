@@ -103,6 +103,8 @@ class Worker:
         except asyncio.CancelledError:
             self.abort_stream(request_id, stream)
             raise
+        finally:
+            del added
         metrics.REQUESTS.labels(place.tenant.label).inc()
         return stream
 
@@ -118,7 +120,7 @@ class Worker:
                 raise
             return None
         finally:
-            del self._preparing[request_id]
+            del self._preparing[request_id], task, work  # an error keeps this frame, and the task keeps the error
             metrics.PREPARING.set(self.preparing)
 
     def _never_started(self, request_id: str, engine: Engine) -> Stream:
@@ -225,6 +227,7 @@ class Worker:
             result = work(engine)
         except Exception as error:
             self._post(_resolve, done, None, error)
+            del work, done  # which keep the error, which keeps this frame
         except BaseException as error:  # the engine fails with it; the caller of this command gets an error now
             self._post(_resolve, done, None, _engine_error(error))
             raise

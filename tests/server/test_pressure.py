@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 import threading
 import time
@@ -18,6 +19,7 @@ from keysift.engine import EngineConfig, Finish, ResourceExhausted, SamplingPara
 from keysift.engine.engine import Engine
 from keysift.server import inference_pb2 as pb
 from keysift.server.client import Client
+from keysift.server.guard import Guard
 from keysift.server.inference_pb2_grpc import InferenceStub
 
 from .conftest import Running
@@ -166,6 +168,38 @@ def test_drain_waits_for_requests_in_preparation(
         *_, last = call
         assert last.finish.reason == pb.LENGTH
         drain.join(20)
+
+
+def test_a_refused_message_is_freed_at_once(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a collection of garbage: what refused messages hold is megabytes in a few objects."""
+
+    class Body(bytes):
+        def __del__(self) -> None:
+            freed.append(len(self))
+
+    async def receive(guard: Guard, call: Any, context: Any) -> bytes | None:
+        body = await original(guard, call, context)
+        return body and Body(body)
+
+    freed: list[int] = []
+    original = Guard._receive
+    monkeypatch.setattr(Guard, "_receive", receive)
+    bodies = [
+        pb.GenerateRequest(text="word " * 40_000).SerializeToString(),
+        pb.GenerateRequest(text="x", strategy="s" * 70_000).SerializeToString(),
+        b"\xff" * 70_000,
+    ]
+    gc.disable()
+    try:
+        with grpc.insecure_channel(start().address) as channel:
+            for body in bodies:
+                with pytest.raises(grpc.RpcError):
+                    list(channel.unary_stream("/keysift.v1.Inference/Generate")(body, timeout=30))
+        end = time.monotonic() + 10
+        while freed != [len(body) for body in bodies]:
+            assert time.monotonic() < end
+    finally:
+        gc.enable()
 
 
 SIZE = 2**20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
 import weakref
@@ -111,6 +112,31 @@ def test_a_cancelled_task_never_runs_and_is_forgotten_at_once(threads: Preparati
 
     blocked(threads, test)
     assert ran == []
+
+
+def test_an_error_keeps_nothing_alive(threads: PreparationThreads) -> None:
+    """Without a collection of garbage, which may come late: a message has megabytes."""
+
+    class Body:
+        def refuse(self) -> None:
+            raise ValueError
+
+    async def run() -> None:
+        body = Body()
+        held.append(weakref.ref(body))
+        work = body.refuse
+        del body
+        with contextlib.suppress(ValueError):
+            await threads.run(LONG_BYTES, work)
+
+    held: list[weakref.ref[Body]] = []
+    gc.disable()
+    try:
+        asyncio.run(run())
+        asyncio.run(threads.run(LONG_BYTES, lambda: None))  # type: ignore[arg-type]  # the thread has let go of it
+        assert held[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_threads_end_when_they_are_closed(threads: PreparationThreads) -> None:
