@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from keysift.attention import Attend
 
 from . import placement
-from .cpu.padding import pad, padded_length, without_padding
 from .tokenizer import Tokenizer
 
 
@@ -49,10 +48,6 @@ class LoadedModel:
 
         `attend` is called once per layer and knows each token's sequence.
         """
-        tokens = len(input_ids)
-        if (length := padded_length(tokens, self.dtype, self.device)) > tokens:
-            input_ids, positions = pad(input_ids, length), pad(positions, length)
-            attend = without_padding(attend, tokens)
         with torch.inference_mode(), placement.keep_logits(self.module, self.devices, last) as kept:
             output = self.module(
                 input_ids=input_ids[None],
