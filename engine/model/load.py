@@ -20,6 +20,7 @@ from ..errors import InvalidRequest, ModelNotFound, Unsupported
 from ..support import Facts, check
 from . import key_bias, placement, seam
 from .checks import check_model, served_length
+from .cpu.kernel_cache import bound_kernel_cache
 from .cpu.swap import swap_modules
 from .endings import eos_token_ids
 from .fingerprint import fingerprint
@@ -38,6 +39,7 @@ def load(config: EngineConfig, report: Report) -> LoadedModel:
     """
     if config.checked:
         checks.enable()
+    bound_kernel_cache()
     device = ranks.local_device(choose_device(config.device), config.tensor_parallel_size)
     check(config, Facts(runs_on=device))
     source = locate(config.model, report)
