@@ -27,8 +27,8 @@ TESTS = (
 """Ops and indexes, then short lives of requests on an engine, over both tiers."""
 LEFT_OUT = ("tests/kvcache/native/test_native_memory.py", "tests/kvcache/native/test_calls.py")
 """Tests that limit the address space, of which sanitizers take terabytes, and of the build itself."""
-NAMES = "not triton and not reference and not cheap"
-"""Other twins, and a test of time, are left out by their names."""
+NAMES = "not triton and not cheap"
+"""Twins of GPUs, and a test of time, are left out by their names."""
 FLAGS = ("-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-fvisibility=hidden", "-pthread", "-fPIC")
 PREPARED = """
 import torch
