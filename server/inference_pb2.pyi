@@ -109,8 +109,8 @@ class GenerateRequest(google.protobuf.message.Message):
     STRATEGY_FIELD_NUMBER: builtins.int
     STRATEGY_ARGS_FIELD_NUMBER: builtins.int
     request_id: builtins.str
-    """Names the request for Abort and in logs; unique among live requests of the same token, printable ASCII. Empty: the
-    server makes one.
+    """Names the request for Abort and in logs; unique among live requests of the same tenant, printable ASCII. Empty:
+    the server makes one.
     """
     model: builtins.str
     """Must be the name that GetModelInfo reports. Empty: the loaded model."""
@@ -121,7 +121,9 @@ class GenerateRequest(google.protobuf.message.Message):
     truncate_prompt_tokens: builtins.int
     """Number of prompt tokens to keep, from the end, at least 1. Default: all."""
     priority: builtins.int
-    """Smaller runs earlier; equal priorities run in order of arrival. A token may allow a range only. Default 0."""
+    """Smaller runs earlier; equal priorities run in order of arrival. A tenant may be confined to a range; others are
+    INVALID_ARGUMENT. Default 0.
+    """
     strategy: builtins.str
     """Attention strategy of this request, such as "streaming" or "flexprefill+retrieval". Empty: the server's."""
     @property
@@ -252,7 +254,7 @@ class Sampling(google.protobuf.message.Message):
     min_p: builtins.float
     """Only tokens at least this fraction as likely as the likeliest, 0 to 1. Default 0: all."""
     seed: builtins.int
-    """Seed of a repeatable completion, below 2^63. Default: derived from the request id."""
+    """Seed of a repeatable completion, below 2^63. Default: derived from tenant, request id and the server's --seed."""
     def __init__(
         self,
         *,
@@ -804,7 +806,7 @@ class AbortRequest(google.protobuf.message.Message):
     REQUEST_IDS_FIELD_NUMBER: builtins.int
     @property
     def request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Ids of live requests of the same token; unknown and finished ones are ignored."""
+        """Ids of live requests of the same tenant; unknown and finished ones are ignored."""
 
     def __init__(
         self,
@@ -924,11 +926,11 @@ class ServerInfo(google.protobuf.message.Message):
     max_message_bytes: builtins.int
     """Largest GenerateRequest or reply."""
     max_num_seqs: builtins.int
-    """Most requests that run at once, and most that wait."""
+    """Most requests that run at once, and most that wait. 0 before the model is loaded."""
     max_queue: builtins.int
     @property
     def load(self) -> Global___Load:
-        """Current load. Not set before the model is loaded."""
+        """Current load, of all tenants. Not set before the model is loaded."""
 
     def __init__(
         self,

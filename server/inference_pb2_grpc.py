@@ -30,7 +30,9 @@ class InferenceStub(object):
 
     Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
     fields are only added. The server also offers grpc.health.v1.Health and reflection. Strings and lists have limits,
-    which the server's flags set (docs/serving.md); an error names field, limit and value.
+    which the server's flags set (docs/serving.md); an error names field, limit and value. Callers send the metadata
+    `authorization: Bearer TOKEN` if the server has tokens. A tenant is who has a token of its own; callers without names
+    are one tenant.
     """
 
     def __init__(self, channel):
@@ -66,7 +68,9 @@ class InferenceServicer(object):
 
     Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
     fields are only added. The server also offers grpc.health.v1.Health and reflection. Strings and lists have limits,
-    which the server's flags set (docs/serving.md); an error names field, limit and value.
+    which the server's flags set (docs/serving.md); an error names field, limit and value. Callers send the metadata
+    `authorization: Bearer TOKEN` if the server has tokens. A tenant is who has a token of its own; callers without names
+    are one tenant.
     """
 
     def Generate(self, request, context):
@@ -135,7 +139,9 @@ class Inference(object):
 
     Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
     fields are only added. The server also offers grpc.health.v1.Health and reflection. Strings and lists have limits,
-    which the server's flags set (docs/serving.md); an error names field, limit and value.
+    which the server's flags set (docs/serving.md); an error names field, limit and value. Callers send the metadata
+    `authorization: Bearer TOKEN` if the server has tokens. A tenant is who has a token of its own; callers without names
+    are one tenant.
     """
 
     @staticmethod
