@@ -118,11 +118,14 @@ class PagedCache:
 
     def release(self, sequence: int) -> None:
         """Close the sequence and release its pages, last one first: a kept prefix loses its tail before its head."""
-        for frame in reversed(self._frames.pop(sequence)):
-            self.allocator.release(frame)
-        self.recent.drop(sequence)
-        self.indexes.close(sequence)
-        self._closed.append(sequence)
+        frames = self._frames.pop(sequence)
+        try:
+            for frame in reversed(frames):
+                self.allocator.release(frame)
+            self.recent.drop(sequence)
+            self.indexes.close(sequence)
+        finally:
+            self._closed.append(sequence)
 
     def rollback(self, sequence: int, tokens: int) -> None:
         """Truncate the sequence to its first `tokens` tokens and release the pages after them.

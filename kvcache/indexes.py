@@ -35,7 +35,7 @@ class Indexes:
     """Indexes by their specification. Each observes the open sequences that name it, and no others.
 
     Those that build alike share what they build. One that no open sequence names stays for a while: of these the last
-    `SPARE` that were used.
+    `SPARE` that were used, and as many without entries.
     """
 
     def __init__(self, spec: CacheSpec, device: torch.device, limit: int | None = None) -> None:
@@ -63,6 +63,7 @@ class Indexes:
         """The one index of this specification, made if there is none. Raises `ValueError` if it does not fit."""
         if (index := self._known.get(spec)) is None:
             index = self._known[spec] = self._make(spec, self.room, self._entries())
+            self._watch = None
             self._trim()
         return index
 
@@ -73,17 +74,23 @@ class Indexes:
 
     def open(self, sequence: int, specs: tuple[IndexSpec, ...]) -> None:
         """Have these observe a sequence from its first token on. Raises `ValueError` as `find`."""
-        for spec in specs:
-            self.find(spec)
         self._watch = None
-        if specs:
-            self._named[sequence] = specs
+        if not specs:
+            return
+        self._named[sequence] = specs  # first, so that none of them gives way to another
+        try:
+            for spec in specs:
+                self.find(spec)
+        except Exception:
+            self.close(sequence)
+            raise
 
     def close(self, sequence: int) -> None:
         """End what `open` began."""
         self._watch = None
         for spec in self._named.pop(sequence, ()):
-            self._known.move_to_end(spec)
+            if spec in self._known:
+                self._known.move_to_end(spec)
         self._trim()
 
     def clear(self) -> None:
@@ -135,7 +142,10 @@ class Indexes:
         _clear(entries)
         self._watch = None
         for spec in self._wanted() - self._known.keys():
-            self.find(spec)
+            try:
+                self.find(spec)
+            except Exception:
+                logger.exception("an index could not begin anew; it fails those that search it")
 
     def _wanted(self) -> set[IndexSpec]:
         """Those that open sequences name."""
@@ -157,14 +167,16 @@ class Indexes:
 
     def _of(self, sequence: int) -> list[Entries]:
         """The entries of the indexes that a sequence names, each once."""
-        each = (self._known[spec].entries for spec in self._named.get(sequence, ()))
+        each = (self._known[spec].entries for spec in self._named.get(sequence, ()) if spec in self._known)
         return list({id(entries): entries for entries in each if entries is not None}.values())
 
     def _trim(self) -> None:
         """Drop the indexes that no open sequence has named for the longest time, and entries that are left over."""
         wanted, before = self._wanted(), self._entries()
-        for spec in [spec for spec in self._known if spec not in wanted][:-SPARE]:
-            del self._known[spec]
+        spare = [(spec, index.entries is None) for spec, index in self._known.items() if spec not in wanted]
+        for bare in (True, False):  # those without entries do not take the place of others
+            for spec in [spec for spec, is_bare in spare if is_bare is bare][:-SPARE]:
+                del self._known[spec]
         left = {id(entries) for entries in self._entries()}
         for entries in before:
             if id(entries) not in left:

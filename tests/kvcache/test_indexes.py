@@ -13,7 +13,7 @@ from torch import Tensor
 from keysift.kvcache import CacheSpec, Context, PagedCache, Span
 from keysift.kvcache.contents import Contents
 from keysift.kvcache.context import Entries
-from keysift.kvcache.index import FlatIndex, Ivf
+from keysift.kvcache.index import CodeIndex, FlatIndex, Ivf
 from keysift.kvcache.index.room import Room
 from keysift.kvcache.indexes import SPARE
 
@@ -153,6 +153,37 @@ def test_a_sequence_whose_index_does_not_fit_is_not_opened() -> None:
     assert not cache.indexes._named
 
 
+def test_an_index_does_not_give_way_to_another_of_its_sequence() -> None:
+    cache, first, new = make_cache(), Spec("first"), Spec("new")
+    cache.release(cache.open(first))
+    for number in range(SPARE - 1):
+        cache.release(cache.open(Spec(str(number))))
+    sequence = cache.open(first, new)
+    step(cache, sequence)
+    assert all(("observe", [(sequence, 1)]) in noted(cache, spec).told for spec in (first, new))
+    cache.release(sequence)
+    assert len({cache.open() for _ in range(8)}) == 8, "none is lost"
+
+
+def test_a_sequence_that_fails_to_close_gives_its_number_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = make_cache()
+    sequence = cache.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.recent, "drop", lambda sequence: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache.release(sequence)
+    assert len({cache.open() for _ in range(8)}) == 8
+
+
+def test_indexes_without_entries_do_not_take_the_place_of_others() -> None:
+    cache, lists = make_cache(), Ivf(16, 4)
+    entries = cache.index(lists).entries
+    for number in range(3 * SPARE):
+        cache.index(CodeIndex(number))
+    assert cache.index(lists).entries is entries
+    assert len(cache.indexes) == SPARE + 1
+
+
 def test_an_index_that_fails_to_observe_fails_the_steps_of_its_own_sequences() -> None:
     cache, bad, good = make_cache(), Spec("bad", "observe"), Spec("good")
     first, second = cache.open(bad), cache.open(good)
@@ -175,6 +206,20 @@ def test_an_index_that_fails_to_forget_begins_anew_and_harms_nobody(
     assert noted(cache, bad) is not before
     assert ("clear", None) in before.told
     assert {record.message for record in caplog.records} == {"an index failed to forget pages and begins anew"}
+
+
+def test_an_index_that_cannot_begin_anew_fails_those_who_search_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, bad, good = make_cache(), Spec("bad", "forget"), Spec("good")
+    first, second = cache.open(bad), cache.open(good)
+    with monkeypatch.context() as patch:
+        patch.setattr(Spec, "make", lambda *of: 1 / 0)
+        step(cache, first, length=9)
+        with pytest.raises(ZeroDivisionError):
+            cache.index(bad)
+    step(cache, first, second)
+    assert ("observe", [(second, 2)]) in noted(cache, good).told
+    cache.release(first)
+    assert len({cache.open() for _ in range(7)}) == 7, "none is lost"
 
 
 def test_an_index_that_fails_to_free_its_entries_is_told(caplog: pytest.LogCaptureFixture) -> None:
