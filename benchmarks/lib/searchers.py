@@ -182,7 +182,7 @@ def _graph_hits(index: GraphIndex, q: Tensor, context: Context) -> tuple[Tensor,
 
 def _ivf_hits(index: IvfIndex, q: Tensor, context: Context) -> tuple[Tensor, Tensor]:
     """Best keys [n, H, BEST_KEYS] of a search over pages of one token, and the number [n, H] of keys and centroids."""
-    own, (lists, places), frames = index.options, index.entries.of(context), context.fetch(context.all())
+    own, ((_, lists, places),), frames = index.options, index.entries.of(context), context.fetch(context.all())
     slots = frames.table[..., None] * PAGE + torch.arange(PAGE, dtype=torch.int32)
     scores = list_masses(
         *(q, frames.k.transpose(1, 2).flatten(0, 1)[:, :, None], slots.flatten(2), context.step.starts),

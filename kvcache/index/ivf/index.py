@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from .lists import list_masses
-from .segments import Segments
+from .segments import Part, Segments, Sizes
 
 if TYPE_CHECKING:
     from ...context import Context, Entries
@@ -49,9 +50,9 @@ class Ivf:
     def make(self, spec: CacheSpec, room: Room, others: Iterable[Entries] = ()) -> IvfIndex:
         if self.segment % spec.page_size:
             raise ValueError(f"ivf: segment {self.segment} is no multiple of the page size {spec.page_size}")
-        new = Segments(spec, room, self.segment, self.tokens_per_list, self.iterations)
+        new = Segments(spec, room, Sizes(self.segment, self.tokens_per_list, self.iterations))
         alike = (other for other in others if isinstance(other, Segments) and other.sizes == new.sizes)
-        return IvfIndex(self, next(alike, new))
+        return IvfIndex(self, next(alike, new), spec.softmax_scale)
 
 
 class IvfIndex:
@@ -59,18 +60,27 @@ class IvfIndex:
 
     estimates_mass: ClassVar[bool] = False
 
-    def __init__(self, options: Ivf, entries: Segments) -> None:
+    def __init__(self, options: Ivf, entries: Segments, scale: float) -> None:
         self.options = options
         self.entries = entries
+        self._scale = scale
 
     def masses(self, q: Tensor, context: Context) -> Tensor:
         """[R, Hq, F], by all keys that were scanned."""
-        lists, places = self.entries.of(context)
-        frames = context.fetch(context.all())
+        parts, frames = self.entries.of(context), context.fetch(context.all())
+        if len(parts) == 1:
+            return self._scan(q, frames.k, frames.table, context.step.starts, parts[0])
+        masses = torch.empty(*q.shape[:2], frames.table.shape[2], dtype=torch.float32, device=q.device)
+        for part in parts:
+            rows = part.rows
+            masses[rows] = self._scan(q[rows], frames.k, frames.table[rows], context.step.starts[rows], part)
+        return masses
+
+    def _scan(self, q: Tensor, k: Tensor, table: Tensor, starts: Tensor, part: Part) -> Tensor:
+        """[R, Hq, F], of the rows of one part."""
         return list_masses(
-            *(q, frames.k, frames.table, context.step.starts),
-            *(lists, places),
-            scale=context.spec.softmax_scale,
+            *(q, k, table, starts, part.lists, part.places),
+            scale=self._scale,
             segment=self.options.segment,
             probes=self.options.nprobe,
         )

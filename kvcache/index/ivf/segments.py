@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from ...contents import Contents
     from ...context import Context
     from ...spec import CacheSpec
-    from ...step import Span, Step
+    from ...step import Span
+
+_ALL = 2**31
+"""More segments than any row has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,25 @@ class _View:
     """Layers that have all lists."""
 
 
+class Sizes(NamedTuple):
+    """All that lists depend on besides keys; see `Ivf`."""
+
+    segment: int
+    tokens_per_list: int
+    iterations: int
+
+
+class Part(NamedTuple):
+    """Rows of a step that are searched together, and their lists."""
+
+    rows: Tensor | None
+    """[r] int64; None: all rows."""
+    lists: list[Lists]
+    """Of all their segments."""
+    places: Tensor
+    """[r, W] int32, place in `lists` of each row's first W segments."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Missing:
     """Lists that are to be built: of a segment that begins with this page of a row's sequence."""
@@ -49,12 +71,11 @@ class _Missing:
 class Segments:
     """Inverted lists by the contents of their segment, so that a shared prefix shares them."""
 
-    def __init__(self, spec: CacheSpec, room: Room, segment: int, tokens_per_list: int, iterations: int) -> None:
-        self.sizes = segment, tokens_per_list, iterations
-        """All that the lists depend on besides keys."""
+    def __init__(self, spec: CacheSpec, room: Room, sizes: Sizes) -> None:
+        self.sizes = sizes
         self._spec = spec
-        self._pages = segment // spec.page_size
-        self._lists = segment // tokens_per_list
+        self._pages = sizes.segment // spec.page_size
+        self._lists = sizes.segment // sizes.tokens_per_list
         self._blocks: Blocks[Lists] = Blocks(room)
         self._view: _View | None = None
 
@@ -83,18 +104,18 @@ class Segments:
         self._view = None
         self._blocks.clear()
 
-    def of(self, context: Context) -> tuple[list[Lists], Tensor]:
-        """The lists of all rows, and [R, W] int32, places in them of each row's first W segments.
+    def of(self, context: Context) -> list[Part]:
+        """The lists of all rows: one part, unless some lack lists for which there is no room.
 
-        Fewer where there is no room for more: the tokens of segments without lists are scanned.
+        The tokens after a row's first segment without lists are scanned, those of no other row.
         """
         view, layer = self._view_of(context), context.layer
         self._build(context, view, range(len(view.rows)))
-        order, places = view.order, view.places
-        if layer not in view.complete:
-            width = min(_known(row, layer) for row in view.rows if _known(row, layer) < len(row))
-            order, places = _numbered([row[:width] for row in view.rows], context.step)
-        return [segment.parts[layer] for segment in order], places
+        if layer in view.complete:
+            return [Part(None, [segment.parts[layer] for segment in view.order], view.places)]
+        known = [_known(row, layer) for row in view.rows]
+        widths = [width if width < len(row) else _ALL for width, row in zip(known, view.rows, strict=True)]
+        return [_part(context, view, width, widths) for width in dict.fromkeys(widths)]
 
     def _view_of(self, context: Context) -> _View:
         step, view = context.step, self._view
@@ -103,7 +124,9 @@ class Segments:
                 [self._blocks.at(step.contents(row, page, page + self._pages)) for page in self._begins(span)]
                 for row, span in enumerate(step.spans)
             ]
-            self._view = view = _View(step.spans, self._blocks.version, rows, *_numbered(rows, step), set())
+            order, places = _numbered(rows, step.starts.device)
+            places = places.expand(step.num_rows, -1)
+            self._view = view = _View(step.spans, self._blocks.version, rows, order, places, set())
         return view
 
     def _begins(self, span: Span) -> range:
@@ -143,7 +166,7 @@ class Segments:
     def _cluster(self, context: Context, missing: list[_Missing]) -> None:
         frames = context.fetch(self._selection(context, missing))
         tables = [frames.table[each.row, :, each.page : each.page + self._pages] for each in missing]
-        made = cluster(frames.k, torch.stack(tables), lists=self._lists, iterations=self.sizes[2])
+        made = cluster(frames.k, torch.stack(tables), lists=self._lists, iterations=self.sizes.iterations)
         for each, lists in zip(missing, made, strict=True):
             each.segment.put(context.layer, lists, self._bytes)
 
@@ -161,11 +184,21 @@ def _known(segments: list[Block[Lists]], layer: int) -> int:
     return next((number for number, segment in enumerate(segments) if layer not in segment.parts), len(segments))
 
 
-def _numbered(rows: list[list[Block[Lists]]], step: Step) -> tuple[list[Block[Lists]], Tensor]:
-    """The segments of all rows, each once, and [R, W] int32, the place of each row's."""
+def _part(context: Context, view: _View, width: int, widths: list[int]) -> Part:
+    """The rows that have lists of so many first segments."""
+    numbers = [number for number, own in enumerate(widths) if own == width]
+    step, device = context.step, context.step.starts.device
+    order, places = _numbered([view.rows[number][:width] for number in numbers], device)
+    lists = [segment.parts[context.layer] for segment in order]
+    if len(numbers) == len(widths):
+        return Part(None, lists, places.expand(step.num_rows, -1))
+    return Part(torch.tensor(numbers, device=device), lists, places)
+
+
+def _numbered(rows: list[list[Block[Lists]]], device: torch.device) -> tuple[list[Block[Lists]], Tensor]:
+    """The segments of some spans, each once, and [spans, W] int32, the place of each one's."""
     order = list(dict.fromkeys(segment for row in rows for segment in row))
     place_of = {segment: place for place, segment in enumerate(order)}
     width = max(map(len, rows))
     padded = [[place_of[segment] for segment in row] + [0] * (width - len(row)) for row in rows]
-    places = torch.tensor(padded, dtype=torch.int32, device=step.starts.device).view(len(rows), width)
-    return order, places.expand(step.num_rows, -1)
+    return order, torch.tensor(padded, dtype=torch.int32, device=device).view(len(rows), width)

@@ -252,3 +252,26 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch() -> None:
         assert mine.equal(masses[row : row + 1, :, : mine.shape[2]])
         assert (masses[row, :, mine.shape[2] :] == -torch.inf).all()
     assert index.masses(q, context).equal(masses)
+
+
+def test_a_row_that_lacks_room_changes_no_other() -> None:
+    cache = make_cache(frames=64, max_len=128)
+    index = cache.index(OPTIONS)
+    first = cache.open(OPTIONS)
+    write(cache, first, torch.randn(61, 2, 32))
+    cache.indexes.room.limit = cache.indexes.bytes  # the first one's lists are in use, and leave no room
+    others = [cache.open(OPTIONS) for _ in range(2)]
+    for other, length in zip(others, (61, 20), strict=True):
+        write(cache, other, torch.randn(length, 2, 32))
+    q, k = torch.randn(3, 4, 32), torch.randn(3, 2, 32)
+    spans = [Span(sequence, length, 1) for sequence, length in zip((first, *others), (61, 61, 20), strict=True)]
+    for span in spans:
+        cache.reserve(span.sequence, span.stop)
+    step = cache.decode(spans)
+    cache.append(0, k, k, step)
+    together = index.masses(q, cache.context(0, step))
+    for row, span in enumerate(spans):
+        context = cache.context(0, cache.decode([span]))
+        alone = index.masses(q[row : row + 1], context)
+        assert alone[0].equal(together[row, :, : alone.shape[2]])
+        assert alone.isfinite().all() == (row > 0), "the first one's lists are searched, the others' keys are scanned"
