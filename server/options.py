@@ -15,6 +15,7 @@ from keysift.engine.errors import InvalidRequest
 from keysift.engine.request import SamplingParams
 
 from .limits import Limits
+from .tenants import GREATEST, LEAST
 
 DEFAULT_MESSAGE_BYTES = 64 * 2**20
 """Largest message of a client; the server's own limit is smaller."""
@@ -133,7 +134,7 @@ class Sampling(Checked):
 
 
 class Remote(Checked):
-    """Connection to a running server."""
+    """Connection to a running server, and the priority of requests there."""
 
     TAKES: ClassVar[str] = "only MODEL, --strategy and --strategy-arg of the engine's flags"
 
@@ -145,6 +146,12 @@ class Remote(Checked):
     ssl_ca_certs: Path | None = Field(None, description="CA of the server's certificate in PEM; none: the public ones")
     ssl_keyfile: Path | None = Field(None, description="private key of the client in PEM, for mTLS")
     ssl_certfile: Path | None = Field(None, description="certificate of the client in PEM, for mTLS")
+    priority: int = Field(
+        0,
+        ge=LEAST,
+        le=GREATEST,
+        description="priority of requests at the server, which may bound it; smaller runs first",
+    )
 
 
 def pair(argument: str) -> tuple[str, str]:

@@ -82,7 +82,9 @@ def run_remote(
     arguments = dict(pair(argument) for argument in engine.strategy_args)
     with connect(remote) as client:
         model = engine.model or ""
-        yield from client.generate(prompt, params, model=model, strategy=strategy, strategy_args=arguments)
+        yield from client.generate(
+            prompt, params, model=model, strategy=strategy, strategy_args=arguments, priority=remote.priority
+        )
 
 
 def show(outputs: Iterable[Output]) -> None:

@@ -50,7 +50,7 @@ def _results(config: Load, found: dict[str, Any]) -> dict[str, Any]:
 
 def _settings(config: Load, found: dict[str, Any]) -> dict[str, Any]:
     """Fields of the load, without the credentials of the connection."""
-    fields = config.model_dump(mode="json", exclude=set(Remote.model_fields) - {"address"})
+    fields = config.model_dump(mode="json", exclude=set(Remote.model_fields) - {"address", "priority"})
     return fields | {"request_rate": found["request_rate"]}  # JSON has no infinity
 
 

@@ -52,11 +52,11 @@ def _wrap(text: str, start: int, size: int) -> str:
     return (text * turns)[start : start + size]
 
 
-def token_size(client: Client, max_model_len: int) -> float:
+def token_size(client: Client, max_model_len: int, priority: int = 0) -> float:
     """Mean characters of a token, from the server's token count of one sample; the request is cancelled then."""
     # A token has at least one character of this text, so that the sample fits with every tokenizer.
     sample = documentation()[: max(1, min(SAMPLE_CHARACTERS, max_model_len - 2))]
-    outputs = client.generate(sample, SamplingParams(max_new_tokens=1), bypass_prefix_cache=True)
+    outputs = client.generate(sample, SamplingParams(max_new_tokens=1), bypass_prefix_cache=True, priority=priority)
     for output in outputs:
         if isinstance(output, PromptInfo):
             outputs.close()  # type: ignore[attr-defined]

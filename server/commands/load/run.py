@@ -133,7 +133,7 @@ def _prompts(config: Load, client: Client, max_model_len: int) -> tuple[list[Siz
         counted, warmup = (list(islice(cycle(lines), count)) for count in counts)
         return counted, warmup
     lengths = [length for count in counts for length in islice(cycle(config.input_lens), count)]
-    texts = prompts.cut(lengths, config.seed, prompts.token_size(client, max_model_len))
+    texts = prompts.cut(lengths, config.seed, prompts.token_size(client, max_model_len, config.priority))
     return texts[: config.num_prompts], texts[config.num_prompts :]
 
 
@@ -238,6 +238,7 @@ class _Run:
             strategy_args=dict(pair(argument) for argument in config.strategy_args),
             bypass_prefix_cache=config.bypass_prefix_cache,
             truncate_prompt_tokens=request.length,
+            priority=config.priority,
         )
         for output in outputs:
             record.add(output, self._now())

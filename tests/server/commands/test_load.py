@@ -40,7 +40,7 @@ from keysift.server.commands.load.report import Record, is_good, max_concurrent,
 from keysift.server.commands.load.run import Load, arrivals, load
 from keysift.server.errors import Unauthenticated, Unavailable
 
-from ..conftest import MAX_LEN, Running
+from ..conftest import MAX_LEN, Run, Running
 
 Measure = Callable[..., dict[str, Any]]
 
@@ -370,6 +370,22 @@ def test_a_server_with_a_key(start: Callable[..., Running]) -> None:
     with pytest.raises(Unauthenticated):
         load(Load(**config), quiet)
     assert load(Load(**config, api_key="sesame"), quiet)["completed"] == 1
+
+
+def test_a_load_and_an_answer_have_the_priority_that_the_tenant_may_state(
+    start: Callable[..., Running], run: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "tokens"
+    file.write_text("batch sesame priority=10..20")
+    guarded = start(api_key_file=file)
+    config = {"address": guarded.address, "api_key": "sesame", "num_prompts": 1, "input_lens": (20,), "output_len": 2}
+    with pytest.raises(InvalidRequest, match=r"priority: 10 to 20 .*got 0"):
+        load(Load(**config), quiet)
+    assert load(Load(**config, priority=10), quiet)["completed"] == 1
+    asked = ("generate", "--prompt", "x", "--max-new-tokens", "2", "--address", guarded.address, "--api-key", "sesame")
+    assert run(*asked)[0] == 2
+    assert run(*asked, "--priority", "20")[0] == 0
+    assert "priority: 10 to 20" in run(*asked, "--priority", "21")[2]
 
 
 # The prompts
