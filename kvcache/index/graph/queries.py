@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from ...contents import Contents
     from ...context import Context
     from ...spec import CacheSpec
-    from ...step import Step
 
 PAGES = 0
 """Layer under which a block keeps the queries of all layers."""
@@ -53,15 +52,19 @@ class KeptQueries:
             self._blocks.clear()
 
     def add(self, q: Tensor, context: Context, row: int, first: int) -> None:
-        """Keep some of the queries of a row's span, which begin at q[first]; as far as there is room."""
+        """Keep some of the queries of a row's span, which begin at q[first]; of a page all in all layers, or none."""
         step, span = context.step, context.step.spans[row]
         for page in range(span.start // self._size, -(-span.stop // self._size)) if self._most else ():
             places = self._positions(page)
             new = [position for position in places if span.start <= position < span.stop]
-            if new and (queries := self._of(step, row, page, len(places), q)) is not None:
-                at, start = places.index(new[0]), first + new[0] - span.start
-                here = queries[self._place[context.layer]]
-                here[at : at + len(new)] = q[start : start + new[-1] - new[0] + 1 : places.step]
+            if not new:
+                continue
+            at, start, layer = places.index(new[0]), first + new[0] - span.start, self._place[context.layer]
+            contents = step.contents(row, page, page + 1)
+            if at == layer == 0:  # later ones would leave gaps
+                self._begin(contents, len(places), q)
+            if (block := self._blocks.get(contents)) is not None:
+                block.parts[PAGES][layer, at : at + len(new)] = q[start : start + new[-1] - new[0] + 1 : places.step]
 
     def known(self, pages: Sequence[Contents]) -> int:
         """Number of the first pages of a prompt, of these, whose queries are all kept, if any are to be."""
@@ -85,17 +88,17 @@ class KeptQueries:
                 at = self._positions(page).index(position)
                 yield block.parts[PAGES][self._place[context.layer], at]
 
-    def _of(self, step: Step, row: int, page: int, count: int, q: Tensor) -> Tensor | None:
-        """[layers, count, Hq, D], the kept queries of a page; None: there is no room for them."""
-        block = self._blocks.at(step.contents(row, page, page + 1))
-        if PAGES not in block.parts:
-            shape = (len(self._place), count, *q.shape[1:])
-            if not self._blocks.room.make(size := torch.Size(shape).numel() * q.itemsize):
-                block.drop()
-                return None
-            with torch.inference_mode(False):  # else they could not be written outside of it
-                block.put(PAGES, torch.zeros(shape, dtype=q.dtype, device=q.device), size)
-        return block.parts[PAGES]
+    def _begin(self, contents: Contents, count: int, q: Tensor) -> None:
+        """Keep `count` queries of a page, [layers, count, Hq, D], if there is room for them."""
+        block = self._blocks.at(contents)
+        if PAGES in block.parts:
+            return
+        shape = (len(self._place), count, *q.shape[1:])
+        if not self._blocks.room.make(size := torch.Size(shape).numel() * q.itemsize):
+            block.drop()
+            return
+        with torch.inference_mode(False):  # else they could not be written outside of it
+            block.put(PAGES, torch.zeros(shape, dtype=q.dtype, device=q.device), size)
 
     def _positions(self, page: int) -> range:
         """Positions of a page whose queries are kept: those that the least graph over it may take."""

@@ -158,6 +158,24 @@ def test_the_queries_kept_are_those_that_any_graph_takes(chunks: list[int]) -> N
     assert none.training(context, 0, 10).shape[0] == none.bytes == 0
 
 
+@pytest.mark.parametrize("began", [(2, 0), (0, 1)], ids=["within the page", "at a later layer"])
+def test_the_queries_of_a_page_are_kept_from_its_first_on_or_not_at_all(began: tuple[int, int]) -> None:
+    """Room that comes later is no reason to keep half of them."""
+    cache = PagedCache(replace(SPEC, num_layers=2), 8, max_sequences=1, max_len=32)
+    room = Room(0)
+    kept = KeptQueries(cache.spec, room, most=64, grain=4)
+    sequence = cache.open()
+    cache.reserve(sequence, 8)
+    for position in range(8):
+        step = cache.prefill(Span(sequence, position, 1), queries_per_row=1)
+        for layer in range(2):
+            room.limit = None if (position, layer) >= began else 0
+            kept.add(torch.ones(1, HEADS, 16), cache.context(layer, step), 0, 0)
+    pages = list(step.contents(0, 0, 2).pages())
+    assert (kept.known(pages), kept.known(pages[1:])) == (0, 1)
+    assert len(kept.training(cache.context(0, step), 0, 2)) == 4
+
+
 def test_masses_are_those_of_the_hits_and_of_all_that_is_scanned() -> None:
     _, index, text = opened()
     q, k = torch.randn(180, HEADS, 16), torch.randn(180, 2, 16)
