@@ -72,6 +72,8 @@ CODES: dict[type[KeysiftError], grpc.StatusCode] = {
     Internal: grpc.StatusCode.INTERNAL,
 }
 ERRORS = {code: error for error, code in CODES.items()}
+ENDED = (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit)
+"""What passes through handlers: the call has its status, or needs none."""
 
 
 async def answered(context: grpc.aio.ServicerContext[Any, Any], call: str, work: Awaitable[T]) -> T | None:
@@ -80,7 +82,7 @@ async def answered(context: grpc.aio.ServicerContext[Any, Any], call: str, work:
         return await work
     except KeysiftError as error:
         failed = error
-    except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit, KeyboardInterrupt, SystemExit):
+    except ENDED:
         raise
     except grpc.aio.InternalError as error:  # a write was blocked when the caller disconnected
         logger.debug("%s: the caller has disconnected (%s)", call, error)
@@ -125,8 +127,8 @@ def _shorten(text: str, limit: int = MAX_MESSAGE_BYTES) -> str:
     return encoded.decode(errors="ignore")
 
 
-def code(error: KeysiftError) -> grpc.StatusCode:
-    """Status code of an error."""
+def code(error: BaseException) -> grpc.StatusCode:
+    """Status code of an error; INTERNAL for one of another package."""
     known = (CODES[base] for base in type(error).__mro__ if base in CODES)
     return next(known, grpc.StatusCode.INTERNAL)
 

@@ -93,4 +93,5 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     writer.write(head.encode() + b"Connection: close\r\n\r\n" + (b"" if method == b"HEAD" else body))
     writer.write_eof()
     await writer.drain()
-    await reader.read()  # until the reader closes: an abort would drop what it has not taken yet
+    while await reader.read(MAX_HEAD_BYTES):  # until the reader closes: an abort would drop what it has not taken yet
+        pass

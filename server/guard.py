@@ -6,6 +6,7 @@ requests: it is refused without reading, or reads its one message within the lim
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections import Counter
@@ -18,11 +19,11 @@ from typing import Any, TypeAlias
 import grpc
 from google.protobuf import descriptor_pool, message_factory
 
-from keysift.engine.errors import InvalidRequest, KeysiftError, ResourceExhausted
+from keysift.engine.errors import InvalidRequest, ResourceExhausted
 
 from . import metrics
 from .bodies import Bodies
-from .errors import DeadlineExceeded, Unauthenticated, abort, answered, code
+from .errors import ENDED, DeadlineExceeded, Unauthenticated, abort, answered, code
 from .limits import Limits
 from .logs import RateLimit
 from .parsing import Malformed, parse
@@ -36,6 +37,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 PUBLIC_SERVICE = "/grpc.health.v1.Health/"
 """Service without a token: health probes send none, and its replies hold no secret."""
+WATCH = f"{PUBLIC_SERVICE}Watch"
 GENERATE = "/keysift.v1.Inference/Generate"
 """Method whose handler gets a function that receives its message in bytes: it takes a place before it parses them."""
 PUBLIC_TURNS = 2
@@ -57,8 +59,13 @@ class Call:
     public: bool
 
     def owner(self, context: Context) -> str:
-        """Tenant or, where callers have no names, connection: who shares turns with the others."""
-        return self.tenant.name or context.peer()
+        """Tenant or, where callers have no names, address without the port: who shares turns with the others."""
+        return self.tenant.name or context.peer().rpartition(":")[0]
+
+    @property
+    def label(self) -> str:
+        """Label in metrics: empty where nobody asked for a token."""
+        return "" if self.public else self.tenant.label
 
     @property
     def max_size(self) -> str:
@@ -107,10 +114,12 @@ class Guard(grpc.aio.ServerInterceptor):
     async def _counting(self, handler: Handler, call: Call, context: Context) -> Any:
         try:
             CURRENT.set(call.tenant)
-            with self._counted(call):
+            with self._counted(call, context):
                 return await self._handle(handler, call, context)
-        except KeysiftError as error:
-            metrics.REFUSALS.labels(call.tenant.label, code(error).name).inc()
+        except (*ENDED, grpc.aio.InternalError):
+            raise
+        except BaseException as error:
+            metrics.REFUSALS.labels(call.label, code(error).name).inc()
             if isinstance(error, Malformed):
                 logger.warning("%s from %s: %s", call.method, context.peer(), error)
             raise
@@ -118,7 +127,7 @@ class Guard(grpc.aio.ServerInterceptor):
     async def _handle(self, handler: Any, call: Call, context: Context) -> Any:
         if handler.request_streaming:
             async for reply in handler.stream_stream(self._messages(call, context), context):
-                await context.write(reply)
+                await self.sent(context.write(reply))
             return None
         receive = partial(self._one, call, context)
         message = receive if call.method == GENERATE else await self._parse(call, await receive())
@@ -167,13 +176,19 @@ class Guard(grpc.aio.ServerInterceptor):
         work = partial(parse, kind, body, self._limits)
         return work() if len(body) <= INLINE_BYTES else await self._threads.run(0, work)  # milliseconds at any length
 
+    async def sent(self, reply: Awaitable[Any]) -> None:
+        """Wait until the caller takes a reply that is being written. Raises `DeadlineExceeded` if it does not."""
+        try:
+            async with asyncio.timeout(self._limits.reply_timeout):
+                await reply
+        except TimeoutError:
+            most = self._limits.reply_timeout
+            raise DeadlineExceeded(f"reply_timeout: a reply must be taken within {most:g} s, it was not") from None
+
     @contextmanager
-    def _counted(self, call: Call) -> Iterator[None]:
+    def _counted(self, call: Call, context: Context) -> Iterator[None]:
         """Count an open call. Raises `ResourceExhausted` for one too many."""
-        limit = "max_health_streams" if call.public else "max_streams"
-        bounds = {limit: getattr(self._limits, limit)}
-        if call.tenant.streams is not None:
-            bounds[f"streams of {call.tenant.name}"] = call.tenant.streams
+        bounds = self._bounds(call, context)
         for name, most in bounds.items():
             if self._open[name] >= most:
                 raise ResourceExhausted(f"{name}: at most {most} calls are open at once, got another one", RETRY_S)
@@ -182,6 +197,17 @@ class Guard(grpc.aio.ServerInterceptor):
             yield
         finally:
             self._open.subtract(bounds.keys())
+            self._open = +self._open  # connections come and go
+
+    def _bounds(self, call: Call, context: Context) -> dict[str, int]:
+        """What bounds the number of open calls, and how many there may be; nothing for probes, which end at once."""
+        if call.public:
+            streaming = call.method == WATCH
+            return {f"max_health_streams of {context.peer()}": self._limits.max_health_streams} if streaming else {}
+        bounds = {"max_streams": self._limits.max_streams}
+        if call.tenant.streams is not None:
+            bounds[f"streams of {call.tenant.name}"] = call.tenant.streams
+        return bounds
 
 
 async def _refuse(messages: Any, context: Context) -> None:

@@ -61,7 +61,7 @@ class Limits(Checked):
     max_connections: int = Field(512, ge=1, description="open connections; more are closed at once")
     max_streams_per_connection: int = Field(128, ge=1, description="open calls of one connection; more wait there")
     max_streams: int = Field(1024, ge=1, description="open calls in all, without those of the health service")
-    max_health_streams: int = Field(128, ge=1, description="open calls of the health service")
+    max_health_streams: int = Field(8, ge=1, description="open Watch calls of the health service by one connection")
     max_receiving: int = Field(
         16, ge=1, description="requests that are received at once; each may take max_message_size while it is"
     )
@@ -69,6 +69,7 @@ class Limits(Checked):
         ByteSize(256 * MIB), ge=MIB, description="requests above 64 KiB in memory that wait for their preparation"
     )
     body_timeout: float = Field(30.0, gt=0, description="seconds in which a request must have been received")
+    reply_timeout: float = Field(60.0, gt=0, description="seconds in which a caller must have taken a reply")
     handshake_timeout: float = Field(10.0, gt=0, description="seconds in which a connection must be set up")
     idle_timeout: float = Field(300.0, ge=1, description="seconds after which a connection without a call is closed")
     preparation_threads: int = Field(

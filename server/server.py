@@ -9,8 +9,7 @@ import signal
 from collections.abc import Callable
 
 import grpc
-from grpc_health.v1 import health, health_pb2_grpc
-from grpc_health.v1.health_pb2 import HealthCheckResponse
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from keysift.engine.engine import Engine
@@ -18,6 +17,7 @@ from keysift.engine.engine import Engine
 from . import inference_pb2 as pb
 from .errors import Internal, Unavailable
 from .guard import Guard
+from .health import HEALTH, NOT_SERVING, SERVING, Health
 from .inference_pb2_grpc import add_InferenceServicer_to_server
 from .limits import Limits
 from .options import ServerConfig, server_options
@@ -45,7 +45,7 @@ class Server:
         self._guard = Guard(self.limits, tokens(config), self._threads)
         self.worker = Worker(load, self._threads)
         self.service = InferenceService(self.worker, self._guard, self.limits, config.share_prefix_cache)
-        self.health = health.aio.HealthServicer()
+        self.health = Health("", NAME)
         self.port = 0
 
     async def start(self) -> None:
@@ -53,7 +53,6 @@ class Server:
 
         Raises `Unavailable` if the port is taken, and `InvalidRequest` for TLS files that cannot be used.
         """
-        await self._set_health(HealthCheckResponse.NOT_SERVING)
         if self.config.exposed:
             logger.warning("%s is not loopback, and there is %s", self.config.host, self.config.exposed)
         self._grpc = self._build()
@@ -78,7 +77,7 @@ class Server:
     async def drain(self, timeout: float) -> None:
         """Refuse new requests, wait `timeout` seconds for the running ones, then abort them."""
         self.worker.drain()
-        await self.health.enter_graceful_shutdown()
+        self.health.drain()
         logger.info("draining: running requests get %g s", timeout)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.worker.idle(), timeout)
@@ -99,7 +98,7 @@ class Server:
         server = grpc.aio.server(interceptors=[self._guard], options=server_options(self.limits))
         add_InferenceServicer_to_server(self.service, server)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
-        reflection.enable_server_reflection((NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        reflection.enable_server_reflection((NAME, HEALTH, reflection.SERVICE_NAME), server)
         return server
 
     def _bind(self) -> int:
@@ -121,15 +120,11 @@ class Server:
     async def _follow_health(self) -> None:
         """Report SERVING while the engine runs; raises the error that ended it."""
         engine = await self.worker.loaded
-        await self._set_health(HealthCheckResponse.SERVING)
+        self.health.set(SERVING)
         logger.info("ready: %s", engine.model.name)
         await self.worker.failed.wait()
-        await self._set_health(HealthCheckResponse.NOT_SERVING)
+        self.health.set(NOT_SERVING)
         raise Internal("the engine has failed; see the log")
-
-    async def _set_health(self, status: int) -> None:
-        for name in ("", NAME):
-            await self.health.set(name, status)
 
 
 async def _signal() -> None:

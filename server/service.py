@@ -47,10 +47,10 @@ class InferenceService(InferenceServicer):
         tenant = CURRENT.get()
         request_id, stream = await self._submit(receive, tenant)
         try:
-            await context.send_initial_metadata((("x-request-id", request_id),))
-            await _relay(stream, context, request_id)
+            await self._guard.sent(context.send_initial_metadata((("x-request-id", request_id),)))
+            await self._relay(stream, context, request_id)
         finally:
-            self._worker.abort_stream(tenant.internal(request_id), stream)
+            self._worker.leave(tenant.internal(request_id), stream)
 
     async def _submit(self, receive: Receive, tenant: Tenant) -> tuple[str, Stream]:
         """Id and stream of the request that `receive` returns; its message is dropped when this is done."""
@@ -64,6 +64,15 @@ class InferenceService(InferenceServicer):
             prepare = partial(self._job, message, internal, tenant, arrival)
             with named(internal):
                 return request_id, await self._worker.submit(place, internal, len(body), prepare)
+
+    async def _relay(self, stream: Stream, context: Context, request_id: str) -> None:
+        while True:
+            for output in await stream.take():
+                if isinstance(output, PromptInfo):
+                    output = replace(output, request_id=request_id)
+                await self._guard.sent(context.write(to_reply(output)))
+                if isinstance(output, Finish):
+                    return _raise_failure(output)
 
     def _check(self, message: pb.GenerateRequest, request_id: str, tenant: Tenant) -> None:
         """Refuse what needs no preparation to be refused."""
@@ -113,16 +122,6 @@ def named(request_id: str) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"request {request_id}")
         raise
-
-
-async def _relay(stream: Stream, context: Context, request_id: str) -> None:
-    while True:
-        for output in await stream.take():
-            if isinstance(output, PromptInfo):
-                output = replace(output, request_id=request_id)
-            await context.write(to_reply(output))
-            if isinstance(output, Finish):
-                return _raise_failure(output)
 
 
 def _raise_failure(finish: Finish) -> None:

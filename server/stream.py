@@ -23,6 +23,8 @@ class Stream:
 
     def __init__(self, place: Place) -> None:
         self.place = place
+        self.aborted = self.left = False
+        """Its request is no longer wanted; nobody reads it any more."""
         self._queue: deque[Output] = deque()
         self._error: BaseException | None = None
         self._arrived = asyncio.Event()

@@ -58,6 +58,7 @@ class Worker:
         self._places = Places()
         self._streams: dict[str, Stream] = {}
         self._preparing: dict[str, asyncio.Task[Any]] = {}
+        self._unread: set[Stream] = set()
         self._idle = asyncio.Event()
         self._idle.set()
         self._thread = Thread(target=self._run, name="keysift-engine", daemon=True)
@@ -72,7 +73,7 @@ class Worker:
     @property
     def preparing(self) -> int:
         """Requests that have a place, and are not in the engine yet."""
-        return self._places.taken - len(self._streams) + len(self._preparing)
+        return self._places.taken - len(self._streams) - len(self._unread) + len(self._preparing)
 
     def place(self, tenant: Tenant) -> Place:
         """A place for a request, taken before any work on it; raises `ResourceExhausted`, or `Unavailable`."""
@@ -91,17 +92,19 @@ class Worker:
         place.kept = True
         self._idle.clear()
         try:
-            if (job := await self._prepare(request_id, size, lambda: prepare(engine))) is None:
+            job = await self._prepare(request_id, size, lambda: prepare(engine))
+            if job is None or stream.aborted:
                 return self._never_started(request_id, engine)
             added = self.call(lambda engine: engine.add(job))
         except BaseException:
+            stream.left = True
             self._remove(request_id)
             raise
         added.add_done_callback(lambda added: self._remove(request_id) if _has_failed(added) else None)
         try:
             await asyncio.shield(added)
-        except asyncio.CancelledError:
-            self.abort_stream(request_id, stream)
+        except BaseException:
+            self.leave(request_id, stream)
             raise
         finally:
             del added
@@ -133,18 +136,23 @@ class Worker:
 
     def abort(self, request_id: str) -> bool:
         """Abort a request; returns True if it was live. Its id is in use until the engine has finished it."""
-        if request_id not in self._streams:
+        if (stream := self._streams.get(request_id)) is None:
             return False
+        stream.aborted = True  # its preparation may have ended, and `submit` not gone on yet
         if preparing := self._preparing.get(request_id):
             preparing.cancel()
         else:
             self.call(lambda engine: engine.abort(request_id)).add_done_callback(_has_failed)
         return True
 
-    def abort_stream(self, request_id: str, stream: Stream) -> None:
-        """Abort the request of `stream`, but not a newer one with the same id."""
+    def leave(self, request_id: str, stream: Stream) -> None:
+        """Read `stream` no further: abort its request, but not a newer one with the same id, and free its place."""
+        stream.left = True
         if self._streams.get(request_id) is stream:
             self.abort(request_id)
+        elif stream in self._unread:
+            self._unread.remove(stream)
+            stream.place.release()
 
     def abort_all(self) -> None:
         """Abort all live requests."""
@@ -282,7 +290,10 @@ class Worker:
 
     def _remove(self, request_id: str) -> None:
         if stream := self._streams.pop(request_id, None):
-            stream.place.release()
+            if stream.left:
+                stream.place.release()
+            else:  # its outputs are in memory until they are read
+                self._unread.add(stream)
         if not self._streams:
             self._idle.set()
 

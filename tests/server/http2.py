@@ -12,6 +12,7 @@ from collections.abc import Iterator
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST, SETTINGS, PING, WINDOW_UPDATE = 0, 1, 3, 4, 6, 8
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
+INITIAL_WINDOW_SIZE = 4
 INITIAL_WINDOW = 65_535
 FRAME = 16_384
 
@@ -19,10 +20,12 @@ FRAME = 16_384
 class Connection:
     """One connection, which answers pings and settings, and sends within the windows that the server grants."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, reads: bool = True, source: str = "") -> None:
+        """`reads`: take replies, else the window of each call is 0. `source`: address to come from."""
         host, _, port = address.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)), timeout=10)
-        self._socket.sendall(PREFACE + _frame(SETTINGS, 0, 0, b""))
+        self._socket = socket.create_connection((host, int(port)), timeout=10, source_address=(source, 0))
+        settings = b"" if reads else struct.pack(">HI", INITIAL_WINDOW_SIZE, 0)
+        self._socket.sendall(PREFACE + _frame(SETTINGS, 0, 0, settings))
         self._buffer = b""
         self._windows: Counter[int] = Counter({0: INITIAL_WINDOW})
         self._next = 1
@@ -44,6 +47,12 @@ class Connection:
         block = b"".join(b"\0" + _text(name) + _text(value) for name, value in fields.items())
         self._socket.sendall(_frame(HEADERS, END_HEADERS, stream, block))
         self._windows[stream] = INITIAL_WINDOW
+        return stream
+
+    def call(self, path: str, message: bytes, **metadata: str) -> int:
+        """Send a whole call, of a short message; returns its stream."""
+        stream = self.open(path, **metadata)
+        self._socket.sendall(_frame(DATA, END_STREAM, stream, struct.pack(">BI", 0, len(message)) + message))
         return stream
 
     def send(self, stream: int, message_bytes: int, sent: int, patience: float = 0.5) -> int:
@@ -100,8 +109,8 @@ class Connection:
 
 
 @contextlib.contextmanager
-def connection(address: str) -> Iterator[Connection]:
-    opened = Connection(address)
+def connection(address: str, reads: bool = True, source: str = "") -> Iterator[Connection]:
+    opened = Connection(address, reads, source)
     try:
         yield opened
     finally:

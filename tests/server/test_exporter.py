@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import socket
 import threading
+import tracemalloc
 import urllib.request
 from collections.abc import Iterator
 
@@ -80,6 +81,18 @@ def test_a_long_head_is_refused(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(b"x" * 4 * MAX_HEAD_BYTES)
         assert not is_open(connection, 10)
+
+
+def test_what_comes_after_the_head_is_dropped(port: int) -> None:
+    body = bytes(2**20)
+    tracemalloc.start()
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+        connection.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
+        for _ in range(32):
+            connection.sendall(body)
+        peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * len(body)
 
 
 def test_a_taken_port_is_an_error(port: int) -> None:

@@ -22,6 +22,7 @@ from keysift.engine import (
 from keysift.engine import SamplingParams as Params
 from keysift.kvcache import Phase, Step
 from keysift.server import inference_pb2 as pb
+from keysift.server import service
 from keysift.server.client import Client
 from keysift.server.errors import Internal
 from keysift.server.inference_pb2_grpc import InferenceStub
@@ -147,3 +148,20 @@ def test_an_offline_run_yields_every_completion(engine_config: EngineConfig) -> 
     assert finishes[1] is not None
     assert "4096 bytes" in finishes[1].error
     assert [len(completion.token_ids) for completion in done] == [8, 3, 8]
+
+
+def test_every_call_that_ends_with_an_error_is_counted(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by an exception of another kind; calls of the health service, which have no tenant, under none."""
+
+    def count(tenant: str, status: str) -> float:
+        labels = {"tenant": tenant, "status": status}
+        return REGISTRY.get_sample_value("keysift_tenant_refusals_total", labels) or 0.0
+
+    before = count("default", "INTERNAL"), count("", "INVALID_ARGUMENT"), count("default", "INVALID_ARGUMENT")
+    monkeypatch.setattr(service, "model_info", lambda engine: 1 // 0)
+    with Client(running.address) as client, pytest.raises(Internal, match="ZeroDivisionError"):
+        client.info()
+    with grpc.insecure_channel(running.address) as channel, pytest.raises(grpc.RpcError):
+        channel.unary_unary("/grpc.health.v1.Health/Check")(b"\xff", timeout=30)
+    after = count("default", "INTERNAL"), count("", "INVALID_ARGUMENT"), count("default", "INVALID_ARGUMENT")
+    assert after == (before[0] + 1, before[1] + 1, before[2])

@@ -18,6 +18,7 @@ from keysift.server.errors import Internal, Unavailable
 from keysift.server.options import ServerConfig
 from keysift.server.server import NAME, Server
 
+from . import http2
 from .conftest import Running, SlowEngine
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
@@ -147,6 +148,28 @@ def test_drain_aborts_requests_after_its_timeout(start: Callable[..., Running], 
     assert isinstance(outputs[-1], Finish)
     assert outputs[-1].reason is FinishReason.CANCELLED
     assert running.free_pages() == running.engine.status.pages_total
+
+
+def test_a_watcher_that_does_not_read_keeps_no_server_from_draining(start: Callable[..., Running]) -> None:
+    running = start()
+    with http2.connection(running.address, reads=False) as stranger, Client(running.address) as client:
+        stranger.call("/grpc.health.v1.Health/Watch", b"")
+        while stranger.receive(0.3):  # the server's part of the handshake, and the headers of the reply
+            pass
+        assert client.server_info().state == pb.READY
+        running.do(running.server.drain(0), timeout=10)
+        assert health(running) == NOT_SERVING
+
+
+def test_a_service_of_another_name(running: Running) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        health(running, "another")
+    assert isinstance(caught.value, grpc.Call)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND
+    with grpc.insecure_channel(running.address) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="another")
+        assert next(stub.Watch(request, timeout=30)).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
 def test_a_taken_port_is_an_error(running: Running, engine_config: EngineConfig) -> None:

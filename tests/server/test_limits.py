@@ -16,7 +16,7 @@ from google.rpc.error_details_pb2 import BadRequest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
-from keysift.engine import SamplingParams
+from keysift.engine import Engine, EngineConfig, ResourceExhausted, SamplingParams
 from keysift.server import bodies
 from keysift.server import inference_pb2 as pb
 from keysift.server.client import Client
@@ -382,10 +382,42 @@ def test_streams_of_the_health_service(start: Callable[..., Running]) -> None:
         stub = health_pb2_grpc.HealthStub(channel)
         watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
         assert [next(watch).status for watch in watches] == [1, 1]
-        error = refusal(lambda: stub.Check(health_pb2.HealthCheckRequest(), timeout=30))
-        assert error.details() == "max_health_streams: at most 2 calls are open at once, got another one"
+        error = refusal(lambda: next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=30)))
+        problem = r"max_health_streams of ipv4:127.0.0.1:\d+: at most 2 calls are open at once, got another one"
+        assert re.fullmatch(problem, error.details())
+        assert stub.Check(health_pb2.HealthCheckRequest(), timeout=30).status == 1
+        with connected(running) as other:
+            watch = health_pb2_grpc.HealthStub(other).Watch(health_pb2.HealthCheckRequest(), timeout=30)
+            assert next(watch).status == 1
         for watch in watches:
             watch.cancel()
+
+
+@proves("reply_timeout")
+def test_who_does_not_read(start: Callable[..., Running], engine_config: EngineConfig) -> None:
+    """What nobody reads keeps its place in the queue, and neither that nor its call for longer than the limit."""
+    config = engine_config.model_copy(update={"max_num_seqs": 1, "max_queue": 1})
+    running = start(lambda: Engine(config), max_streams=3, reply_timeout=2)
+    with http2.connection(running.address, reads=False) as connection, Client(running.address) as client:
+        for _ in range(2):
+            connection.call(GENERATE, request().SerializeToString())
+        end = time.monotonic() + 20
+        while client.server_info().load.running or not refused(client):
+            assert time.monotonic() < end
+        while refused(client):
+            assert time.monotonic() < end
+            connection.receive(0.1)
+        with connected(running) as channel, silent(channel, 2):  # so the calls have given back theirs
+            assert client.server_info().version
+
+
+def refused(client: Client) -> bool:
+    """The queue is full."""
+    try:
+        list(client.generate("x", SamplingParams(max_new_tokens=1), timeout=30))
+    except ResourceExhausted as error:
+        return "max_queue: 2 requests are prepared, waiting or running, at most 2" in str(error)
+    return False
 
 
 @proves("body_timeout")
