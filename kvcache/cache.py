@@ -231,7 +231,10 @@ class PagedCache:
 
     def observe(self, layer: int, q: Tensor, step: Step) -> None:
         """Pass the queries [T, Hq, D] of one layer, whose keys are written, to the indexes of their sequences."""
-        self.indexes.observe(q, self.context(layer, step))
+        if watching := self.indexes.watching(step):
+            context = self.context(layer, step)
+            for entries, rows in watching:
+                entries.observe(q, context, rows)
 
     def index(self, spec: IndexSpec) -> PageIndex:
         """The cache's one index of this specification, empty at first. Raises `ValueError` if it does not fit."""

@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .contents import Contents
-from .context import Context, Entries, PageIndex
+from .context import Entries, PageIndex
 from .index.protocol import IndexSpec
 from .index.room import Room
 from .spec import CacheSpec
@@ -112,10 +111,15 @@ class Indexes:
         """True if an index has to observe some of these sequences on the host."""
         return any(self.watches(span.sequence) for span in spans)
 
-    def observe(self, q: Tensor, context: Context) -> None:
-        """Pass the queries [T, Hq, D] of one layer, whose keys are written, to the indexes of their sequences."""
-        for entries, rows in self._watching(context.step):
-            entries.observe(q, context, rows)
+    def watching(self, step: Step) -> list[tuple[Entries, list[int]]]:
+        """Entries that have to observe a step, each with the numbers of its spans."""
+        if self._watch is None or self._watch.spans is not step.spans:
+            rows: dict[int, tuple[Entries, list[int]]] = {}
+            for row, span in enumerate(step.spans):
+                for entries in self._of(span.sequence):
+                    rows.setdefault(id(entries), (entries, []))[1].append(row)
+            self._watch = _Watch(step.spans, list(rows.values()))
+        return self._watch.rows
 
     def begin(self, filled: Sequence[int]) -> None:
         """Begin a step in which these frames become full."""
@@ -155,15 +159,6 @@ class Indexes:
         """The entries of all indexes, each once."""
         each = (index.entries for index in self._known.values())
         return list({id(entries): entries for entries in each if entries is not None}.values())
-
-    def _watching(self, step: Step) -> list[tuple[Entries, list[int]]]:
-        if self._watch is None or self._watch.spans is not step.spans:
-            rows: dict[int, tuple[Entries, list[int]]] = {}
-            for row, span in enumerate(step.spans):
-                for entries in self._of(span.sequence):
-                    rows.setdefault(id(entries), (entries, []))[1].append(row)
-            self._watch = _Watch(step.spans, list(rows.values()))
-        return self._watch.rows
 
     def _of(self, sequence: int) -> list[Entries]:
         """The entries of the indexes that a sequence names, each once."""

@@ -36,13 +36,6 @@ class Call(ctypes.Structure):
         cls.pack = staticmethod(_make_pack(cls))
         cls.sizes = tuple(field[0] for field in cls._fields_ if field[1] is c_int64 or issubclass(field[1], Call))
 
-    def fill(self, **values: Any) -> None:
-        """Set some fields of a call that is kept; in checked mode raise `OutOfBounds` as `pack` does."""
-        for name, value in values.items():
-            setattr(self, name, value.data_ptr() if isinstance(value, Tensor) else value)
-        if mode.on:
-            check(self, values)
-
 
 def _make_pack(kind: type[Call]) -> Callable[..., Any]:
     """A function with a keyword for each field, generated so that it is as fast as a call by position."""

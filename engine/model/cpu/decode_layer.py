@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from keysift.kvcache.native import checks
 from keysift.kvcache.native.calls import DTYPES, LayerInCall, LayerOutCall, Matrix
 from keysift.kvcache.native.cores import num_threads
 from keysift.kvcache.native.library import kernels, level
@@ -70,15 +71,21 @@ class DecodeLayer(nn.Module):
         """x [T, C], cos and sin [T, D] -> q [T, Hq, D], k and v [T, Hkv, D]; q and k rotated."""
         q = x.new_empty(len(x), self._heads, self._dim)
         k, v = (x.new_empty(len(x), self._kv_heads, self._dim) for _ in range(2))
-        self._in.fill(batch=len(x), x=x, cos=cos, sin=sin, q=q, k=k, v=v)
-        kernels.keysift_layer_in(self._in, level(), num_threads())
+        call = self._in
+        call.x, call.cos, call.sin, call.batch = x.data_ptr(), cos.data_ptr(), sin.data_ptr(), len(x)
+        call.q, call.k, call.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        if checks.mode.on:
+            checks.check(call, {"x": x, "cos": cos, "sin": sin, "q": q, "k": k, "v": v})
+        kernels.keysift_layer_in(call, level(), num_threads())
         return q, k, v
 
     def _finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """x [T, C] and the output of its attention [T, Hq, D] -> [T, C]."""
-        out = torch.empty_like(x)
-        self._out.fill(batch=len(x), x=x, attended=attended, out=out)
-        kernels.keysift_layer_out(self._out, level(), num_threads())
+        out, call = torch.empty_like(x), self._out
+        call.x, call.attended, call.out, call.batch = x.data_ptr(), attended.data_ptr(), out.data_ptr(), len(x)
+        if checks.mode.on:
+            checks.check(call, {"x": x, "attended": attended, "out": out})
+        kernels.keysift_layer_out(call, level(), num_threads())
         return out
 
 

@@ -14,7 +14,7 @@ import torch
 
 from keysift.kvcache.native import calls
 from keysift.kvcache.native.calls import STRUCTURES, FillCall, LinearCall, Matrix, ProbeCall, TopCall
-from keysift.kvcache.native.checks import OutOfBounds, checked
+from keysift.kvcache.native.checks import OutOfBounds, check, checked
 
 NATIVE = Path(calls.__file__).parent
 COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))), None)
@@ -81,14 +81,14 @@ def test_a_list_of_tensors_becomes_addresses_that_the_call_keeps_alive() -> None
     assert addresses == [tensor if tensor is None else tensor.data_ptr() for tensor in lists]
 
 
-def test_a_kept_call_is_filled_again() -> None:
+def test_a_kept_call_is_checked_by_the_fields_that_are_set_again() -> None:
     matrix, x, out = torch.zeros(2, 32), torch.zeros(3, 32), torch.zeros(3, 2)
     packed = Matrix.pack(inputs=32, outputs=2, bias=None, scales=None, weight=matrix)
     call = LinearCall.pack(batch=3, x=x, type=0, out=out, matrix=packed)
-    call.fill(batch=1, x=x[1:2], out=out[1:2])
-    assert (call.batch, call.x, call.out) == (1, x[1].data_ptr(), out[1].data_ptr())
+    call.batch = 1
+    check(call, {"x": x[1:2], "out": out[1:2]})
     with pytest.raises(OutOfBounds, match=r"LinearCall\.x: shape \[3, 32\]: 3, needs batch, which is 1"):
-        call.fill(x=x)
+        check(call, {"x": x})
 
 
 def test_missing_and_unknown_fields_are_refused() -> None:
