@@ -117,7 +117,7 @@ class EngineConfig(Checked):
     patience: int = Field(
         256,
         ge=0,
-        description="steps after which a waiting request goes before all that came later, whatever their priority; "
+        description="steps that a request waits before it goes ahead of all that came later, whatever their priority; "
         "until then requests that fit pass one that waits for pages",
     )
     prefill_chunk: int = Field(1024, ge=1, description="most prompt tokens of a step, a multiple of queries_per_row")

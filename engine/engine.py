@@ -159,13 +159,14 @@ class Engine:
         try:
             result = self.runner.run(batch, [self._job_of(sequence).sampler for sequence in batch.sampled])
         except Exception as error:
-            failure, cause = failure_of(error, batch.title), error.with_traceback(None)
+            failure = failure_of(error, batch.title)
+            cause = error if failure.unexpected and len(batch.sequences) == 1 else None
         else:
             return self._commit(batch, result)
-        if len(batch.sequences) > 1:  # outside the handler, which keeps the failed step's tensors alive
+        if len(batch.sequences) > 1:  # outside the handler, as the error keeps the failed step's tensors alive
             return [output for part in batch.alone() for output in self._run(part)]
         self.scheduler.fail(batch.sequences[0], failure)
-        if failure.unexpected:
+        if cause is not None:
             self._check_health(cause)
         return []
 
@@ -214,6 +215,7 @@ class Engine:
         return outputs
 
     def _finish(self, job: Job, reason: FinishReason, failure: Failure | None = None) -> Finish:
+        finish = job.finish(reason, failure)
         del self._jobs[job.request_id]
         self.scheduler.finish(job.sequence)
-        return job.finish(reason, failure)
+        return finish

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from keysift.attention import Strategy, StrategyError, parse
+from keysift.attention import Strategy, StrategyError, StrategyFailure, parse
 from keysift.attention.failure import describe
 from keysift.kvcache import PagedCache, PageKeys, Phase
 
@@ -39,8 +39,7 @@ class Preparation:
 
     def job(self, request: Request) -> Job:
         """The job of a request. See `Engine.prepare` for what it raises."""
-        sequence = self._sequence(request)
-        self._check_size(sequence)
+        sequence = self._checked(request)
         sequence.page_keys()  # hashes the prompt here, as the scheduler reads the keys on the engine's thread
         eos = self._model.eos_token_ids
         sampler = SamplerState(
@@ -55,7 +54,7 @@ class Preparation:
 
     def check(self, request: Request) -> None:
         """Raise what `job` raises, without the costly parts of a job."""
-        self._check_size(self._sequence(request))
+        self._checked(request)
 
     def strategy(self, name: str, arguments: tuple[str, ...] = ()) -> Strategy:
         """Strategy of a name, see `Engine.strategy`."""
@@ -66,6 +65,14 @@ class Preparation:
         strategy = parsed(name, calibration.calibrated(name, stated, self._crossovers))
         self._check_strategy(strategy)
         return strategy
+
+    def _checked(self, request: Request) -> Sequence:
+        """The scheduler's form of a request that the engine can run."""
+        try:
+            self._check_size(sequence := self._sequence(request))
+        except StrategyFailure as error:
+            raise Unsupported(str(error)) from error
+        return sequence
 
     def _sequence(self, request: Request) -> Sequence:
         """The scheduler's form of a request. Raises `InvalidRequest` or `Unsupported`."""

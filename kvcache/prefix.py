@@ -46,6 +46,9 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._frames)
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._frames
+
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """Frames of the longest known prefix of `keys`; the caller holds those that it uses."""
         frames: list[int] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,6 +35,15 @@ def _torch() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Native calls and selections as outside of checked mode, which reads values and so waits for a device."""
+    from keysift.kvcache.native.checks import checked
+
+    with checked(False):
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,7 +7,8 @@ of the recording and has no streams, so it tests neither how graphs share memory
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -18,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from keysift.attention import StrategyFailure
 from keysift.engine.execution.recorder import WaitsForDevice
+from keysift.kvcache.native.checks import checked
 
 T = TypeVar("T")
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique_dim", "_unique2"}
@@ -98,6 +101,17 @@ def _masks(indices: Any) -> bool:
     return any(isinstance(each, Tensor) and each.dtype == torch.bool for each in indices)
 
 
+@contextmanager
+def _unwrapping() -> Iterator[None]:
+    """Raise a wait itself: real ones are no exceptions, which a strategy's failure would wrap."""
+    try:
+        yield
+    except StrategyFailure as error:
+        if isinstance(error.__cause__, WaitsForDevice):
+            raise error.__cause__ from None
+        raise
+
+
 class Recorder:
     """Recorder of work that counts recordings and replays."""
 
@@ -108,7 +122,8 @@ class Recorder:
     def __call__(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
         replayer = Replayer()
         work()  # as for a real one, whose kernels are compiled in a first run
-        with mock.patch("torch.cuda.is_current_stream_capturing", return_value=True), replayer, NoWaits():
+        capturing = mock.patch("torch.cuda.is_current_stream_capturing", return_value=True)
+        with capturing, checked(False), replayer, NoWaits(), _unwrapping():
             result = work()  # models test for a recording
         self.recorded += 1
 

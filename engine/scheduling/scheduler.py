@@ -13,7 +13,7 @@ from keysift.attention import Coverage, Reads, Strategy
 from keysift.kvcache import OutOfFrames, PagedCache, Phase, Span
 
 from .failures import Failure, failure_of
-from .sequence import Made, Sequence
+from .sequence import Blocked, Made, Sequence
 
 T = TypeVar("T")
 
@@ -53,9 +53,9 @@ class Scheduler:
     and is computed again later.
 
     The order is by priority, then by arrival. A request that cannot be admitted for lack of pages lets those pass that
-    fit. After `patience` steps a request is old: the old go before all others, in order of arrival whatever their
-    priority, and no request passes an old one. So no request waits for ever: once it is old, it waits for no more than
-    those that run, and those that came before it.
+    fit. A request that has waited for `patience` steps is old: the old go before all others, in order of arrival
+    whatever their priority, and no request passes an old one. So no request waits for ever: once it is old, it waits
+    for no more than those that run, and those that came before it.
 
     A sparse prompt is always cut into the same chunks under the same strategy, however much of it was cached and
     however often it was preempted. For a dense prompt the cut does not matter.
@@ -83,14 +83,15 @@ class Scheduler:
         self._last_phase = Phase.DECODE
         self._oldest_turn = True
         self._serial = 0
-        self._last_strategy: Strategy | None = None
+        self._turns: dict[Strategy, int] = {}
+        """Step of the last turn of each strategy that decodes."""
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence, new or preempted."""
         if not sequence.serial:
             self._serial += 1
-            sequence.serial, sequence.added = self._serial, self._steps
-        sequence.blocked = -1
+            sequence.serial = self._serial
+        sequence.since, sequence.blocked = self._steps, None
         self.waiting.append(sequence)
 
     def finish(self, sequence: Sequence) -> None:
@@ -129,6 +130,8 @@ class Scheduler:
         self._keep(sequence)
         if token is not None:
             sequence.append(token, now)
+        elif sequence.phase is Phase.PREFILL:
+            sequence.since = self._steps + 1  # every other step may be one of decoding
 
     def _running(self, phase: Phase) -> list[Sequence]:
         return [sequence for sequence in self.running if sequence.phase is phase]
@@ -140,7 +143,11 @@ class Scheduler:
         return 1, *sequence.order
 
     def _is_old(self, sequence: Sequence) -> bool:
-        return self._steps - sequence.added > self._patience
+        return self._waited(sequence) > self._patience
+
+    def _waited(self, sequence: Sequence) -> int:
+        """Steps that the sequence has waited."""
+        return sequence.waited + (0 if sequence.since is None else max(self._steps - sequence.since, 0))
 
     def _admit(self) -> None:
         """Admit waiting sequences in order, past those that have to wait for pages and are not old."""
@@ -164,8 +171,8 @@ class Scheduler:
 
     def _admit_one(self, sequence: Sequence) -> bool:
         """Open the sequence with its cached prefix, and reserve pages for all its known tokens and one more."""
-        if sequence.blocked >= 0 and self._cache.free_pages <= sequence.blocked:
-            return False  # as last time; matching its prefix again would cost more than it could find
+        if self._is_blocked(sequence):
+            return False
         spec, known = self._cache.spec, len(sequence.tokens)
         keys = sequence.page_keys()[: self._reusable(sequence)]
         shared = self._cache.match(keys, *sequence.index_specs)
@@ -175,16 +182,23 @@ class Scheduler:
         try:
             self._cache.share(handle, shared[:aligned])
             self._cache.reserve(handle, known + 1)
+            if sequence.started is None:
+                sequence.reused = self._made(shared[:aligned])
         except Exception as error:
             self._cache.release(handle)
             if isinstance(error, OutOfFrames):
-                sequence.blocked = self._cache.free_pages
+                missing = keys[len(shared)] if len(shared) < len(keys) else None
+                sequence.blocked = Blocked(self._cache.free_pages, missing)
                 return False
             raise
-        if sequence.started is None:
-            sequence.reused = self._made(shared[:aligned])
         sequence.handle, sequence.computed, sequence.kept = handle, aligned * spec.page_size, aligned
         return True
+
+    def _is_blocked(self, sequence: Sequence) -> bool:
+        """True where another try would find too few pages again, after a look at the whole prefix."""
+        if (blocked := sequence.blocked) is None or self._cache.free_pages > blocked.free:
+            return False
+        return blocked.missing is None or blocked.missing not in self._cache.prefix
 
     def _made(self, shared: SequenceOf[int]) -> Made:
         """Statistics of the steps that computed cached pages."""
@@ -231,18 +245,21 @@ class Scheduler:
                 groups.setdefault(strategy, []).append(sequence)
         if not groups:
             return None
-        self._last_strategy = strategy = self._next_strategy(list(groups))
+        strategy = self._next_strategy(list(groups))
         return self._batch(Phase.DECODE, strategy, groups[strategy], 1)
 
     def _next_strategy(self, strategies: list[Strategy]) -> Strategy:
-        """Strategies that decode at the same time take turns, in order of first use."""
-        turn = strategies.index(self._last_strategy) + 1 if self._last_strategy in strategies else 0
-        return strategies[turn % len(strategies)]
+        """Strategies that decode at the same time take turns: the one that waits longest, of equals the first."""
+        self._turns = {strategy: self._turns.get(strategy, 0) for strategy in strategies}
+        chosen = min(strategies, key=self._turns.__getitem__)
+        self._turns[chosen] = self._steps
+        return chosen
 
     def _batch(self, phase: Phase, strategy: Strategy, sequences: list[Sequence], length: int) -> Batch:
         self._last_phase = phase
         for sequence in sequences:
             sequence.start(time.monotonic())
+            sequence.waited, sequence.since = self._waited(sequence), None
         spans = tuple(Span(_handle(sequence), sequence.computed, length) for sequence in sequences)
         return Batch(phase, strategy, tuple(sequences), spans)
 

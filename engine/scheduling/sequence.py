@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from keysift.attention import Coverage, Dense, Locality, Reads, Strategy
+from keysift.attention.failure import Blame
 from keysift.kvcache import PageKeys, Phase, Traffic
 from keysift.kvcache.index import IndexSpec
 
@@ -20,6 +21,15 @@ class Statistics(NamedTuple):
     coverage: Coverage
     traffic: Traffic
     locality: Locality
+
+
+class Blocked(NamedTuple):
+    """State in which a sequence found too few pages: until one of both changes, it finds too few again."""
+
+    free: int
+    """Pages that were free."""
+    missing: bytes | None
+    """Key of its first page that was not cached; None: all were."""
 
 
 class Made(NamedTuple):
@@ -43,16 +53,20 @@ class Sequence:
     """Its bits are those of the prompt computed in whole chunks, then token by token."""
     prompt_strategy: Strategy = field(init=False)
     """Strategy of the whole prompt; where it is dense, so is every chunk."""
+    name: str = field(init=False)
+    """The strategy's name, asked once as the next two: what its own code raises then concerns nobody else."""
     remembers: bool = field(init=False)
-    """`Strategy.remembers`, asked once: what a strategy's own code raises then concerns nobody else."""
+    """`Strategy.remembers`."""
     rows_at_the_end: int = field(init=False)
-    """`Strategy.rows_at_the_end` of the prompt's strategy, asked once."""
+    """`Strategy.rows_at_the_end` of the prompt's strategy."""
     serial: int = 0
     """Orders requests that arrived at the same time."""
-    added: int = 0
-    """Number of the scheduler's step at which the request arrived."""
-    blocked: int = -1
-    """Pages that were free when they were too few for the sequence; -1: it was not tried since."""
+    waited: int = 0
+    """Steps that it has waited for pages, or for its prompt's turn, until `since`."""
+    since: int | None = None
+    """Number of the scheduler's step from which on it waits; None: it does not."""
+    blocked: Blocked | None = None
+    """Why it was not admitted; None: it was not tried since it waits."""
     tokens: list[int] = field(default_factory=list)
     handle: int | None = None
     """Number of the sequence in the cache while it holds pages."""
@@ -82,6 +96,7 @@ class Sequence:
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)
         self.prompt_strategy = self.strategy.at(Phase.PREFILL, self.prompt_len, self.prompt_len)
+        self.name = self.strategy.name
         self.remembers = self.strategy.remembers
         self.rows_at_the_end = self.prompt_strategy.rows_at_the_end
 
@@ -148,11 +163,14 @@ class Sequence:
         """Strategy of the next tokens: the part for the phase, or dense where choosing is not worth it.
 
         All chunks after a dense prompt are dense too, however long the sequence has grown: so they were before a
-        preemption.
+        preemption. Raises `StrategyFailure` for what the strategy's own code raises.
         """
         if phase is Phase.PREFILL and self.dense:
             return self.prompt_strategy
-        return self.strategy.at(phase, self.computed + queries, queries)
+        with Blame(self.strategy, "at"):
+            chosen = self.strategy.at(phase, self.computed + queries, queries)
+            hash(chosen)  # batches are grouped by it
+        return chosen
 
     def page_keys(self) -> list[bytes]:
         """Keys of the full pages that other sequences may share; the scheduler uses fewer for a sparse prompt.
@@ -187,9 +205,7 @@ class Sequence:
         self.last_token = now
 
     def prompt_info(self) -> PromptInfo:
-        return PromptInfo(
-            self.request.request_id, self.prompt_len, self.cached, self.strategy.name, self.timings().queue_ms
-        )
+        return PromptInfo(self.request.request_id, self.prompt_len, self.cached, self.name, self.timings().queue_ms)
 
     def progress(self) -> PrefillProgress:
         processed = min(self.computed, self.prompt_len)
@@ -224,7 +240,7 @@ class Sequence:
         prefill_traffic, decode_traffic = self.traffic[Phase.PREFILL], self.traffic[Phase.DECODE]
         chose = sum((each for each in coverage.values() if each.chose), Coverage())
         return Sparsity(
-            strategy=self.strategy.name,
+            strategy=self.name,
             prefill_density=prompt.density,
             decode_density=decode.density,
             coverage=chose.mean,

@@ -263,6 +263,7 @@ def test_offloaded_pages_use_the_paged_op(ran: list[str]) -> None:
     torch.testing.assert_close(out.double(), reference(FIRST, data, SCALE), rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("chunk", [FIRST, LATER], ids=["at the start", "after others"])
 def test_sdpa_does_not_wait_for_the_device(chunk: Chunk, ran: list[str]) -> None:
     cache = cache_of(chunk, device="meta")

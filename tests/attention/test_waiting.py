@@ -29,6 +29,8 @@ from keysift.kvcache.tiers.stage_reader import StageReader
 
 from .devices import NoWaiting
 
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 PAGE, ROW, HEADS, KV_HEADS, DIM = 16, 64, 4, 2, 64
 FRAMES, SEQUENCES = 32, 2
 SMALL: dict[str, object] = {"sink": 16, "local": 16, "window": 32, "last_rows_dense": 0}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 
+from keysift.attention import Strategy
+from keysift.attention.strategy import Positive, option
 from keysift.engine import Engine, Finish, FinishReason, Output, Request, SamplingParams
 from keysift.kvcache import OffloadError, OutOfFrames, Phase, Step
 from tests.engine.driver import Make, drain, finish_of, greedy, said, tokens
@@ -255,3 +258,46 @@ def test_a_check_that_finds_no_room_leaves_no_sequence_open(
     monkeypatch.setattr(engine.cache, "reserve", full)
     engine._check_health(ValueError("a bug of a strategy"))
     assert sorted(engine.cache._closed) == [0, 1]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Odd(Strategy):
+    """A plug-in that behaves until a context of some length."""
+
+    window: Positive = option(4, "tokens that every query reads")
+
+    def at(self, phase: Phase, context_len: int, queries: int) -> Strategy:
+        return [] if context_len == 95 else self  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Nameless(Strategy):
+    """A plug-in whose name can be asked for once."""
+
+    asked: ClassVar[list[int]] = []
+
+    @property
+    def name(self) -> str:
+        self.asked.append(1)
+        if len(self.asked) > 1:
+            raise RuntimeError("no name")
+        return "nameless"
+
+
+@pytest.mark.parametrize("plugin", [Odd(), Nameless()], ids=["no strategy", "no name"])
+def test_a_plug_in_that_fails_later_ends_no_other_request(
+    make: Make, clean: Callable[..., Any], plugin: Strategy
+) -> None:
+    engine = make()
+    Nameless.asked.clear()
+    wanted = requests()
+    engine.preparation.default = plugin
+    victim = engine.prepare(Request("victim", PROMPTS["victim"], greedy(12)))
+    engine.preparation.default = make().default
+    for each in (wanted[0], victim, wanted[2]):
+        engine.add(each)
+    outputs = drain(engine)
+    for other in ("a", "c"):
+        assert said(outputs, other) == clean()[other]
+    if isinstance(plugin, Odd):
+        assert "strategy odd: at failed: TypeError" in finish_of(outputs, "victim").error

@@ -150,6 +150,7 @@ def pages(engine: Engine) -> list[Tensor]:
 class Counting(Strategy):
     """Reads the context's length on the host, but declares that it can be replayed."""
 
+    __module__ = "keysift.tests"  # as one of ours: what a plug-in selects is read on a CPU, which no recording allows
     replayable = True
 
     def decode(self, q: Tensor, context: Context) -> Selection:
@@ -271,6 +272,7 @@ def test_several_tokens_of_one_sequence_run_op_by_op(make: Make) -> None:
 class Waiting(Strategy):
     """Waits for the device, but declares that it can be replayed."""
 
+    __module__ = "keysift.tests"
     replayable = True
 
     def decode(self, q: Tensor, context: Context) -> Selection:

@@ -103,6 +103,37 @@ def test_the_request_that_would_run_last_gives_way_and_is_computed_again() -> No
     assert second.num_generated == 14
 
 
+def test_a_prompt_that_waits_for_pages_starts_when_another_one_caches_its_prefix() -> None:
+    """Also if no page came free: it needs fewer then."""
+    scheduler = make_scheduler(frames=20)
+    scheduler.add(first := sequence("first", 56, new=20, salt="same"))
+    scheduler.add(second := sequence("second", 56, new=4, salt="same"))
+    for _ in range(8):
+        run(scheduler, _next(scheduler))
+    assert first.num_generated > 0
+    assert first.handle is not None
+    assert second.cached == 48
+
+
+def test_a_request_that_only_runs_for_long_does_not_grow_old() -> None:
+    """It gives way to one of a higher priority that came later, however many steps it ran."""
+    scheduler = make_scheduler(frames=12, patience=10)
+    scheduler.add(low := sequence("low", 8, new=40, priority=9))
+    for _ in range(16):
+        run(scheduler, _next(scheduler))
+    scheduler.add(high := sequence("high", 16, new=12))
+    while high.num_generated < 12:
+        run(scheduler, _next(scheduler))
+    assert high.preemptions == 0
+    assert low.preemptions > 0
+
+
+def test_strategies_take_turns_however_their_order_changes() -> None:
+    scheduler = make_scheduler()
+    turns = [scheduler._next_strategy(order) for order in (STRATEGIES[:3], STRATEGIES[2::-1], STRATEGIES[1:3] * 2)]
+    assert set(map(repr, turns)) == set(map(repr, STRATEGIES[:3]))
+
+
 def test_generated_tokens_of_a_reproducible_request_are_decoded_again() -> None:
     """Chunks would round otherwise."""
     member = sequence("a", 20)
