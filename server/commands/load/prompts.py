@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,15 +54,19 @@ def _wrap(text: str, start: int, size: int) -> str:
 
 
 def token_size(client: Client, max_model_len: int, priority: int = 0) -> float:
-    """Mean characters of a token, from the server's token count of one sample; the request is cancelled then."""
+    """Mean characters of a token, from the server's token count of one sample; the request is aborted then."""
     # A token has at least one character of this text, so that the sample fits with every tokenizer.
     sample = documentation()[: max(1, min(SAMPLE_CHARACTERS, max_model_len - 2))]
-    outputs = client.generate(sample, SamplingParams(max_new_tokens=1), bypass_prefix_cache=True, priority=priority)
-    for output in outputs:
+    name, size = uuid.uuid4().hex, 0.0
+    once = SamplingParams(max_new_tokens=1)
+    outputs = client.generate(sample, once, request_id=name, bypass_prefix_cache=True, priority=priority)
+    for output in outputs:  # to the end: a cancelled one would keep its place in the queue for a while
         if isinstance(output, PromptInfo):
-            outputs.close()  # type: ignore[attr-defined]
-            return len(sample) / output.prompt_tokens
-    raise InvalidRequest("address", "a server that reports prompt_info, got none")
+            size = len(sample) / output.prompt_tokens
+            client.abort([name])
+    if not size:
+        raise InvalidRequest("address", "a server that reports prompt_info, got none")
+    return size
 
 
 def read(file: Path) -> list[SizedPrompt]:
