@@ -31,8 +31,8 @@ class InferenceStub(object):
     Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
     fields are only added. The server also offers grpc.health.v1.Health and reflection. Strings and lists have limits,
     which the server's flags set (docs/serving.md); an error names field, limit and value. Callers send the metadata
-    `authorization: Bearer TOKEN` if the server has tokens. A tenant is who has a token of its own; callers without names
-    are one tenant.
+    `authorization: Bearer TOKEN` if the server has tokens. A tenant is all callers whose tokens have one name; those
+    without names count as one tenant.
     """
 
     def __init__(self, channel):
@@ -69,8 +69,8 @@ class InferenceServicer(object):
     Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
     fields are only added. The server also offers grpc.health.v1.Health and reflection. Strings and lists have limits,
     which the server's flags set (docs/serving.md); an error names field, limit and value. Callers send the metadata
-    `authorization: Bearer TOKEN` if the server has tokens. A tenant is who has a token of its own; callers without names
-    are one tenant.
+    `authorization: Bearer TOKEN` if the server has tokens. A tenant is all callers whose tokens have one name; those
+    without names count as one tenant.
     """
 
     def Generate(self, request, context):
@@ -140,8 +140,8 @@ class Inference(object):
     Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
     fields are only added. The server also offers grpc.health.v1.Health and reflection. Strings and lists have limits,
     which the server's flags set (docs/serving.md); an error names field, limit and value. Callers send the metadata
-    `authorization: Bearer TOKEN` if the server has tokens. A tenant is who has a token of its own; callers without names
-    are one tenant.
+    `authorization: Bearer TOKEN` if the server has tokens. A tenant is all callers whose tokens have one name; those
+    without names count as one tenant.
     """
 
     @staticmethod

@@ -95,8 +95,8 @@ class InferenceStub(typing.Generic[_InferenceGenerateType, _InferenceAbortType, 
     Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
     fields are only added. The server also offers grpc.health.v1.Health and reflection. Strings and lists have limits,
     which the server's flags set (docs/serving.md); an error names field, limit and value. Callers send the metadata
-    `authorization: Bearer TOKEN` if the server has tokens. A tenant is who has a token of its own; callers without names
-    are one tenant.
+    `authorization: Bearer TOKEN` if the server has tokens. A tenant is all callers whose tokens have one name; those
+    without names count as one tenant.
     """
 
     @typing.overload
@@ -179,8 +179,8 @@ class InferenceServicer(metaclass=abc.ABCMeta):
     Field names follow vLLM's `vllm.Inference`. A field that is not set takes the default of its comment. Within v1,
     fields are only added. The server also offers grpc.health.v1.Health and reflection. Strings and lists have limits,
     which the server's flags set (docs/serving.md); an error names field, limit and value. Callers send the metadata
-    `authorization: Bearer TOKEN` if the server has tokens. A tenant is who has a token of its own; callers without names
-    are one tenant.
+    `authorization: Bearer TOKEN` if the server has tokens. A tenant is all callers whose tokens have one name; those
+    without names count as one tenant.
     """
 
     @abc.abstractmethod
