@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 
 class Contents:
@@ -27,6 +27,15 @@ class Contents:
     def __len__(self) -> int:
         """Pages."""
         return len(self._frames)
+
+    @property
+    def last(self) -> int:
+        """Frame of the last page."""
+        return self._frames[-1]
+
+    def meets(self, frames: Set[int]) -> bool:
+        """True if a page is in one of these frames."""
+        return bool(frames) and not frames.isdisjoint(self._frames)
 
     def pages(self) -> Iterable[Contents]:
         """The contents of each page."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -36,10 +36,10 @@ class Entries(Protocol):
     def known(self, pages: Sequence[Contents]) -> int:
         """Number of the first pages of a prompt, of these, of which it has all that keys do not tell."""
 
-    def forget(self, frames: Sequence[int]) -> None:
+    def forget(self, frames: Set[int]) -> None:
         """Discard what was made from these frames' pages, which are about to become full of other tokens."""
 
-    def claim(self, frames: Sequence[int]) -> None:
+    def claim(self, frames: Set[int]) -> None:
         """Discard all that belongs to these frames, which are about to hold pages of another sequence."""
 
     def clear(self) -> None:

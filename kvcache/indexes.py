@@ -124,11 +124,13 @@ class Indexes:
     def begin(self, filled: Sequence[int]) -> None:
         """Begin a step in which these frames become full."""
         self.room.tick()
-        self._each(lambda entries: entries.forget(filled))
+        frames = set(filled)
+        self._each(lambda entries: entries.forget(frames))
 
     def claim(self, frames: Sequence[int]) -> None:
         """Note that these frames were taken for pages of another sequence."""
-        self._each(lambda entries: entries.claim(frames))
+        taken = set(frames)
+        self._each(lambda entries: entries.claim(taken))
 
     def _each(self, change: Callable[[Entries], None]) -> None:
         """Apply a change to all entries. Those that fail begin anew: what they hold may be of pages that are gone."""

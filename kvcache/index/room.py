@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Set
+from itertools import takewhile
 from typing import Any, Generic, TypeVar
+from weakref import WeakValueDictionary
 
 from ..contents import Contents
 
 T = TypeVar("T")
+
+BLOCK_BYTES, PAGE_BYTES = 1024, 8
+"""What a block takes besides its parts, and for each of its pages."""
 
 IN_USE = 64
 """Steps after its last use in which a block does not give way: two that are in use would take turns being built."""
@@ -38,17 +44,25 @@ class Room:
         if self.limit is None:
             return True
         leaving: list[Block[Any]] = []
-        freed = 0
-        for block, used in self._blocks.items():
-            if self.used - freed + size <= self.limit or used + IN_USE >= self._now:
-                break
+        old, free = self._old(), self.limit - self.used
+        while free < size:
+            if (block := next(old, None)) is None:
+                return False
             leaving.append(block)
-            freed += block.bytes
-        if self.used - freed + size > self.limit:
-            return False
+            free += block.bytes
         for block in leaving:
             block.drop()
         return True
+
+    @property
+    def available(self) -> float:
+        """Bytes that `make` can make room for."""
+        return math.inf if self.limit is None else self.limit - self.used + sum(block.bytes for block in self._old())
+
+    def _old(self) -> Iterator[Block[Any]]:
+        """Blocks that may give way, the one used longest ago first."""
+        used = takewhile(lambda item: item[1] + IN_USE < self._now, self._blocks.items())
+        return (block for block, _ in used)
 
     def leave(self, block: Block[Any]) -> None:
         """Forget a block that was dropped."""
@@ -56,7 +70,9 @@ class Room:
 
 
 class Block(Generic[T]):
-    """Parts that were made from the contents of some pages, by layer."""
+    """Parts that were made from the contents of some pages, by layer. It is kept from its first part on."""
+
+    __slots__ = ("__weakref__", "_blocks", "bytes", "contents", "parts")
 
     def __init__(self, blocks: Blocks[T], contents: Contents) -> None:
         self.contents = contents
@@ -64,8 +80,16 @@ class Block(Generic[T]):
         self.bytes = 0
         self._blocks = blocks
 
+    @property
+    def least(self) -> int:
+        """Bytes that its first part takes besides its own."""
+        return 0 if self.parts else BLOCK_BYTES + PAGE_BYTES * len(self.contents)
+
     def put(self, layer: int, part: T, size: int) -> None:
-        """Keep a part of so many bytes, for which `Room.make` has made room."""
+        """Keep a part of so many bytes, for which, and for `least`, `Room.make` has made room."""
+        size += self.least
+        if not self.parts:
+            self._blocks.keep(self)
         self.parts[layer] = part
         self.bytes += size
         self._blocks.room.used += size
@@ -76,9 +100,11 @@ class Block(Generic[T]):
 
 
 class Blocks(Generic[T]):
-    """Blocks by the contents that they were made from, each valid until one of its pages is written anew.
+    """Blocks by the contents that they were made from, each valid until its last page is written anew.
 
-    Sequences that share a prefix hold the same pages, and so share blocks.
+    A sequence's pages are written in order, so the last one of a run is written anew with any page before it, unless
+    that gets the same tokens again: to look for it costs the same for runs of any length. Sequences that share a
+    prefix hold the same pages, and so share blocks.
     """
 
     def __init__(self, room: Room, cancel: Callable[[T], None] = lambda part: None) -> None:
@@ -88,7 +114,8 @@ class Blocks(Generic[T]):
         """Grows whenever a block is dropped."""
         self._cancel = cancel
         self._blocks: dict[Contents, Block[T]] = {}
-        self._users: defaultdict[Contents, set[Block[T]]] = defaultdict(set)  # of each page
+        self._new: WeakValueDictionary[Contents, Block[T]] = WeakValueDictionary()  # without parts, while someone looks
+        self._ending: defaultdict[int, set[Block[T]]] = defaultdict(set)  # by the frame of their last page
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -105,17 +132,21 @@ class Blocks(Generic[T]):
 
     def at(self, contents: Contents) -> Block[T]:
         """The block of these contents, a new one without parts if there is none."""
-        if (block := self._blocks.get(contents)) is None:
-            block = self._blocks[contents] = Block(self, contents)
-            for page in contents.pages():
-                self._users[page].add(block)
-        self.room.touch(block)
+        if (block := self.get(contents) or self._new.get(contents)) is None:
+            block = self._new[contents] = Block(self, contents)
         return block
 
-    def forget(self, frames: Sequence[int]) -> None:
-        """Drop every block of pages in any of these frames, which are about to hold other tokens."""
-        for page in Contents(frames).pages():
-            for block in list(self._users.get(page, ())):
+    def keep(self, block: Block[T]) -> None:
+        """Keep a block that gets its first part."""
+        self._new.pop(block.contents, None)
+        self._blocks[block.contents] = block
+        self._ending[block.contents.last].add(block)
+        self.room.touch(block)
+
+    def forget(self, frames: Set[int]) -> None:
+        """Drop every block that ends in one of these frames, which are about to hold other tokens."""
+        for frame in self._ending.keys() & frames:
+            for block in list(self._ending[frame]):
                 self.drop(block)
 
     def clear(self) -> None:
@@ -128,10 +159,10 @@ class Blocks(Generic[T]):
         if self._blocks.get(block.contents) is not block:
             return
         del self._blocks[block.contents]
-        for page in block.contents.pages():
-            self._users[page].discard(block)
-            if not self._users[page]:
-                del self._users[page]
+        ending = self._ending[block.contents.last]
+        ending.discard(block)
+        if not ending:
+            del self._ending[block.contents.last]
         self.version += 1
         self.room.used -= block.bytes
         self.room.leave(block)

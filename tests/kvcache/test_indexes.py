@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from keysift.kvcache import CacheSpec, Context, PagedCache, Span
 from keysift.kvcache.contents import Contents
 from keysift.kvcache.context import Entries
-from keysift.kvcache.index import CodeIndex, FlatIndex, Ivf
+from keysift.kvcache.index import CodeIndex, FlatIndex, Graph, Ivf
 from keysift.kvcache.index.room import Room
 from keysift.kvcache.indexes import SPARE
 
@@ -34,11 +34,11 @@ class Noted:
     def known(self, pages: Sequence[Contents]) -> int:
         return min(len(pages), 2)
 
-    def forget(self, frames: Sequence[int]) -> None:
-        self._note("forget", list(frames))
+    def forget(self, frames: Set[int]) -> None:
+        self._note("forget", sorted(frames))
 
-    def claim(self, frames: Sequence[int]) -> None:
-        self._note("claim", list(frames))
+    def claim(self, frames: Set[int]) -> None:
+        self._note("claim", sorted(frames))
 
     def clear(self) -> None:
         self._note("clear", None)
@@ -115,7 +115,20 @@ def test_an_index_hears_of_pages_that_are_taken_and_become_full() -> None:
     sequence = cache.open(spec)
     step(cache, sequence, length=9)
     told, frames = noted(cache, spec).told, cache._frames[sequence]
-    assert told[:2] == [("claim", frames), ("forget", frames[:2])]
+    assert told[:2] == [("claim", sorted(frames)), ("forget", sorted(frames[:2]))]
+
+
+def test_pages_that_are_taken_are_looked_at_once_whatever_the_number_of_indexes() -> None:
+    cache, hashed = make_cache(), []
+
+    class Frame(int):
+        def __hash__(self) -> int:
+            hashed.append(int(self))
+            return int(self)
+
+    cache.open(*(Graph(sink=sink, wait=True) for sink in range(8)))
+    cache.indexes.claim([Frame(number) for number in range(32)])
+    assert hashed == list(range(32))
 
 
 def test_a_prefix_is_used_as_far_as_an_index_knows_it() -> None:

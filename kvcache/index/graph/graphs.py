@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -63,6 +63,7 @@ class Graphs:
         self._queries: KeptQueries = next(alike, None) or KeptQueries(spec, room, sizes.queries, self._grain)
         self._queries.users.add(self)
         self._graphs: Blocks[Job] = Blocks(room, Job.cancel)
+        self._building: list[Block[Job]] = []
         self._view: _View | None = None
 
     def __len__(self) -> int:
@@ -91,16 +92,22 @@ class Graphs:
     def known(self, pages: Sequence[Contents]) -> int:
         return self._queries.known(pages)
 
-    def forget(self, frames: Sequence[int]) -> None:
+    def forget(self, frames: Set[int]) -> None:
         self._view = None
         self._graphs.forget(frames)
+        self._building = [
+            block for block in self._building if not all(job.done.is_set() for job in block.parts.values())
+        ]
+        for block in self._building:  # they read keys of all their pages
+            if block.contents.meets(frames):
+                block.drop()
 
-    def claim(self, frames: Sequence[int]) -> None:
+    def claim(self, frames: Set[int]) -> None:
         self.forget(frames)
         self._queries.claim(frames)
 
     def clear(self) -> None:
-        self._view = None
+        self._view, self._building = None, []
         self._graphs.clear()
         self._queries.leave(self)
 
@@ -135,13 +142,14 @@ class Graphs:
         if (job := block.parts.get(context.layer)) is not None:
             return job.graph
         size = graph_bytes(len(block.contents) * self._spec.page_size, self.sizes.degree, self._spec.num_kv_heads)
-        if not self._graphs.room.make(size):
+        if not self._graphs.room.make(size + block.least):
             return None
         job = Job(self._work(context, row, len(block.contents)))
         if self.waits(context):
             job.run()
         else:
             submit(job)
+            self._building.append(block)
         block.put(context.layer, job, size)
         return job.graph
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..room import Blocks, Room
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Sequence, Set
 
     from ...contents import Contents
     from ...context import Context
@@ -41,7 +41,7 @@ class KeptQueries:
     def bytes(self) -> int:
         return self._blocks.bytes
 
-    def claim(self, frames: Sequence[int]) -> None:
+    def claim(self, frames: Set[int]) -> None:
         """Forget the queries of frames that are about to hold other pages."""
         self._blocks.forget(frames)
 
@@ -94,11 +94,10 @@ class KeptQueries:
         if PAGES in block.parts:
             return
         shape = (len(self._place), count, *q.shape[1:])
-        if not self._blocks.room.make(size := torch.Size(shape).numel() * q.itemsize):
-            block.drop()
-            return
-        with torch.inference_mode(False):  # else they could not be written outside of it
-            block.put(PAGES, torch.zeros(shape, dtype=q.dtype, device=q.device), size)
+        size = torch.Size(shape).numel() * q.itemsize
+        if self._blocks.room.make(size + block.least):
+            with torch.inference_mode(False):  # else they could not be written outside of it
+                block.put(PAGES, torch.zeros(shape, dtype=q.dtype, device=q.device), size)
 
     def _positions(self, page: int) -> range:
         """Positions of a page whose queries are kept: those that the least graph over it may take."""

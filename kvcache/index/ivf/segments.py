@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -94,7 +96,7 @@ class Segments:
     def known(self, pages: Sequence[Contents]) -> int:
         return len(pages)
 
-    def forget(self, frames: Sequence[int]) -> None:
+    def forget(self, frames: Set[int]) -> None:
         self._view = None
         self._blocks.forget(frames)
 
@@ -151,10 +153,11 @@ class Segments:
 
     def _fitting(self, missing: list[_Missing]) -> list[_Missing]:
         """The first ones that there is room for."""
-        count = len(missing)
-        while count and not self._blocks.room.make(count * self._bytes):
-            count -= 1
-        return missing[:count]
+        room, sizes = self._blocks.room, list(accumulate(self._bytes + each.segment.least for each in missing))
+        if not sizes or room.make(sizes[-1]):
+            return missing
+        count = bisect(sizes, room.available)
+        return missing[:count] if count and room.make(sizes[count - 1]) else []
 
     @property
     def _bytes(self) -> int:

@@ -20,7 +20,7 @@ from keysift.kvcache.index.graph import build
 from keysift.kvcache.index.graph.ops import Found, KeyGraph, Reach, link_keys, nearest_keys, search_graphs
 from keysift.kvcache.index.graph.queries import KeptQueries
 from keysift.kvcache.index.graph.worker import Job
-from keysift.kvcache.index.room import Room
+from keysift.kvcache.index.room import BLOCK_BYTES, PAGE_BYTES, Room
 from keysift.kvcache.ops.dispatch import use_backend
 
 native = pytest.importorskip("keysift.kvcache.native.library")
@@ -152,7 +152,8 @@ def test_the_queries_kept_are_those_that_any_graph_takes(chunks: list[int]) -> N
         found = kept.training(context, 0, pages)[:, 0, 0].tolist()
         assert found == [position + 0.5 for position in range(0, 4 * pages, stride)]
         assert len(found) <= 8
-    assert kept.bytes == sum(len(kept._positions(page)) for page in range(60)) * HEADS * 16 * 4
+    counts = [count for page in range(60) if (count := len(kept._positions(page)))]
+    assert kept.bytes == sum(counts) * HEADS * 16 * 4 + len(counts) * (BLOCK_BYTES + PAGE_BYTES)
     none = KeptQueries(SPEC, Room(), most=0, grain=5)
     none.add(q, context, 0, 0)
     assert none.training(context, 0, 10).shape[0] == none.bytes == 0
@@ -322,6 +323,22 @@ def test_a_failing_build_is_told_and_only_its_own_pages_are_answered_by_codes(
     assert [record.message for record in caplog.records if record.exc_info] == [
         "a graph could not be built; the codes go on answering"
     ]
+
+
+@pytest.mark.parametrize("page", [0, 10])
+def test_a_build_ends_when_any_of_its_pages_is_written_anew(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def go_on(source: build.Source, stopped: build.Stopped) -> KeyGraph:
+        while not stopped():
+            threading.Event().wait(0.001)
+        raise build.Cancelled
+
+    monkeypatch.setattr("keysift.kvcache.index.graph.graphs.build", go_on)
+    cache, index, text = opened(replace(WAITING, wait=False))
+    text.step(96, torch.randn(96, HEADS, 16), torch.randn(96, 2, 16))
+    (job,) = jobs(index)
+    cache.indexes.begin([cache._frames[text.sequence][page]])
+    assert job.done.wait(60)
+    assert len(index.entries) == 0
 
 
 def test_a_build_that_is_waited_for_fails_its_own_step_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
