@@ -22,6 +22,7 @@ little with a single loop.
 def main() -> None:
     """Set the environment, then run the command line."""
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read once, when torch loads libgomp
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")  # read with grpc: else each handshake that fails writes a line
     if not sys.warnoptions:
         _hide_deprecations()
     with importing():

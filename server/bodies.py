@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -35,6 +35,12 @@ class _Turn:
     timeout: asyncio.Timeout
     hurried: bool = False
 
+    def hurry(self) -> None:
+        """End it `PATIENCE_S` after it began."""
+        self.hurried = True
+        if (end := self.timeout.when()) is not None:
+            self.timeout.reschedule(min(end, self.since + PATIENCE_S))
+
 
 @dataclass(eq=False, slots=True)
 class _Waiter:
@@ -45,9 +51,10 @@ class _Waiter:
 class Bodies:
     """Turns to receive a body. Its methods belong to the event loop's thread.
 
-    When all turns are taken, each newcomer hurries the longest one of the owner that has most: it ends `PATIENCE_S`
-    after it began. The turn goes to the owner that has least, and of several to the last to come. So callers that stop
-    in the middle of a body cannot keep others waiting for longer than that.
+    When all turns are taken, each waiter hurries one: it ends `PATIENCE_S` after it began. That is the longest one of
+    the owner that has most, if that is more than the waiter's owner would have then, or else of its own. A free turn
+    goes to the owner that has least, and of its waiters to the first. So an owner that stops in the middle of bodies
+    keeps no other one from its share of the turns, and nobody ends the only body of another one.
     """
 
     def __init__(self, turns: int, seconds: float, max_waiting_bytes: int) -> None:
@@ -66,6 +73,7 @@ class Bodies:
         async with self._turn(owner) as turn:
             try:
                 async with turn.timeout:
+                    self._hurry()
                     return await read()
             except TimeoutError:
                 raise self._late(turn) from None
@@ -124,17 +132,44 @@ class Bodies:
         self._waiters.remove(waiter)
 
     def _hurry(self) -> None:
-        """Shorten the time of a turn: that of the owner with most of them, and of these the longest."""
-        turns = Counter(turn.owner for turn in self._current)
-        calm = (turn for turn in self._current if not (turn.hurried or turn.timeout.expired()))
-        longest = max(calm, key=lambda turn: (turns[turn.owner], -turn.since), default=None)
-        if longest is not None and (end := longest.timeout.when()) is not None:
-            longest.hurried = True
-            longest.timeout.reschedule(min(end, longest.since + PATIENCE_S))
+        """Shorten a turn for each waiter, but for those that get the turns which end soon in any case."""
+        calm = [turn for turn in self._current if not (turn.hurried or turn.timeout.expired())]
+        ending, shares = len(self._current) - len(calm), self._shares(calm)
+        waiting = Counter(waiter.owner for waiter in self._waiting)
+        while calm and waiting:
+            owner = min(waiting, key=shares.__getitem__)
+            if ending:
+                ending -= 1
+            elif turn := _longest(calm, shares, owner):
+                turn.hurry()
+                calm.remove(turn)
+                shares[turn.owner] -= 1
+            else:  # others may still hurry turns of their own
+                waiting = +Counter({turn.owner: waiting[turn.owner] for turn in calm if turn.owner != owner})
+                continue
+            shares[owner] += 1
+            waiting[owner] -= 1
+            waiting = +waiting
 
     def _wake(self) -> None:
-        """Give a free turn to the waiter whose owner has least turns, and of these to the last."""
-        turns = Counter(turn.owner for turn in self._current)
-        waiting = [waiter for waiter in reversed(self._waiters) if not waiter.ready.done()]
-        if waiting and not self.full:
-            min(waiting, key=lambda waiter: turns[waiter.owner]).ready.set_result(None)
+        """Give a free turn to the waiter whose owner has least turns, and of these to the first."""
+        if (waiting := self._waiting) and not self.full:
+            shares = self._shares(self._current)
+            min(waiting, key=lambda waiter: shares[waiter.owner]).ready.set_result(None)
+
+    @property
+    def _waiting(self) -> list[_Waiter]:
+        """Waiters without a promise, in order of arrival."""
+        return [waiter for waiter in self._waiters if not waiter.ready.done()]
+
+    def _shares(self, turns: Iterable[_Turn]) -> Counter[str]:
+        """Turns of each owner: these, and the promised ones."""
+        shares = Counter(turn.owner for turn in turns)
+        shares.update(waiter.owner for waiter in self._waiters if waiter.ready.done())
+        return shares
+
+
+def _longest(turns: Iterable[_Turn], shares: Counter[str], owner: str) -> _Turn | None:
+    """Longest turn of the owner that has most, which `owner` may hurry."""
+    allowed = (turn for turn in turns if turn.owner == owner or shares[turn.owner] > shares[owner] + 1)
+    return max(allowed, key=lambda turn: (shares[turn.owner], -turn.since), default=None)

@@ -30,7 +30,9 @@ def read_pair(key_file: Path, certificate_file: Path) -> tuple[bytes, bytes]:
             problem = f"the key of the certificate {str(certificate_file)!r}, got the key of another one"
             raise _fault("ssl_keyfile", key_file, problem) from None
         raise _fault("ssl_certfile", certificate_file, f"a certificate that fits its key ({error.reason})") from None
-    if (key, chain) != (key_file.read_bytes(), certificate_file.read_bytes()):
+    except OSError as error:
+        raise _fault("ssl_certfile", certificate_file, f"a readable file with its key ({error.strerror})") from None
+    if (key, chain) != (read("ssl_keyfile", key_file), read("ssl_certfile", certificate_file)):
         raise _fault("ssl_certfile", certificate_file, "a file that does not change while it is read")
     warn_of_expiry("ssl_certfile", certificate_file, chain)
     return key, chain
@@ -82,7 +84,11 @@ def warn_of_expiry(field: str, path: Path, chain: bytes) -> None:
     """Log a warning for a certificate whose time is over, about to be over, or still to come."""
     now = time.time()
     for pem in ONE.findall(chain.decode("ascii", "replace")):
-        begins, ends = validity(ssl.PEM_cert_to_DER_cert(pem))
+        try:
+            begins, ends = validity(ssl.PEM_cert_to_DER_cert(pem))
+        except (ValueError, IndexError):
+            logger.warning("%s: %s: the time of a certificate cannot be read", field, path)
+            continue
         if ends < now:
             logger.warning("%s: %s: a certificate has expired on %s", field, path, _date(ends))
         elif begins > now:

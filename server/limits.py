@@ -14,6 +14,10 @@ from keysift.engine.errors import InvalidRequest
 from . import inference_pb2 as pb
 
 KIB, MIB = 2**10, 2**20
+MAP_ENTRY_FIELDS = 3
+"""Fields of one entry of a map: itself, its key and its value."""
+OTHER_FIELDS = 1024
+"""Room for fields that are no list, and for numbers of lists that are not packed."""
 
 
 class Limits(Checked):
@@ -30,9 +34,6 @@ class Limits(Checked):
     )
     max_public_size: ByteSize = Field(
         ByteSize(4 * KIB), ge=KIB, lt=2**31, description="largest request that needs no token: the health service's"
-    )
-    max_fields: int = Field(
-        2**12, ge=256, description="fields of a message on the wire, those of nested messages included"
     )
     max_token_ids: int = Field(
         2**21, ge=1, description="token ids of a prompt before its truncation, with all other lists of a message"
@@ -75,6 +76,13 @@ class Limits(Checked):
     preparation_threads: int = Field(
         2, ge=2, le=64, description="threads that tokenise and check requests; one of them takes only short ones"
     )
+
+    @property
+    def max_fields(self) -> int:
+        """Fields of a message on the wire, those of nested messages included: all that the other limits allow."""
+        turns = self.max_turns * (1 + len(pb.ChatMessage.DESCRIPTOR.fields))
+        entries = MAP_ENTRY_FIELDS * (self.max_logit_bias + self.max_strategy_args)
+        return OTHER_FIELDS + turns + entries + self.max_stop_strings + self.max_abort_ids
 
 
 @dataclass(frozen=True, slots=True)

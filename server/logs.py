@@ -24,3 +24,13 @@ class RateLimit(logging.Filter):
                 record.msg, record.args = f"{record.getMessage()} (and {dropped} more like it before)", ()
         self._places[place] = since, count + 1
         return count < self._burst
+
+
+class ForeignMetadata(RateLimit):
+    """Filter of gRPC's own log, which shows the whole of a metadata value that is no text, a token perhaps."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "Invalid encoding" not in str(record.msg):
+            return True
+        record.msg, record.args, record.exc_info = "metadata of a call: text in UTF-8, got other bytes", (), None
+        return super().filter(record)

@@ -82,7 +82,7 @@ def is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
-        return host in ("localhost", "") or host.startswith("unix:")
+        return host == "localhost"
 
 
 class Document(Checked):
@@ -187,7 +187,7 @@ def server_options(limits: Limits) -> ChannelOptions:
 
 
 def _milliseconds(seconds: float) -> int:
-    return min(round(seconds * 1000), 2**31 - 1)
+    return round(min(seconds * 1000, 2**31 - 1))
 
 
 def client_options(max_message_bytes: int, keepalive_s: float) -> ChannelOptions:

@@ -54,7 +54,7 @@ class _Count:
         for number, wire, at, size in _fields(self._body, begin, end):
             self._fields += 1
             if self._fields > self._limits.max_fields:
-                raise InvalidRequest("message", f"at most {self._limits.max_fields} fields (max_fields), got more")
+                raise InvalidRequest("message", f"at most {self._limits.max_fields} fields, got more")
             if wire != BYTES:
                 continue
             if number in messages:

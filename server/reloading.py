@@ -14,7 +14,7 @@ from keysift.engine.errors import InvalidRequest
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Version = tuple[tuple[int, int, int] | None, ...]
+Version = tuple[tuple[int, int, int, int] | None, ...]
 
 CHECK_S = 1.0
 """Time between two looks at the files."""
@@ -24,7 +24,7 @@ class Reloaded(Generic[T]):
     """Value of `make`, which is called again when one of `paths` has changed; any thread may ask for it.
 
     Files that are broken when the value is first made raise `InvalidRequest`. Later ones are logged, once for each
-    change, and leave the value before in force.
+    change, and leave the value before in force; they are tried again, as the fault may have been another one's.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Reloaded(Generic[T]):
         self._version = _version(paths)
         self._value = make()
         self._checked = clock()
+        self._logged: tuple[Version, str] | None = None
 
     def __call__(self) -> T:
         """The value in force; looks at the files at most once every `CHECK_S` seconds."""
@@ -42,17 +43,21 @@ class Reloaded(Generic[T]):
             if (now := self._clock()) - self._checked >= CHECK_S:
                 self._checked = now
                 if (version := _version(self._paths)) != self._version:
-                    self._version = version
-                    self._reload()
+                    self._reload(version)
             return self._value
 
-    def _reload(self) -> None:
+    def _reload(self, version: Version) -> None:
         names = " and ".join(map(str, self._paths))
         try:
-            self._value = self._make()
-        except InvalidRequest as error:
-            logger.error("%s has changed, but what was read before stays in force: %s", names, error)
-        else:
+            value = self._make()
+        except Exception as error:  # whatever it is, callers with the files before go on
+            problem = str(error) if isinstance(error, InvalidRequest) else repr(error)
+            if self._logged != (version, problem):
+                logger.error("%s has changed, but what was read before stays in force: %s", names, problem)
+            self._logged = version, problem
+            return
+        if _version(self._paths) == version:  # else it was being written
+            self._value, self._version, self._logged = value, version, None
             logger.info("%s has changed and was read again", names)
 
 
@@ -61,9 +66,9 @@ def _version(paths: Sequence[Path]) -> Version:
     return tuple(map(_identity, paths))
 
 
-def _identity(path: Path) -> tuple[int, int, int] | None:
+def _identity(path: Path) -> tuple[int, int, int, int] | None:
     try:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino

@@ -11,13 +11,13 @@ import grpc
 from .certificates import read, read_authority, read_pair
 from .options import ServerConfig
 from .reloading import Reloaded
-from .tenants import Tokens, read_tokens, single
+from .tenants import TokenFile, Tokens, single
 
 
 def tokens(config: ServerConfig) -> Callable[[], Tokens] | None:
     """Function that returns the tokens in force; None where callers need none. Raises `InvalidRequest`."""
     if config.api_key_file:
-        return Reloaded((config.api_key_file,), partial(read_tokens, config.api_key_file))
+        return Reloaded((config.api_key_file,), TokenFile(config.api_key_file))
     if config.api_key:
         found = single(config.api_key.get_secret_value())
         return lambda: found

@@ -20,6 +20,7 @@ from .guard import Guard
 from .health import HEALTH, NOT_SERVING, SERVING, Health
 from .inference_pb2_grpc import add_InferenceServicer_to_server
 from .limits import Limits
+from .logs import ForeignMetadata
 from .options import ServerConfig, server_options
 from .security import server_credentials, tokens
 from .service import InferenceService
@@ -27,6 +28,7 @@ from .threads import PreparationThreads
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
+logging.getLogger("grpc._cython.cygrpc").addFilter(ForeignMetadata(burst=1, seconds=10))
 
 NAME = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 STOP_GRACE_S = 2.0

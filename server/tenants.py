@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 import re
 from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
@@ -17,6 +16,7 @@ from keysift.engine.errors import InvalidRequest
 
 LEAST, GREATEST = -(2**31), 2**31 - 1
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+SETTING = re.compile(r"(streams|queue|priority)=")
 MAX_FILE_BYTES = 2**20
 
 
@@ -76,22 +76,41 @@ CURRENT: ContextVar[Tenant] = ContextVar("tenant", default=ANYONE)
 class Tokens:
     """Tokens of all tenants, as hashes."""
 
-    digests: tuple[tuple[bytes, Tenant], ...]
+    tenants: dict[bytes, Tenant]
 
     def find(self, token: bytes) -> Tenant | None:
-        """Tenant of a token. It is compared with all of them, in a time that does not depend on how much is right."""
-        given, found = _digest(token), None
-        for digest, tenant in self.digests:
-            if hmac.compare_digest(digest, given):
-                found = tenant
-        return found
+        """Tenant of a token. How long that takes tells of the hash at most, which tells nothing of a token."""
+        return self.tenants.get(_digest(token))
+
+    @property
+    def named(self) -> bool:
+        """Tenants have names, and not all callers one token."""
+        return ANYONE not in self.tenants.values()
 
 
 def single(token: str) -> Tokens:
     """Tokens of `--api-key`. Raises `InvalidRequest` for one that no call could carry."""
     if problem := _unusable(token):
         raise InvalidRequest("api_key", problem)
-    return Tokens(((_digest(token.encode()), ANYONE),))
+    return Tokens({_digest(token.encode()): ANYONE})
+
+
+class TokenFile:
+    """Tokens of a file that is read again and again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._named = False
+
+    def __call__(self) -> Tokens:
+        """As `read_tokens`; a name alone, of a file that is still being written, does not become the token of all."""
+        tokens = read_tokens(self._path)
+        if self._named and not tokens.named:
+            raise _fault(
+                self._path, "lines NAME TOKEN as before, got one word; start the server anew for a token of all"
+            )
+        self._named = tokens.named
+        return tokens
 
 
 def read_tokens(path: Path) -> Tokens:
@@ -101,10 +120,10 @@ def read_tokens(path: Path) -> Tokens:
         raise _fault(path, "a file with a token, got an empty one")
     if len(lines) == 1 and len(lines[0][1]) == 1:
         number, [token] = lines[0]
-        return Tokens(((_digest(_usable(path, number, token)), ANYONE),))
+        return Tokens({_digest(_usable(path, number, token)): ANYONE})
     tenants = [(number, *_tenant(path, number, words)) for number, words in lines]
     _refuse_twins(path, tenants)
-    return Tokens(tuple((digest, tenant) for _, digest, tenant in tenants))
+    return Tokens({digest: tenant for _, digest, tenant in tenants})
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -158,6 +177,8 @@ def _usable(path: Path, number: int, token: str) -> bytes:
 
 def _unusable(token: str) -> str:
     """Why a call could not carry the token; empty: it can."""
+    if SETTING.match(token):
+        return "a token, got a setting in its place"
     if token and token.isascii() and token.isprintable() and token == token.strip():
         return ""
     return "a token of printable ASCII characters, got an empty one or others"

@@ -124,4 +124,4 @@ def _frame(kind: int, flags: int, stream: int, body: bytes) -> bytes:
 def _text(value: str) -> bytes:
     """A string of HPACK, neither indexed nor compressed."""
     assert len(value) < 127
-    return bytes([len(value)]) + value.encode()
+    return bytes([len(value)]) + value.encode("latin-1")

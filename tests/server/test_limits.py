@@ -22,6 +22,7 @@ from keysift.server import inference_pb2 as pb
 from keysift.server.client import Client
 from keysift.server.inference_pb2_grpc import InferenceStub
 from keysift.server.limits import Limits
+from keysift.server.options import server_options
 from keysift.server.parsing import parse
 
 from . import http2
@@ -30,7 +31,6 @@ from .conftest import Running
 TIGHT: dict[str, Any] = {
     "max_control_size": 2000,
     "max_public_size": 1024,
-    "max_fields": 256,
     "max_string_size": 1024,
     "max_token_ids": 6,
     "max_turns": 3,
@@ -180,7 +180,6 @@ def test_content(channel: grpc.Channel, limit: str) -> None:
     assert f"({limit}), got {value}" in error.details()
 
 
-@proves("max_fields")
 def test_fields_on_the_wire(channel: grpc.Channel) -> None:
     """Half a million empty messages, of which a parser would make 14 MB, and a chat of as many turns."""
     call = channel.unary_stream("/keysift.v1.Inference/Generate")
@@ -189,7 +188,18 @@ def test_fields_on_the_wire(channel: grpc.Channel) -> None:
     for body in (sampling * 500_000, nested):
         error = refusal(lambda body=body: list(call(body, timeout=30)))  # type: ignore[misc]
         assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert error.details() == "message: at most 256 fields (max_fields), got more"
+        assert error.details() == f"message: at most {Limits(**TIGHT).max_fields} fields, got more"
+
+
+def test_all_limits_of_content_can_be_met_at_once() -> None:
+    limits = Limits(max_turns=3000, max_logit_bias=5000)
+    message = turns(limits.max_turns)
+    message.decoding.logit_bias.update(dict.fromkeys(range(limits.max_logit_bias), 1.0))
+    message.strategy_args.update({f"a{number}": "1" for number in range(limits.max_strategy_args)})
+    message.stopping.stop_strings.extend(["s"] * limits.max_stop_strings)
+    message.stopping.stop_token_ids.extend(range(limits.max_stop_token_ids))
+    message.decoding.allowed_token_ids.extend(range(limits.max_allowed_token_ids))
+    assert parse(pb.GenerateRequest, message.SerializeToString(), limits) == message
 
 
 def varint(value: int) -> bytes:
@@ -451,17 +461,18 @@ def test_a_call_that_ends_without_a_message(tight: Running) -> None:
 
 @proves("max_receiving")
 def test_who_stops_in_the_middle_does_not_keep_others_waiting(start: Callable[..., Running]) -> None:
-    """Sixteen callers hold turns and wait for more of them; another one is served meanwhile, again and again."""
+    """Eight callers of one address hold turns, wait for more of them, and come back; another is served meanwhile."""
     running = start(max_receiving=2, body_timeout=60)
     with contextlib.ExitStack() as stack:
-        stuck = [stack.enter_context(http2.connection(running.address)) for _ in range(16)]
-        for connection in stuck:
-            connection.send(connection.open(GENERATE), 5_000_000, 30_000)
+        opened = (http2.connection(running.address, source="127.0.0.2") for _ in range(8))
+        stuck = [stack.enter_context(connection) for connection in opened]
         client = stack.enter_context(Client(running.address))
         for _ in range(3):
+            for connection in stuck:
+                connection.send(connection.open(GENERATE), 5_000_000, 30_000)
             started = time.monotonic()
             assert list(client.generate("x", SamplingParams(max_new_tokens=1), timeout=30))
-            assert time.monotonic() - started < 10
+            assert time.monotonic() - started < 5
 
 
 def test_what_nobody_reads_yet_is_not_taken_in(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -528,6 +539,11 @@ def test_a_connection_without_a_call(start: Callable[..., Running]) -> None:
         InferenceStub(channel).GetServerInfo(pb.GetServerInfoRequest(), timeout=30)
         channel.subscribe(lambda state: (states.append(state), state is grpc.ChannelConnectivity.IDLE and idle.set()))
         assert idle.wait(20)
+
+
+def test_times_without_an_end() -> None:
+    options = dict(server_options(Limits(idle_timeout=float("inf"), handshake_timeout=float("inf"))))
+    assert options["grpc.max_connection_idle_ms"] == options["grpc.server_handshake_timeout_ms"] == 2**31 - 1
 
 
 @proves("preparation_threads")

@@ -9,8 +9,9 @@ import pytest
 
 from keysift.server import guard, inference_pb2
 from keysift.server.errors import logger as errors_logger
-from keysift.server.logs import RateLimit
+from keysift.server.logs import ForeignMetadata, RateLimit
 
+from . import http2
 from .conftest import Running
 from .test_limits import GENERATE, connected, refusal
 
@@ -49,4 +50,19 @@ def test_malformed_messages_are_one_line(
     assert len(lines) == 1
     assert lines[0].startswith(f"{GENERATE} from ipv4:127.0.0.1:")
     assert lines[0].endswith(f"message: a {name}, got 9 bytes that are none")
+    assert "Traceback" not in caplog.text
+
+
+def test_metadata_that_is_no_text_is_not_shown(
+    running: Running, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = logging.getLogger("grpc._cython.cygrpc")
+    assert any(isinstance(each, ForeignMetadata) for each in log.filters)
+    monkeypatch.setattr(log, "filters", [ForeignMetadata(burst=1, seconds=60)])
+    with http2.connection(running.address) as connection:
+        for _ in range(3):
+            stream = connection.call("/grpc.health.v1.Health/Check", b"", authorization="Bearer secret\xff")
+            assert connection.wait(stream, 10)
+    assert caplog.text.count("metadata of a call: text in UTF-8, got other bytes") == 1
+    assert "secret" not in caplog.text
     assert "Traceback" not in caplog.text

@@ -41,3 +41,11 @@ def test_ctrl_c_during_the_imports_is_quiet(module: str) -> None:
         process.send_signal(signal.SIGINT)
         printed = [line for line in process.stderr if not line.startswith("import time:")]
     assert (process.returncode, printed) == (130, [])
+
+
+def test_handshakes_that_fail_write_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GRPC_VERBOSITY", raising=False)
+    script = "import os, sys; from keysift.server.__main__ import main; sys.argv[1:] = ['--version']\n"
+    script += "try: main()\nfinally: print(os.environ['GRPC_VERBOSITY'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "ERROR"

@@ -131,7 +131,7 @@ TLS = {"ssl_keyfile": "key.pem", "ssl_certfile": "cert.pem"}
         (TLS | {"ssl_ca_certs": "ca.pem"}, ""),
     ],
 )
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.net"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.7", "example.net", "", "unix:/run/socket"])
 def test_beyond_loopback(host: str, fields: dict[str, str], missing: str) -> None:
     assert ServerConfig(host=host, insecure=True, **fields).exposed == missing
     if not missing:
@@ -221,6 +221,24 @@ def test_the_time_of_a_certificate(
     monkeypatch.setattr(certificates.time, "time", lambda: begins + now + 1)
     assert read_pair(other / "key.pem", other / "cert.pem")
     assert [warning in record.message for record in caplog.records] == [True] * bool(warning)
+
+
+@needs_openssl
+def test_a_time_that_cannot_be_read_is_no_fault(
+    other: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(certificates, "_seconds", lambda tag, text: int(text))
+    assert read_pair(other / "key.pem", other / "cert.pem")
+    assert "the time of a certificate cannot be read" in caplog.text
+
+
+@needs_openssl
+def test_a_file_that_goes_while_it_is_checked(other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, certificate = (Path(shutil.copy(other / name, tmp_path)) for name in ("key.pem", "cert.pem"))
+    check = certificates._check_kinds
+    monkeypatch.setattr(certificates, "_check_kinds", lambda *arguments: (check(*arguments), key.unlink()))
+    with pytest.raises(InvalidRequest, match=r"ssl_certfile: .* a readable file with its key"):
+        read_pair(key, certificate)
 
 
 @needs_openssl

@@ -21,7 +21,7 @@ from keysift.server.client import Client
 from keysift.server.errors import DuplicateRequest, Unauthenticated
 from keysift.server.inference_pb2_grpc import InferenceStub
 from keysift.server.reloading import Reloaded
-from keysift.server.tenants import ANYONE, GREATEST, LEAST, Tenant, read_tokens, single
+from keysift.server.tenants import ANYONE, GREATEST, LEAST, Tenant, TokenFile, read_tokens, single
 
 from .conftest import Running, SlowEngine
 
@@ -71,6 +71,8 @@ FAULTS = {
     "no value": (b"a secret-a queue\n", "line 1: after name and token only"),
     "bad value": (b"a secret-a queue=0\n", "line 1: queue: Input should be greater than or equal to 1, got '0'"),
     "bad range": (b"a secret-a priority=10..0\n", "line 1: priority: LEAST..GREATEST, such as 0..10, got '10..0'"),
+    "no token": (b"alice streams=8\n", "line 1: a token, got a setting in its place"),
+    "setting alone": (b"priority=0..1\n", "line 1: a token, got a setting in its place"),
     "huge": (b"a" * 2**21, "at most 1048576 bytes, got 2097152"),
 }
 
@@ -114,6 +116,58 @@ def test_a_new_file_counts_and_a_broken_one_does_not(file: Path, caplog: pytest.
     assert tokens().find(b"new-token")
     replace(file, TOKENS)
     assert tokens().find(b"token-of-alice")
+
+
+def test_a_name_alone_does_not_become_the_token_of_all(file: Path) -> None:
+    """As when the file is read while it is being written."""
+    tokens = TokenFile(file)
+    assert tokens().find(b"token-of-alice")
+    replace(file, "alice")
+    with pytest.raises(InvalidRequest, match="lines NAME TOKEN as before, got one word"):
+        tokens()
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(file: Path) -> None:
+    now, writes = itertools.count(0, reloading.CHECK_S), ["bob half-written\n", "bob whole\n"]
+
+    def read() -> Any:
+        tokens = read_tokens(file)
+        if len(writes) == 1:
+            replace(file, writes.pop())
+        return tokens
+
+    tokens = Reloaded((file,), read, lambda: next(now))
+    replace(file, writes.pop(0))
+    assert tokens().find(b"half-written") is None
+    assert tokens().find(b"whole")
+
+
+def test_a_fault_of_any_kind_leaves_what_was_read_and_is_tried_again(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, faults = itertools.count(0, reloading.CHECK_S), list[Exception]()
+
+    def read() -> Any:
+        if faults:
+            raise faults.pop()
+        return read_tokens(file)
+
+    tokens = Reloaded((file,), read, lambda: next(now))
+    faults += [OSError("too many open files")] * 2
+    replace(file, "bob new-token\n")
+    assert tokens().find(b"token-of-alice")
+    assert tokens().find(b"token-of-alice")
+    assert tokens().find(b"new-token")
+    assert caplog.text.count("too many open files") == 1
+
+
+def test_a_change_that_keeps_time_and_size_counts(file: Path) -> None:
+    now = itertools.count(0, reloading.CHECK_S)
+    tokens = Reloaded((file,), lambda: read_tokens(file), lambda: next(now))
+    before = file.stat()
+    file.write_text(TOKENS.replace("token-of-alice", "token-of-alicE"))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert tokens().find(b"token-of-alicE")
 
 
 def replace(path: Path, content: str) -> None:
@@ -239,6 +293,8 @@ def test_open_calls_of_a_tenant(clients: dict[str, Client]) -> None:
     message = ""
     while "streams of alice: at most 3 calls are open at once" not in message:
         assert time.monotonic() < deadline
+        # One that came before the calls of another test were over has been refused.
+        calls = [each if not each.done() else call(nothing(), metadata=alice._metadata) for each in calls]
         try:
             alice.server_info(timeout=30)
         except Exception as error:
