@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..room import Blocks, Room
+from ..room import BLOCK_BYTES, Blocks, Room
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence, Set
@@ -34,6 +34,7 @@ class KeptQueries:
         layers = [layer for layer in range(spec.num_layers) if not spec.window(layer)]
         self._place = {layer: place for place, layer in enumerate(layers)}
         self._blocks: Blocks[Tensor] = Blocks(room)
+        self._least = BLOCK_BYTES + len(layers) * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
         self.users: set[object] = set()
         """Those who train graphs by them."""
 
@@ -67,13 +68,19 @@ class KeptQueries:
                 block.parts[PAGES][layer, at : at + len(new)] = q[start : start + new[-1] - new[0] + 1 : places.step]
 
     def known(self, pages: Sequence[Contents]) -> int:
-        """Number of the first pages of a prompt, of these, whose queries are all kept, if any are to be."""
+        """Number of the first pages of a prompt, of these, whose queries are all kept, if any can be."""
         lacking = (
             number
             for number, page in enumerate(pages)
-            if self._most and self._positions(number) and self._blocks.get(page) is None
+            if self._any and self._positions(number) and self._blocks.get(page) is None
         )
         return next(lacking, len(pages))
+
+    @property
+    def _any(self) -> bool:
+        """False if none are wanted, or there can be no room for those of one token: keys train all graphs."""
+        limit = self._blocks.room.limit
+        return self._most > 0 and (limit is None or limit >= self._least)
 
     def training(self, context: Context, row: int, pages: int) -> Tensor:
         """[M, Hq, D], queries of a row's first pages; M = 0: none are kept."""

@@ -325,6 +325,17 @@ def test_a_failing_build_is_told_and_only_its_own_pages_are_answered_by_codes(
     ]
 
 
+@pytest.mark.parametrize(("limit", "known"), [(None, 0), (10_000, 0), (BLOCK_BYTES, 24), (0, 24)])
+def test_a_prefix_without_queries_is_used_where_none_can_be_kept(limit: int | None, known: int) -> None:
+    cache, _, text = opened()
+    cache.indexes.room.limit = 0
+    text.step(96, torch.randn(96, HEADS, 16), torch.randn(96, 2, 16))
+    names = [bytes([page]) for page in range(24)]
+    cache.keep(text.sequence, names)
+    cache.indexes.room.limit = limit
+    assert len(cache.match(names, WAITING)) == known
+
+
 @pytest.mark.parametrize("page", [0, 10])
 def test_a_build_ends_when_any_of_its_pages_is_written_anew(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def go_on(source: build.Source, stopped: build.Stopped) -> KeyGraph:
