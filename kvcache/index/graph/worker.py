@@ -80,7 +80,7 @@ def _try(job: Job) -> None:
     """Run a job; a failure is logged, as masses come from codes without its graph."""
     try:
         job.run()
-    except Exception:
+    except BaseException:  # whatever it is, the thread goes on with the jobs of others
         logger.exception("a graph could not be built; the codes go on answering")
 
 

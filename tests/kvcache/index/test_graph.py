@@ -19,7 +19,7 @@ from keysift.kvcache.index import CodeIndex, Graph, GraphIndex
 from keysift.kvcache.index.graph import build
 from keysift.kvcache.index.graph.ops import Found, KeyGraph, Reach, link_keys, nearest_keys, search_graphs
 from keysift.kvcache.index.graph.queries import KeptQueries
-from keysift.kvcache.index.graph.worker import Job
+from keysift.kvcache.index.graph.worker import Job, submit
 from keysift.kvcache.index.room import BLOCK_BYTES, PAGE_BYTES, Room
 from keysift.kvcache.ops.dispatch import use_backend
 
@@ -336,6 +336,20 @@ def test_a_prefix_without_queries_is_used_where_none_can_be_kept(limit: int | No
     assert len(cache.match(names, WAITING)) == known
 
 
+def test_whatever_a_build_raises_the_next_one_is_built() -> None:
+    def fail(stopped: build.Stopped) -> KeyGraph:
+        raise SystemExit
+
+    def succeed(stopped: build.Stopped) -> KeyGraph:
+        return KeyGraph(torch.empty(1, 0, 1), torch.empty(1, 0), 0)
+
+    jobs = [Job(fail), Job(succeed)]
+    for job in jobs:
+        submit(job)
+    assert jobs[1].done.wait(20)
+    assert [job.graph is None for job in jobs] == [True, False]
+
+
 @pytest.mark.parametrize("page", [0, 10])
 def test_a_build_ends_when_any_of_its_pages_is_written_anew(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def go_on(source: build.Source, stopped: build.Stopped) -> KeyGraph:
@@ -408,7 +422,7 @@ import sys
 import threading
 import torch
 from keysift.kvcache.index.graph.build import Cancelled
-from keysift.kvcache.index.graph.worker import Job, submit
+from keysift.kvcache.index.graph.worker import Job, submit, submit
 begun, jobs = threading.Event(), []
 def work(stopped):
     begun.set()
