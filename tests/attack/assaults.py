@@ -14,6 +14,7 @@ import grpc
 from keysift.attention import registry
 from keysift.server import inference_pb2 as pb
 from keysift.server.inference_pb2_grpc import InferenceStub
+from tests.server import http2
 
 from .fuzz import fill, varint
 
@@ -265,6 +266,10 @@ def no_message(by: Attacker) -> None:
 
     call = by.channel.stream_stream(METHODS[0])(nothing(), timeout=5)
     by._follow(call, None)
+    with http2.connection(by.address) as connection:
+        stream = connection.open(by.dice.choice(METHODS))
+        connection.send(stream, 1000, by.dice.choice([0, 500]))
+        connection.wait(stream, 0.1)
 
 
 @assault
@@ -302,11 +307,12 @@ def broken_gzip(by: Attacker) -> None:
 
 @assault
 def slow_reader(by: Attacker) -> None:
-    """A stream that is not read for a while."""
-    call = by.stub.Generate(by.request(new=100), timeout=5)
-    by.dice.random()
-    call.cancel()
-    by.received.append(("OK", ""))
+    """Answers that are not read for a while, by windows of HTTP/2 that stay empty, and left."""
+    with http2.connection(by.address, reads=False) as connection:
+        for _ in range(by.dice.randint(1, 8)):
+            connection.call(METHODS[0], by.request(new=100).SerializeToString())
+        connection.wait(1, by.dice.choice([0.05, 0.3]))
+        by.received.append(("OK", ""))
 
 
 @assault

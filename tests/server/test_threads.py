@@ -8,10 +8,12 @@ import gc
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from keysift.server import threads as threads_module
 from keysift.server.threads import SHORT_BYTES, PreparationThreads
 
 LONG_BYTES = 10 * SHORT_BYTES
@@ -73,11 +75,11 @@ def test_a_short_task_does_not_wait_for_long_ones(threads: PreparationThreads) -
     blocked(threads, test)
 
 
-def test_a_shorter_task_overtakes_a_longer_one_and_an_old_one_is_not_overtaken(threads: PreparationThreads) -> None:
+def test_a_shorter_task_overtakes_a_longer_one(threads: PreparationThreads) -> None:
     order: list[str] = []
 
     async def test(gate: Gate) -> None:
-        sizes = {"long": 10**8, "less long": 10**7, "old": 0}
+        sizes = {"long": 10**8, "less long": 10**7, "short": 0}
         waiting = [
             asyncio.ensure_future(threads.run(max(size, LONG_BYTES), lambda name=name: order.append(name)))  # type: ignore[misc]
             for name, size in sizes.items()
@@ -87,7 +89,23 @@ def test_a_shorter_task_overtakes_a_longer_one_and_an_old_one_is_not_overtaken(t
         await asyncio.gather(*waiting)
 
     blocked(threads, test)
-    assert order == ["old", "less long", "long"]
+    assert order == ["short", "less long", "long"]
+
+
+def test_an_old_task_is_not_overtaken(threads: PreparationThreads, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    async def test(gate: Gate) -> None:
+        waiting = []
+        for name, size, now in (("old", 10**8, 0.0), ("new", LONG_BYTES, 1000.0)):
+            monkeypatch.setattr(threads_module, "time", SimpleNamespace(monotonic=lambda now=now: now))
+            waiting.append(asyncio.ensure_future(threads.run(size, lambda name=name: order.append(name))))  # type: ignore[misc]
+            await asyncio.sleep(0)
+        gate.open.set()
+        await asyncio.gather(*waiting)
+
+    blocked(threads, test)
+    assert order == ["old", "new"]
 
 
 def test_a_cancelled_task_never_runs_and_is_forgotten_at_once(threads: PreparationThreads) -> None:
