@@ -202,8 +202,8 @@ class Guard(grpc.aio.ServerInterceptor):
     def _bounds(self, call: Call, context: Context) -> dict[str, int]:
         """What bounds the number of open calls, and how many there may be; nothing for probes, which end at once."""
         if call.public:
-            streaming = call.method == WATCH
-            return {f"max_health_streams of {context.peer()}": self._limits.max_health_streams} if streaming else {}
+            watches = call.method == WATCH
+            return {f"max_health_streams of {context.peer()}": self._limits.max_health_streams} if watches else {}
         bounds = {"max_streams": self._limits.max_streams}
         if call.tenant.streams is not None:
             bounds[f"streams of {call.tenant.name}"] = call.tenant.streams

@@ -12,7 +12,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from transformers import PreTrainedConfig
 
-from keysift.engine import Engine, EngineConfig, InvalidRequest, Request
+from keysift.engine import Engine, EngineConfig, FinishReason, InvalidRequest, Request
 from keysift.engine.errors import Unsupported
 from keysift.engine.memory import budget
 from keysift.engine.model import load, placement
@@ -136,13 +136,14 @@ def test_all_layers_may_lie_on_the_second_device(
 
 
 def test_a_tensor_on_the_wrong_device_is_detected(
-    make: Make, four_layers: Path, two_devices: None, monkeypatch: pytest.MonkeyPatch
+    make: Make, four_layers: Path, two_devices: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without this the tests above could not fail."""
     monkeypatch.setattr(Step, "on", lambda self, device: self)
     engine = make(**config(four_layers, "dense", device="cpu:0"))
-    with pytest.raises(RuntimeError, match="tensors on cpu:0, cpu:1"):
-        answer(engine)
+    engine.add(Request("a", tokens(20), greedy(2)))
+    assert finish_of(drain(engine), "a").reason is FinishReason.ERROR
+    assert "tensors on cpu:0, cpu:1" in caplog.text
 
 
 def test_pages_are_where_their_layers_are(two_devices: None) -> None:

