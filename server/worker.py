@@ -143,7 +143,6 @@ class Worker:
             preparing.cancel()
         else:
             self.call(lambda engine: engine.abort(request_id)).add_done_callback(_has_failed)
-            self._streams[request_id].place.release()  # the engine ends it before it adds another one
         return True
 
     def leave(self, request_id: str, stream: Stream) -> None:

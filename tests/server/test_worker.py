@@ -14,17 +14,42 @@ from keysift.server.threads import PreparationThreads
 from keysift.server.worker import Worker
 
 
-@pytest.mark.parametrize("abort", [lambda worker: worker.abort("r"), Worker.abort_all], ids=["one", "all"])
-def test_an_abort_after_the_preparation_and_before_the_engine_has_the_job(abort: Any) -> None:
-    engine: Any = SimpleNamespace(
+def idle_engine(added: list[object]) -> Any:
+    """An engine that takes jobs and never runs one."""
+    return SimpleNamespace(
         config=SimpleNamespace(strategy="dense", max_num_seqs=1, max_queue=1),
         model=SimpleNamespace(name="tiny"),
         group=SimpleNamespace(watch=lambda callback: None),
         has_work=False,
         close=lambda: None,
+        add=added.append,
+        abort=lambda request_id: True,
     )
+
+
+def test_a_request_that_is_aborted_and_not_finished_yet_is_not_being_prepared() -> None:
+    """The count is part of `load.waiting`, which must not be negative."""
+
+    async def run() -> None:
+        threads = PreparationThreads(2)
+        worker = Worker(lambda: idle_engine([]), threads)
+        worker.start()
+        await worker.loaded
+        job: Any = object()
+        await worker.submit(worker.place(ANYONE), "r", 1, lambda engine: job)
+        assert worker.preparing == 0
+        assert worker.abort("r")
+        assert worker.preparing == 0
+        threads.close()
+        await worker.close(10)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("abort", [lambda worker: worker.abort("r"), Worker.abort_all], ids=["one", "all"])
+def test_an_abort_after_the_preparation_and_before_the_engine_has_the_job(abort: Any) -> None:
     added: list[object] = []
-    engine.add = added.append
+    engine = idle_engine(added)
 
     async def run() -> None:
         threads = PreparationThreads(2)
