@@ -57,7 +57,7 @@ def name_of(strategy: Strategy) -> str:
 
 
 def describe(error: BaseException) -> str:
-    """Class and message of an exception in one short line for a caller, who is told no path of this machine."""
+    """Class and message of an exception in one short line, without paths of the machine."""
     try:
         text = str(error.strerror if isinstance(error, OSError) else error)[: 2 * LONGEST_DETAIL]
         text = PATH.sub("(a path, see the log)", " ".join(text.split()))

@@ -44,7 +44,7 @@ def check_laws(selection: object, q: Tensor, context: Context) -> None:
 
 
 def check_ranges(selection: object, q: Tensor, context: Context) -> None:
-    """As `check_shapes`, and for page numbers out of range on a CPU; on a GPU the host would wait for the answer."""
+    """Shapes as `check_shapes`, and page numbers out of range on a CPU; on a GPU the host would wait for the answer."""
     check_shapes(selection, q, context)
     if not q.is_cpu:
         return

@@ -34,7 +34,7 @@ def _entries(path: tuple[str, ...]) -> tuple[EntryPoint, ...]:
 
 @functools.lru_cache(maxsize=256)
 def load(entry: EntryPoint, examine: Callable[[type[Strategy]], object]) -> type[Strategy] | str:
-    """The plug-in's class, or why it cannot be used; tried once. `examine` raises for options that nobody can state."""
+    """Class of the plug-in, or the reason that it cannot be used; tried once. `examine` raises for unusable options."""
     try:
         loaded = entry.load()
     except KeyboardInterrupt:

@@ -214,7 +214,7 @@ def _make_one(name: str, fields: dict[str, object]) -> Strategy:
 
 
 def _words(error: BaseException) -> str:
-    """What an error says; with its class, if it is not of those that name an option."""
+    """Text of an error; with its class, if it is not of those that name an option."""
     return str(error) if isinstance(error, TypeError | ValueError) else describe(error)
 
 

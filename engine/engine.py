@@ -22,8 +22,9 @@ from .model.load import load
 from .parallel.group import assemble
 from .preparation import Preparation, parsed
 from .request import EngineStatus, Finish, FinishReason, Output, Request
+from .scheduling.batch import Batch
 from .scheduling.failures import Failure, failure_of
-from .scheduling.scheduler import Batch, Scheduler
+from .scheduling.scheduler import Scheduler
 from .scheduling.sequence import Sequence
 
 

@@ -18,7 +18,7 @@ from .tiers.base import Frames, Tier
 
 
 class Entries(Protocol):
-    """What indexes keep about the pages of sequences whose strategy names one of them.
+    """Notes of indexes about the pages of sequences whose strategy names one of them.
 
     A method that raises leaves entries that are right, if fewer: the step that it belongs to fails, or runs again.
     """
@@ -43,7 +43,7 @@ class Entries(Protocol):
         """Discard all that belongs to these frames, which are about to hold pages of another sequence."""
 
     def clear(self) -> None:
-        """Discard everything, as nobody will search it."""
+        """Discard everything; no search follows."""
 
 
 class PageIndex(Protocol):
@@ -61,7 +61,7 @@ class PageIndex(Protocol):
 
     @property
     def entries(self) -> Entries | None:
-        """What it searches, maybe shared with other indexes; None: nothing but pages, summaries and codes."""
+        """Notes that it searches, maybe shared with other indexes; None: nothing but pages, summaries and codes."""
 
 
 @dataclass(frozen=True, slots=True)

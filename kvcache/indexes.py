@@ -154,7 +154,7 @@ class Indexes:
                 logger.exception("an index could not begin anew; it fails those that search it")
 
     def _wanted(self) -> set[IndexSpec]:
-        """Those that open sequences name."""
+        """Specifications that open sequences name."""
         return {spec for specs in self._named.values() for spec in specs}
 
     def _entries(self) -> list[Entries]:
@@ -181,7 +181,7 @@ class Indexes:
 
 
 def _clear(entries: Entries) -> None:
-    """Free what nobody searches any more."""
+    """Free notes that no index searches any more."""
     try:
         entries.clear()
     except Exception:

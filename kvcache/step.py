@@ -92,7 +92,7 @@ class Step:
         return self.spans[: len(self.spans) - self.num_padding_rows]
 
     def contents(self, row: int, first: int, stop: int) -> Contents:
-        """What pages `first` to `stop` of a span's sequence hold, as an identity; they are full."""
+        """Identity of what pages `first` to `stop` of a span's sequence hold; they are full."""
         return Contents(self.held[row][first:stop])
 
     def on(self, device: torch.device) -> Step:

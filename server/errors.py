@@ -77,7 +77,7 @@ ENDED = (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit, KeyboardInt
 
 
 async def answered(context: grpc.aio.ServicerContext[Any, Any], call: str, work: Awaitable[T]) -> T | None:
-    """What `work` returns; its error ends the call with a status. `call` is the call's name in the log."""
+    """Result of `work`, whose error ends the call with a status. `call` is the call's name in the log."""
     try:
         return await work
     except KeysiftError as error:

@@ -52,19 +52,19 @@ logger.addFilter(RateLimit(burst=1, seconds=10))
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call: its method, and who makes it."""
+    """A call: method and tenant."""
 
     method: str
     tenant: Tenant
     public: bool
 
     def owner(self, context: Context) -> str:
-        """Tenant or, where callers have no names, address without the port: who shares turns with the others."""
+        """Key by which turns are shared: the tenant or, for callers without names, the address without its port."""
         return self.tenant.name or context.peer().rpartition(":")[0]
 
     @property
     def label(self) -> str:
-        """Label in metrics: empty where nobody asked for a token."""
+        """Label in metrics: empty where no token is asked for."""
         return "" if self.public else self.tenant.label
 
     @property
@@ -200,7 +200,7 @@ class Guard(grpc.aio.ServerInterceptor):
             self._open = +self._open  # connections come and go
 
     def _bounds(self, call: Call, context: Context) -> dict[str, int]:
-        """What bounds the number of open calls, and how many there may be; nothing for probes, which end at once."""
+        """Bounds of the number of open calls, by the limit's name; none for probes, which end at once."""
         if call.public:
             watches = call.method == WATCH
             return {f"max_health_streams of {context.peer()}": self._limits.max_health_streams} if watches else {}

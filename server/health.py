@@ -1,4 +1,4 @@
-"""Health service: `grpc.health.v1`, whose status changes at once, whether those who watch it read or not."""
+"""Health service: `grpc.health.v1`, whose status changes at once, however slowly a watcher reads."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class ServerConfig(Checked):
 
     @property
     def exposed(self) -> str:
-        """What strangers can do; empty on loopback, and where TLS and tokens or client certificates keep them out."""
+        """Risks of a reachable address; empty on loopback, and with TLS and tokens or client certificates."""
         if is_loopback(self.host):
             return ""
         missing = [] if self.ssl_certfile else ["no TLS: prompts, answers and tokens can be read on their way"]

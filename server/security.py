@@ -38,7 +38,7 @@ def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
 
 
 class Changes:
-    """What gRPC asks with each handshake: the certificates, if they are others than before; None otherwise."""
+    """Certificates for gRPC, which asks with each handshake, if they are others than before; None otherwise."""
 
     def __init__(self, current: Reloaded[grpc.ServerCertificateConfiguration]) -> None:
         self._current = current

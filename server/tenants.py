@@ -103,7 +103,7 @@ class TokenFile:
         self._named = False
 
     def __call__(self) -> Tokens:
-        """As `read_tokens`; a name alone, of a file that is still being written, does not become the token of all."""
+        """Tokens as `read_tokens` reads them, but no name alone for one: the file may still be being written."""
         tokens = read_tokens(self._path)
         if self._named and not tokens.named:
             raise _fault(
@@ -176,7 +176,7 @@ def _usable(path: Path, number: int, token: str) -> bytes:
 
 
 def _unusable(token: str) -> str:
-    """Why a call could not carry the token; empty: it can."""
+    """Problem of a token that a call could not carry; empty: none."""
     if SETTING.match(token):
         return "a token, got a setting in its place"
     if token and token.isascii() and token.isprintable() and token == token.strip():

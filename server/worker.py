@@ -1,19 +1,14 @@
-"""Thread of the engine, and its bridge to the event loop.
+"""Live requests of a server: places, preparation, the engine's thread, and the streams of their outputs.
 
-The engine's thread owns the engine, the event loop's thread owns the streams and the state. Commands go to the engine
-through one queue; outputs and results return with `call_soon_threadsafe`, in order. So there is no lock, and a result
-never overtakes an output. Requests are prepared on threads of their own before they become commands.
+All of it belongs to the event loop's thread. Requests are prepared on threads of their own before they become commands
+of the engine's.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import logging
 from collections.abc import Callable
 from enum import Enum
-from queue import Empty, SimpleQueue
-from threading import Thread
 from typing import Any, TypeVar
 
 from keysift.engine.engine import Engine
@@ -22,16 +17,14 @@ from keysift.engine.job import Job
 from keysift.engine.request import Finish, FinishReason, Output, Sparsity, Timings, Usage
 
 from . import metrics
-from .errors import Internal, Unavailable
+from .engine_thread import EngineThread, engine_error
+from .errors import Unavailable
 from .places import Place, Places
 from .stream import Stream
 from .tenants import Tenant
 from .threads import PreparationThreads
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
-Command = tuple[Callable[[Engine], Any], "asyncio.Future[Any]"]
 
 RETRY_WHILE_LOADING_S = 2.0
 RETRY_WHILE_DRAINING_S = 5.0
@@ -52,21 +45,20 @@ class Worker:
     def __init__(self, load: Callable[[], Engine], threads: PreparationThreads) -> None:
         self.state = State.LOADING
         self.engine: Engine | None = None
-        self._load = load
         self._threads = threads
-        self._commands: SimpleQueue[Command | None] = SimpleQueue()
         self._places = Places()
         self._streams: dict[str, Stream] = {}
         self._preparing: dict[str, asyncio.Task[Any]] = {}
         self._unread: set[Stream] = set()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._thread = Thread(target=self._run, name="keysift-engine", daemon=True)
+        self._thread = EngineThread(
+            load, on_loaded=self._on_loaded, on_outputs=self._deliver, on_failed=self._on_failed
+        )
 
     def start(self) -> None:
         """Start the thread, which loads the model first; `loaded` and `failed` follow it."""
-        self._loop = asyncio.get_running_loop()
-        self.loaded: asyncio.Future[Engine] = self._loop.create_future()
+        self.loaded: asyncio.Future[Engine] = asyncio.get_running_loop().create_future()
         self.failed = asyncio.Event()
         self._thread.start()
 
@@ -166,9 +158,7 @@ class Worker:
     def call(self, work: Callable[[Engine], T]) -> asyncio.Future[T]:
         """Run `work` on the engine's thread, between two steps."""
         self.require_engine()
-        done: asyncio.Future[T] = self._loop.create_future()
-        self._commands.put((work, done))
-        return done
+        return self._thread.call(work)
 
     def require_engine(self) -> Engine:
         """The engine; raises `Unavailable` before it is loaded and after it has failed."""
@@ -191,71 +181,14 @@ class Worker:
 
     async def close(self, timeout: float) -> None:
         """End the thread after its current step; waits at most `timeout` seconds, as loading cannot be interrupted."""
-        self._commands.put(None)
-        await asyncio.to_thread(self._thread.join, timeout)
+        await self._thread.close(timeout)
 
     @property
     def alive(self) -> bool:
         """True while the thread runs; after `close`, True means that it did not end in time."""
-        return self._thread.is_alive()
+        return self._thread.alive
 
-    # On the engine's thread.
-
-    def _run(self) -> None:
-        try:
-            engine = self._load()
-        except BaseException as error:
-            return self._post(self._on_failed, error)
-        _exempt_from_collection()
-        self._post(self._on_loaded, engine)
-        try:
-            while self._execute_pending(engine):
-                if outputs := engine.step():
-                    self._post(self._deliver, outputs)
-        # A Rust panic of the tokenizer is no Exception, and must not leave requests hanging either.
-        except BaseException as error:
-            logger.exception("the engine has failed")
-            self._post(self._on_failed, error)
-        finally:
-            engine.close()
-
-    def _execute_pending(self, engine: Engine) -> bool:
-        """Run the queued commands, and wait for one while the engine has no work; returns False to end the thread."""
-        try:
-            command = self._commands.get(block=not engine.has_work)
-            while command:
-                self._execute(engine, *command)
-                command = self._commands.get_nowait()
-        except Empty:
-            return True
-        return False
-
-    def _execute(self, engine: Engine, work: Callable[[Engine], T], done: asyncio.Future[T]) -> None:
-        try:
-            result = work(engine)
-        except Exception as error:
-            self._post(_resolve, done, None, error)
-            del work, done  # which keep the error, which keeps this frame
-        except BaseException as error:  # the engine fails with it; the caller of this command gets an error now
-            self._post(_resolve, done, None, _engine_error(error))
-            raise
-        else:
-            self._post(_resolve, done, result, None)
-
-    def _post(self, callback: Callable[..., None], *arguments: Any) -> None:
-        try:
-            self._loop.call_soon_threadsafe(callback, *arguments)
-        except RuntimeError:
-            logger.debug("the event loop is closed: dropped %s", callback.__name__)
-
-    # On a thread that watches the engine's other processes.
-
-    def _on_process_ended(self, error: BaseException) -> None:
-        """Fail at once when another process of the engine has ended, not at the next request."""
-        logger.error("%s", error)
-        self._post(self._on_failed, error)
-
-    # On the event loop's thread again.
+    # Called back by the thread.
 
     def _on_loaded(self, engine: Engine) -> None:
         self.engine = engine
@@ -263,18 +196,16 @@ class Worker:
         if self.state is State.LOADING:
             self.state = State.READY
         self.loaded.set_result(engine)
-        engine.group.watch(self._on_process_ended)
+        engine.group.watch(self._thread.report_process_ended)
 
     def _on_failed(self, error: BaseException) -> None:
         """Fail all streams and queued commands; the state keeps new commands out of the queue."""
         self.state = State.FAILED
         for stream in self._streams.values():
-            stream.fail(_engine_error(error))
+            stream.fail(engine_error(error))
         for request_id in tuple(self._streams):
             self._remove(request_id)
-        while not self._commands.empty():
-            if command := self._commands.get_nowait():
-                _resolve(command[1], None, Unavailable("the engine has failed"))
+        self._thread.refuse_queued()
         if not self.loaded.done():
             self.loaded.set_exception(error)
         self.failed.set()
@@ -296,28 +227,6 @@ class Worker:
                 self._unread.add(stream)
         if not self._streams:
             self._idle.set()
-
-
-def _exempt_from_collection() -> None:
-    """Exempt all objects that are alive from garbage collection, which stops every thread while it looks at them.
-
-    The imported modules are 400,000 objects: a full collection took 0.9 s, and up to 2 s on a busy machine.
-    """
-    gc.collect()
-    gc.freeze()
-
-
-def _engine_error(error: BaseException) -> Internal:
-    return Internal(f"the engine has failed with {type(error).__name__}; see the log of the server")
-
-
-def _resolve(done: asyncio.Future[Any], result: Any, error: Exception | None) -> None:
-    if done.done():
-        return
-    if error:
-        done.set_exception(error)
-    else:
-        done.set_result(result)
 
 
 def _has_failed(done: asyncio.Future[Any]) -> bool:

@@ -142,7 +142,7 @@ class Soak:
         return summary | {"samples": {name: [asdict(one) for one in found] for name, found in self._samples.items()}}
 
     def _prepare(self, clients: dict[str, Client], connect: Callable[[str], Client]) -> list[Callable[[], None]]:
-        """What runs at once: the clients in turn over the servers, and each server's golden requests."""
+        """Work that runs at once: the clients in turn over the servers, and each server's golden requests."""
         length = next(iter(clients.values())).info().max_model_len
         size = token_size(next(iter(clients.values())), length)
         self._golden.prompt = documentation()[: int(size * min(GOLDEN_TOKENS, length // 2))]

@@ -107,7 +107,7 @@ def run_client(server: str, client: Client, orders: Iterable[Order], began: floa
 
 
 def _outcome(client: Client, order: Order, record: Record, began: float) -> tuple[str, str]:
-    """How the request ended, and the message of an error that it was not meant to have."""
+    """Ending of the request, and the message of an unplanned error."""
     try:
         ended = _run(client, order, record, began)
     except DeadlineExceeded as error:
@@ -150,7 +150,7 @@ def _read(outputs: Iterable[Output], record: Record, began: float) -> None:
 
 
 def _ending(record: Record, *, aborted: bool) -> Ending:
-    """Ending of a stream that was read to its end; raises `KeysiftError` for one that nobody meant to end so."""
+    """Ending of a stream that was read to its end; raises `KeysiftError` for an unplanned one."""
     finish: Finish | None = record.finish
     if finish is None:
         raise KeysiftError("the stream ended without a finish")

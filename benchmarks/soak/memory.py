@@ -12,7 +12,7 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What a process had at a moment, in seconds from the start of the load; sizes in MiB."""
+    """Memory, threads and files of a process at a moment, in seconds from the start of the load; sizes in MiB."""
 
     at: float
     rss: float

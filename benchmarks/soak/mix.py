@@ -30,7 +30,7 @@ BUDGET = 256
 
 
 class Ending(Enum):
-    """How a request is meant to end."""
+    """Planned ending of a request."""
 
     COMPLETE = "complete"
     ABORTED = "aborted"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from keysift.attention import Coverage, Locality, Reads, Strategy
 from keysift.kvcache import Phase, Span, Traffic
 
-from ..scheduling.scheduler import Batch
+from ..scheduling.batch import Batch
 from ..scheduling.sequence import Statistics
 from .sampler import Sampled
 

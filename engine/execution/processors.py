@@ -75,7 +75,7 @@ class _Row:
 
 
 class _Counts:
-    """How often each token occurred [V] int32: once for each distinct one of `prompt`, then each time it is generated.
+    """Counts of each token [V] int32: one for each distinct token of `prompt`, then each time it is generated.
 
     Kept up with the list of generated tokens, so a step that runs again counts nothing twice.
     """

@@ -16,8 +16,8 @@ from keysift.kvcache.ops import BackendUnavailable, use_backend
 from ..config import EngineConfig
 from ..errors import InvalidRequest
 from ..model.loaded import LoadedModel
+from ..scheduling.batch import Batch
 from ..scheduling.failures import naming
-from ..scheduling.scheduler import Batch
 from .forward import ForwardInput, StepResult
 from .graphs import Graphs
 from .recorder import Record

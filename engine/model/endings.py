@@ -21,7 +21,7 @@ def eos_token_ids(source: Source, module: Any, tokenizer: Tokenizer, vocab_size:
 
 
 def _of_config(source: Source) -> list[Any]:
-    """What a folder's config.json states itself: a configuration's class has a default, which says nothing."""
+    """End tokens that a folder's config.json states: the default of a configuration's class says nothing."""
     if source.gguf_file:
         return []
     stated, _ = PreTrainedConfig.get_config_dict(source.path)

@@ -29,7 +29,7 @@ from ..execution.runner import Runner
 from ..model.loaded import LoadedModel
 from ..model.shards import check_heads, splits_weights
 from ..model.source import locate
-from ..scheduling.scheduler import Batch
+from ..scheduling.batch import Batch
 from ..support import Facts, check
 from .merge import merge_ranks
 from .orders import Order, RecordedCache

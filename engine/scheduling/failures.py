@@ -64,7 +64,7 @@ def failure_of(error: Exception, doing: str) -> Failure:
 
 
 def _described(error: Exception, doing: str) -> str:
-    """What failed and how: by the part's or the strategy's own words, or by the kind of exception alone.
+    """Description of a failure: in the part's or the strategy's own words, or by the kind of exception alone.
 
     Other messages may tell of the server's files; they are in the log.
     """

@@ -88,7 +88,7 @@ class FileStore:
             raise self._failed(what, error) from error
 
     def _failed(self, what: str, error: OSError) -> OffloadError:
-        """Error for the caller of a request, who is not told where the file is; its note is, in the log."""
+        """Error of a request, without the file's place, which is in its note, for the log."""
         free = 0
         with suppress(OSError):
             free = shutil.disk_usage(self._folder).free

@@ -22,7 +22,8 @@ from keysift.engine.model.loaded import LoadedModel
 from keysift.engine.model.tokenizer import Tokenizer
 from keysift.engine.preparation import Preparation
 from keysift.engine.request import Request
-from keysift.engine.scheduling.scheduler import Batch, Scheduler
+from keysift.engine.scheduling.batch import Batch
+from keysift.engine.scheduling.scheduler import Scheduler
 from keysift.engine.scheduling.sequence import Sequence as Live
 from keysift.kvcache import CacheSpec, DeviceTier, PagedCache, Phase, Span, Traffic
 from tests.models import llama, make_tokenizer

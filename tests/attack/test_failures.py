@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -152,19 +151,10 @@ def concerns_victim(running: Running, seam: Seam, args: tuple[Any, ...]) -> bool
 
 def together(running: Running, strategy: tuple[str, dict[str, str]]) -> dict[str, list[Output] | Internal]:
     """Outputs, or the error, of three requests that arrive before the engine's next step."""
-    arrived, blocked = threading.Event(), threading.Event()
-
-    def block(_engine: Any) -> None:
-        blocked.set()
-        arrived.wait(10)
-
-    running.loop.call_soon_threadsafe(running.server.worker.call, block)
-    assert blocked.wait(10)
     with ThreadPoolExecutor(3) as pool, Client(running.address) as client:
-        answers = {name: pool.submit(answer, client, name, strategy) for name in PROMPTS}
-        while len(running.server.worker._streams) < len(PROMPTS):
-            threading.Event().wait(0.002)
-        arrived.set()
+        with running.holding():
+            answers = {name: pool.submit(answer, client, name, strategy) for name in PROMPTS}
+            running.wait_for_streams(len(PROMPTS))
         return {name: future.result(60) for name, future in answers.items()}
 
 
@@ -215,4 +205,4 @@ def _still_one_server(running: Running) -> Iterator[None]:
     before = running.server.worker._thread
     yield
     assert running.server.worker._thread is before
-    assert before.is_alive()
+    assert before.alive

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -54,23 +54,14 @@ def test_prefixes_are_evicted_under_load_and_no_answer_changes(cramped: Running)
 def test_a_drain_under_load_loses_no_answer(cramped: Running) -> None:
     with Client(cramped.address) as client, ThreadPoolExecutor(8) as pool:
         wanted = [answer(client, text, bypass_prefix_cache=True) for text in DOCUMENTS]
-        arrived, held = threading.Event(), threading.Event()
-
-        def hold(_engine: Engine) -> None:
-            held.set()
-            arrived.wait(20)
-
-        cramped.loop.call_soon_threadsafe(cramped.server.worker.call, hold)
-        assert held.wait(10)
-        answers = [pool.submit(answer, client, text) for text in DOCUMENTS]
-        while len(cramped.server.worker._streams) < len(DOCUMENTS):
-            threading.Event().wait(0.002)
-        drain = pool.submit(cramped.do, cramped.server.drain(60))
-        while client.server_info().state != pb.DRAINING:
-            threading.Event().wait(0.002)
-        with pytest.raises(Unavailable):
-            answer(client, "too late")
-        arrived.set()
+        with cramped.holding():
+            answers = [pool.submit(answer, client, text) for text in DOCUMENTS]
+            cramped.wait_for_streams(len(DOCUMENTS))
+            drain = pool.submit(cramped.do, cramped.server.drain(60))
+            while client.server_info().state != pb.DRAINING:
+                time.sleep(0.002)
+            with pytest.raises(Unavailable):
+                answer(client, "too late")
         assert [each.result(60) for each in answers] == wanted
         drain.result(60)
     assert cramped.engine.status.pages_free == cramped.engine.status.pages_total

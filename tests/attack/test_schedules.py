@@ -14,7 +14,7 @@ from keysift.attention import registry
 from keysift.engine import Finish, FinishReason, Output, Request, SamplingParams, TokenOutput, metrics
 from keysift.engine.job import Job
 from keysift.engine.scheduling import failures
-from keysift.engine.scheduling.scheduler import Batch
+from keysift.engine.scheduling.batch import Batch
 from keysift.engine.scheduling.sequence import Sequence as Live
 from keysift.kvcache import OffloadError
 from tests.attack.audit import audit, audit_end

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,27 @@ class Running:
         """Free pages after all requests have ended, which must take less than 5 s."""
         self.do(self.server.worker.idle(), timeout=5)
         return int(self.do(_result(self.server.worker.call, lambda engine: engine.status.pages_free)))
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """The engine waits between two steps until the end of the block, so that requests arrive together."""
+        held, go = threading.Event(), threading.Event()
+
+        def hold(_engine: Engine) -> None:
+            held.set()
+            go.wait(20)
+
+        self.loop.call_soon_threadsafe(self.server.worker.call, hold)
+        assert held.wait(10)
+        try:
+            yield
+        finally:
+            go.set()
+
+    def wait_for_streams(self, count: int) -> None:
+        """Wait until so many requests are live."""
+        while len(self.server.worker._streams) < count:
+            time.sleep(0.002)
 
     def stop(self) -> None:
         self.do(self.server.stop())

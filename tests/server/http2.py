@@ -125,3 +125,14 @@ def _text(value: str) -> bytes:
     """A string of HPACK, neither indexed nor compressed."""
     assert len(value) < 127
     return bytes([len(value)]) + value.encode("latin-1")
+
+
+def is_open(connection: socket.socket, seconds: float = 0.05) -> bool:
+    """The server has not closed the connection within this time."""
+    connection.settimeout(seconds)
+    try:
+        return bool(connection.recv(1))
+    except TimeoutError:
+        return True
+    except ConnectionError:
+        return False

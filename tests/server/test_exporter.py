@@ -15,6 +15,8 @@ from keysift.engine import InvalidRequest
 from keysift.server import exporter
 from keysift.server.exporter import MAX_CONNECTIONS, MAX_HEAD_BYTES, Exporter
 
+from . import http2
+
 
 @pytest.fixture
 def port() -> Iterator[int]:
@@ -53,34 +55,23 @@ def test_300_slow_readers_keep_nobody_out_and_make_no_threads(port: int) -> None
     for _ in range(3):
         assert "keysift_num_requests_waiting" in get(port)
     assert threading.active_count() == before
-    open_ones = sum(map(is_open, slow))
+    open_ones = sum(map(http2.is_open, slow))
     assert open_ones <= MAX_CONNECTIONS
     for connection in slow:
         connection.close()
-
-
-def is_open(connection: socket.socket, seconds: float = 0.01) -> bool:
-    """The server has not closed the connection within this time."""
-    connection.settimeout(seconds)
-    try:
-        return bool(connection.recv(1))
-    except TimeoutError:
-        return True
-    except ConnectionError:
-        return False
 
 
 def test_a_slow_reader_is_ended(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporter, "SECONDS", 0.1)
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(b"GET /metrics HTTP/1.1\r\n")
-        assert not is_open(connection, 10)
+        assert not http2.is_open(connection, 10)
 
 
 def test_a_long_head_is_refused(port: int) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         connection.sendall(b"x" * 4 * MAX_HEAD_BYTES)
-        assert not is_open(connection, 10)
+        assert not http2.is_open(connection, 10)
 
 
 def test_what_comes_after_the_head_is_dropped(port: int) -> None:

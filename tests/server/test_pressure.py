@@ -66,9 +66,9 @@ def client(narrow: Running) -> Iterator[Client]:
         yield client
 
 
-def long_request(client: Client, name: str) -> Any:
+def long_request(client: Client, name: str, text: str = LONG) -> Any:
     """A call whose text is being tokenised, or waits for it."""
-    message = pb.GenerateRequest(request_id=name, text=LONG, truncate_prompt_tokens=5)
+    message = pb.GenerateRequest(request_id=name, text=text, truncate_prompt_tokens=5)
     message.stopping.max_new_tokens = 1
     return InferenceStub(client._channel).Generate(message, timeout=60)
 
@@ -123,7 +123,8 @@ def test_a_full_queue_refuses_before_the_message_is_there(held: Held, client: Cl
 
 
 def test_abort_ends_a_request_in_preparation(held: Held, client: Client) -> None:
-    running, waiting = long_request(client, "running"), long_request(client, "waiting")
+    """Short texts, as the id of a long message is known once a thread has parsed it."""
+    running, waiting = (long_request(client, name, "xx") for name in ("running", "waiting"))
     wait_for(client, 2)
     assert client.abort(["waiting", "running", "none"]) == ["waiting", "running"]
     for call in (running, waiting):

@@ -24,6 +24,7 @@ def idle_engine(added: list[object]) -> Any:
         close=lambda: None,
         add=added.append,
         abort=lambda request_id: True,
+        step=list,
     )
 
 

@@ -18,7 +18,7 @@ from keysift.kvcache.index import IndexSpec
 from ...engine import Engine
 from ...errors import ResourceExhausted
 from ...request import Request, Sparsity
-from ...scheduling.scheduler import Batch
+from ...scheduling.batch import Batch
 from ...scheduling.sequence import Sequence
 from ...support import Facts, check
 from .witness import Ledger

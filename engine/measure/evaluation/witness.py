@@ -12,7 +12,7 @@ from keysift.attention.attend import read
 from keysift.kvcache import Context, Phase, Selection
 from keysift.kvcache.index import IndexSpec
 
-from ...scheduling.scheduler import Batch
+from ...scheduling.batch import Batch
 
 Heads = list[list[float | None]]
 """[layers][heads]"""

@@ -44,7 +44,7 @@ class Job:
 
 
 class Worker:
-    """Runs jobs one after the other, as long as somebody else holds them, on a thread of its own."""
+    """Queue of jobs and a thread that runs them one after the other, as long as others hold them."""
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[weakref.ref[Job] | None] = SimpleQueue()
@@ -91,5 +91,5 @@ def _worker() -> Worker:
 
 
 def submit(job: Job) -> None:
-    """Run the job in the background, after those before it, as long as somebody else holds it."""
+    """Run the job in the background, after those before it, as long as others hold it."""
     _worker().submit(job)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from keysift.attention import Dense, Strategy, make
 from keysift.engine.request import Request, SamplingParams
-from keysift.engine.scheduling.scheduler import Batch, Scheduler
+from keysift.engine.scheduling.batch import Batch
+from keysift.engine.scheduling.scheduler import Scheduler
 from keysift.engine.scheduling.sequence import Sequence
 from keysift.kvcache import CacheSpec, PagedCache, PageKeys, Phase
 

@@ -350,14 +350,23 @@ def test_whatever_a_build_raises_the_next_one_is_built() -> None:
     assert [job.graph is None for job in jobs] == [True, False]
 
 
-@pytest.mark.parametrize("page", [0, 10])
-def test_a_build_ends_when_any_of_its_pages_is_written_anew(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def go_on(source: build.Source, stopped: build.Stopped) -> KeyGraph:
+def endless_builds(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Builds that go on until they are stopped, and an event that the first one sets."""
+    begun = threading.Event()
+
+    def endless(source: build.Source, stopped: build.Stopped) -> KeyGraph:
+        begun.set()
         while not stopped():
             threading.Event().wait(0.001)
         raise build.Cancelled
 
-    monkeypatch.setattr("keysift.kvcache.index.graph.graphs.build", go_on)
+    monkeypatch.setattr("keysift.kvcache.index.graph.graphs.build", endless)
+    return begun
+
+
+@pytest.mark.parametrize("page", [0, 10])
+def test_a_build_ends_when_any_of_its_pages_is_written_anew(page: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    endless_builds(monkeypatch)
     cache, index, text = opened(replace(WAITING, wait=False))
     text.step(96, torch.randn(96, HEADS, 16), torch.randn(96, 2, 16))
     (job,) = jobs(index)
@@ -464,15 +473,7 @@ def test_a_build_stops_between_two_pieces(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_closing_the_cache_stops_a_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun = threading.Event()
-
-    def endless(source: build.Source, stopped: build.Stopped) -> KeyGraph:
-        begun.set()
-        while not stopped():
-            threading.Event().wait(0.001)
-        raise build.Cancelled
-
-    monkeypatch.setattr("keysift.kvcache.index.graph.graphs.build", endless)
+    begun = endless_builds(monkeypatch)
     cache, index, text = opened(replace(WAITING, wait=False))
     text.step(96, torch.randn(96, HEADS, 16), torch.randn(96, 2, 16))
     (job,) = jobs(index)
